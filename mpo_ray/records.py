@@ -1,0 +1,74 @@
+"""The nouns of the project: what a preference, a prompt and a completion are, as immutable records."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+#: A prompt is a plain string, used as it is, or chat messages, rendered with the tokenizer's chat template.
+Message = Mapping[str, str]
+Prompt = str | tuple[Message, ...]
+
+#: The name that stands for π_ref among the proposals of a sample table and the candidates of an evaluation.
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One human judgement: for `prompt`, `chosen` was preferred to `rejected` (both completions, without the prompt)."""
+
+    id: str
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    weight: float = 1.0
+    margin: float | None = None
+
+
+def encode_prompt(prompt: Prompt) -> tuple[str, bool]:
+    """Write a prompt as the two columns (`prompt`, `is_chat`) that every table of a run uses for it."""
+    if isinstance(prompt, str):
+        return prompt, False
+    return json.dumps([dict(message) for message in prompt], ensure_ascii=False, sort_keys=True), True
+
+
+def decode_prompt(text: str, is_chat: bool) -> Prompt:
+    """Read a prompt back from the columns `prompt` and `is_chat`."""
+    return tuple(json.loads(text)) if is_chat else text
+
+
+def prompt_id(prompt: Prompt) -> str:
+    """Name a prompt by its content: the same prompt has the same id in every objective, file and run."""
+    text, is_chat = encode_prompt(prompt)
+    return digest([text, is_chat])[:16]
+
+
+def digest(value: object) -> str:
+    """SHA-256 of a JSON value in canonical form, as hexadecimal digits."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def check_weights(weights: Mapping[str, float], objectives: Sequence[str], *, where: str) -> dict[str, float]:
+    """Return λ in the order of `objectives`, or say what is wrong with it.
+
+    Objectives that `weights` leaves out have weight 0. `where` names the place the weights came from, for the message.
+    Raises ValueError for an unknown objective, a negative or non-finite weight, or a sum other than 1 (to 1e-6).
+    """
+    unknown = sorted(set(weights) - set(objectives))
+    if unknown:
+        raise ValueError(f"{where}: unknown objective {unknown[0]!r}; the objectives are {', '.join(objectives)}.")
+    ordered = {name: float(weights.get(name, 0.0)) for name in objectives}
+    for name, value in ordered.items():
+        if not 0.0 <= value < float("inf"):
+            raise ValueError(f"{where}: the weight of {name!r} is {value}; weights are finite and at least 0.")
+    total = sum(ordered.values())
+    if abs(total - 1.0) > 1e-6:
+        raise ValueError(
+            f"{where}: the weights {ordered} sum to {total:g}, not 1; divide each by {total:g}."
+            if total > 0
+            else f"{where}: all weights are 0; at least one objective needs a positive weight."
+        )
+    return ordered
