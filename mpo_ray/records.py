@@ -17,7 +17,7 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One human judgement: for `prompt`, `chosen` was preferred to `rejected` (both completions, without the prompt)."""
+    """One human judgement: for `prompt`, `chosen` was preferred to `rejected` (completions without the prompt)."""
 
     id: str
     prompt: Prompt

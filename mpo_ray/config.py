@@ -1,0 +1,355 @@
+"""The run file: its schema, its defaults, and the errors a wrong one gets.
+
+The models hold what the file says, after `--set` and environment variables. Paths stay as written (relative to the
+working directory), so that a configuration means the same on every machine and its digest names it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from mpo_ray.records import REFERENCE, check_weights, digest
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class ConfigError(ValueError):
+    """The run file, or a `--set`, is wrong. The message lists every problem with its place, value and remedy."""
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class Source(Strict):
+    """Where rows come from: exactly one of `path`, `hub` and `embedded`."""
+
+    path: str | list[str] | None = Field(
+        None, description="files, globs or fsspec URLs (JSONL, JSON, CSV, Parquet; .gz)"
+    )
+    hub: str | None = Field(None, description="a Hugging Face data set id")
+    split: str = "train"
+    data_dir: str | None = None
+    embedded: Literal["pairs", "corpus", "prompts"] | None = Field(None, description="made by the project itself")
+    rename: dict[str, str] = Field({}, description="column in the file → column of the row form")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        given = [name for name in ("path", "hub", "embedded") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of path, hub, embedded; got {given or 'none'}")
+        return self
+
+
+class Objective(Strict):
+    """One preference objective: its comparisons and the reward that scores it."""
+
+    preferences: Source
+    label: str | None = Field(None, description="label or rating column; the objective's name if absent")
+    reward: str = Field(
+        "implicit",
+        description="`module:function` or `file.py:function`, a sequence classifier (directory or hub id), or "
+        "`implicit`: β ℓ_k of the objective's own policy",
+    )
+
+
+class Data(Strict):
+    heldout_share: Share = 0.1
+    allow_bad_rows: Share = Field(0.0, description="share of rows per objective that may be refused")
+    overlong: Literal["error", "drop"] = Field("error", description="what happens to rows longer than the context")
+    max_prompt_tokens: PositiveInt = 512
+    max_response_tokens: PositiveInt = 512
+    max_pairs: PositiveInt | None = Field(None, description="per objective, the first ones after a seeded shuffle")
+
+
+class Workers(Strict):
+    """Ray Train workers of one training run."""
+
+    num_workers: PositiveInt = 1
+    cpus_per_worker: PositiveFloat = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
+    max_failures: Annotated[int, Field(ge=0)] = 2
+
+
+class Training(Strict):
+    """What SFT and preference training share. Sizes count texts (SFT) or pairs (DPO, IPO)."""
+
+    epochs: PositiveInt = 1
+    batch_size: PositiveInt = Field(32, description="per optimiser step, over all workers")
+    micro_batch_size: PositiveInt = Field(8, description="per worker and forward pass")
+    learning_rate: PositiveFloat = 5e-5
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_share: Share = 0.1
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    gradient_checkpointing: bool = False
+    checkpoint_every: PositiveInt = Field(200, description="optimiser steps")
+    workers: Workers = Workers()
+
+    @model_validator(mode="after")
+    def _whole_accumulation(self) -> Training:
+        forward = self.micro_batch_size * self.workers.num_workers
+        if self.batch_size % forward:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size × num_workers = {forward}"
+            )
+        return self
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes of one worker per optimiser step."""
+        return self.batch_size // (self.micro_batch_size * self.workers.num_workers)
+
+
+class SupervisedTraining(Training):
+    """SFT of the reference: rows with `text`, with `prompt` and `response`, or preference rows (their chosen side)."""
+
+    source: Source
+    learning_rate: PositiveFloat = 5e-4
+
+
+class Lora(Strict):
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+class PolicyTraining(Training):
+    """DPO or IPO of one policy per objective (design 2.1)."""
+
+    loss: Literal["dpo", "ipo"] = "dpo"
+    beta: PositiveFloat = Field(0.5, description="KL strength β; small values move policies far and spoil the fit")
+    length_normalized: bool = Field(False, description="mean instead of sum over the completion's tokens")
+    lora: Lora | None = Field(Lora(), description="null trains all weights")
+
+
+class Embedded(Strict):
+    """The project's own tiny world (data/embedded.py): sizes of what it makes."""
+
+    num_texts: PositiveInt = 6000
+    num_pairs: PositiveInt = 3000
+    num_prompts: PositiveInt = 256
+    hidden_size: PositiveInt = 64
+    num_layers: PositiveInt = 2
+
+
+class Reference(Strict):
+    """π_ref: a model (directory or hub id) or `embedded`, a tiny Llama from scratch; `sft` trains it further."""
+
+    model: str
+    sft: SupervisedTraining | None = None
+
+
+class Actors(Strict):
+    """Ray Data actors that load the models once."""
+
+    num_actors: PositiveInt = 1
+    cpus_per_actor: PositiveFloat = 1.0
+    gpus_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
+    batch_size: PositiveInt = Field(32, description="sequences per forward pass")
+    prompts_per_part: PositiveInt = Field(32, description="prompts in one file: the unit of work, progress and resume")
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class Samples(Strict):
+    """y_tj ~ π_ref for the fit: temperature 1, no truncation of the distribution."""
+
+    prompts: Source | None = Field(None, description="the training comparisons' prompts if absent")
+    num_prompts: PositiveInt = 256
+    samples_per_prompt: Annotated[int, Field(ge=2)] = Field(
+        8, description="m; with m = 1 F is linear in λ and always runs to a vertex"
+    )
+    max_new_tokens: PositiveInt = 128
+
+
+class Fit(Strict):
+    method: Literal["bsmd", "fixed"] = "bsmd"
+    steps: PositiveInt = Field(2000, description="T of equation (5)")
+    step_scale: PositiveFloat = Field(1.0, description="c of η = c/√T")
+    weights: dict[str, float] | None = Field(None, description="λ for method `fixed`")
+
+    @model_validator(mode="after")
+    def _weights_go_with_fixed(self) -> Fit:
+        if (self.weights is not None) != (self.method == "fixed"):
+            raise ValueError(f"weights go with method `fixed` and only with it; method is {self.method!r}")
+        return self
+
+
+class Evaluation(Strict):
+    prompts: Source | None = Field(None, description="the held-out comparisons' prompts if absent")
+    num_prompts: PositiveInt = 256
+    completions_per_prompt: PositiveInt = 1
+    max_new_tokens: PositiveInt = 128
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    bootstrap_draws: PositiveInt = 1000
+    confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+
+
+class Serve(Strict):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    min_replicas: PositiveInt = 1
+    max_replicas: PositiveInt = 4
+    target_ongoing_requests: PositiveFloat = 8.0
+    max_queued_requests: PositiveInt = 64
+    cpus_per_replica: PositiveFloat = 1.0
+    gpus_per_replica: Annotated[float, Field(ge=0.0)] = 0.0
+    max_tokens: PositiveInt = Field(256, description="default and upper limit of a request's max_tokens")
+    api_key_env: str | None = Field(None, description="environment variable that holds the key; no check if absent")
+
+    @model_validator(mode="after")
+    def _replicas_in_order(self) -> Serve:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
+        return self
+
+
+class RunConfig(Strict):
+    """A whole run file."""
+
+    name: Annotated[str, Field(pattern=NAME.pattern + "$")]
+    storage: str = Field("runs", description="directory or fsspec URL that holds the run directory")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    reference: Reference
+    objectives: Annotated[dict[str, Objective], Field(min_length=1)]
+    data: Data = Data()
+    policies: PolicyTraining = PolicyTraining()
+    embedded: Embedded = Embedded()
+    scoring: Actors = Actors()
+    samples: Samples = Samples()
+    fit: Fit = Fit()
+    evaluation: Evaluation = Evaluation()
+    serve: Serve = Serve()
+
+    @model_validator(mode="after")
+    def _names_and_weights(self) -> RunConfig:
+        for name in self.objectives:
+            if not NAME.fullmatch(name) or name in (REFERENCE, "uniform", "mpo"):
+                raise ValueError(
+                    f"objective {name!r}: names are letters, digits, - and _, and not reference, uniform or mpo"
+                )
+        if self.fit.weights is not None:
+            check_weights(self.fit.weights, list(self.objectives), where="fit.weights")
+        return self
+
+    def as_json(self) -> dict[str, Any]:
+        """The whole configuration with its defaults, as JSON values."""
+        return self.model_dump(mode="json")
+
+    @property
+    def digest(self) -> str:
+        """Names the content: two configurations have the same digest exactly if they say the same."""
+        return digest(self.as_json())
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a run file, apply `key.path=value` overrides (YAML values) and check everything.
+
+    `${NAME}` and `${NAME:-default}` in strings are environment variables. Raises ConfigError.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such run file.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save the run file as UTF-8.") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    return parse_config(raw, overrides, where=str(path))
+
+
+def parse_config(raw: object, overrides: Iterable[str] = (), *, where: str = "config") -> RunConfig:
+    """Check a run file's content; see `load_config`."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}: a run file is a mapping of keys; this one holds {type(raw).__name__}.")
+    values = _expand(raw, where)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join("  " + _describe(problem) for problem in error.errors())
+        raise ConfigError(f"{where}: {error.error_count()} problem(s):\n{problems}") from None
+
+
+def _expand(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(item, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, where) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name, default = match["name"], match["default"]
+        found = os.environ.get(name) or default
+        if found is None:
+            raise ConfigError(
+                f"{where}: the environment variable {name} in {value!r} is not set; set it, or write "
+                f"${{{name}:-default}}."
+            )
+        return found
+
+    return re.sub(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}", replace, value)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {override!r}: write key.path=value.")
+    *parents, last = path.split(".")
+    place = values
+    for key in parents:
+        below = place.setdefault(key, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"--set {override!r}: {key!r} is a value, not a mapping.")
+        place = below
+    place[last] = yaml.safe_load(text)
+
+
+def _describe(problem: Mapping[str, Any]) -> str:
+    """One pydantic error as `place: what is wrong (got value)`, with the nearest known key for an unknown one."""
+    location = [str(part) for part in problem["loc"]]
+    place = ".".join(location) or "the run file"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}."
+        return f"{place}: unknown key; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{place}: this key is required"
+    if problem["type"] == "value_error":
+        return f"{place}: {message}"
+    return f"{place}: {message} (got {problem['input']!r})"
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for key in location:
+        field = model.model_fields.get(key)
+        if field is None:
+            continue  # the name of an objective: its model was already entered with the mapping
+        model = next((m for m in _models_in(field.annotation)), model)
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)

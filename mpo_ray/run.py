@@ -1,0 +1,217 @@
+"""The run directory: where each thing lies, what is complete, and what it was made from (design 3).
+
+Storage is a local directory or any fsspec URL. A stage builds its output in a local directory and publishes it whole;
+where storage is local that is a rename, elsewhere an upload. `manifest.json` records, per stage, the digest of its
+inputs: a stage whose record matches is complete and is not done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import yaml
+
+from mpo_ray.config import RunConfig
+from mpo_ray.records import digest
+
+#: Raised when a stage's output takes another form, so that an older run's output is made anew.
+FORMAT = 1
+PACKAGES = ("mpo_ray", "torch", "transformers", "peft", "deepspeed", "ray", "datasets", "numpy")
+
+
+class RunError(ValueError):
+    """The run directory cannot be used as asked: another config began it, an output is missing, or it is read-only."""
+
+
+class Run:
+    """One run directory. `root` is an absolute local path or an fsspec URL; `local` is a directory on this machine."""
+
+    def __init__(self, storage: str, name: str) -> None:
+        self.is_local = "://" not in storage or storage.startswith("file://")
+        if self.is_local:
+            self.root = str(Path(storage.removeprefix("file://")).absolute() / name)
+            self.local = Path(self.root)
+        else:
+            self.root = f"{storage.rstrip('/')}/{name}"
+            self.local = Path(tempfile.gettempdir()) / "mpo_ray" / hashlib.sha256(self.root.encode()).hexdigest()[:16]
+        self.name = name
+        self._fs, self._base = fsspec.core.url_to_fs(self.root)
+
+    @classmethod
+    def open(cls, config: RunConfig, *, update: bool = False) -> Run:
+        """Open, or begin, the run of `config`.
+
+        A directory that another config began is refused, unless `update` says that this one replaces it: then the
+        stages whose inputs changed are done again. Raises RunError.
+        """
+        run = cls(config.storage, config.name)
+        run.check_writable()
+        stored = run.read_config()
+        if stored is not None and stored != config.as_json() and not update:
+            key, old, new = _first_difference(stored, config.as_json())
+            raise RunError(
+                f"{run.root} belongs to another config: {key} is {old!r} there and {new!r} here. Choose "
+                "another `name:`, or pass --update to change this run (stages whose inputs changed are done again)."
+            )
+        if stored != config.as_json():
+            run.write_text("config.yaml", yaml.safe_dump(config.as_json(), sort_keys=False, allow_unicode=True))
+        return run
+
+    @classmethod
+    def at(cls, root: str) -> Run:
+        """Open an existing run directory by its path or URL. Raises RunError where there is none."""
+        storage, _, name = root.rstrip("/").rpartition("/")
+        run = cls(storage or ".", name)
+        if run.read_config() is None:
+            raise RunError(f"{run.root} is not a run directory: it has no config.yaml. `mpo-ray run CONFIG` makes one.")
+        return run
+
+    def check_writable(self) -> None:
+        """Write, read and delete a small file in storage. Raises RunError with the cause."""
+        probe = f".probe-{os.getpid()}-{time.time_ns()}"
+        try:
+            self.write_text(probe, "mpo_ray")
+            if self.read_text(probe) != "mpo_ray":
+                raise OSError("what was written could not be read back")
+            self._fs.rm_file(f"{self._base}/{probe}")
+        except Exception as error:
+            raise RunError(
+                f"storage {self.root} cannot be written: {error}. Set `storage:` to a directory or URL that you may "
+                "write to."
+            ) from error
+
+    # ---- files -------------------------------------------------------------------------------------------------
+
+    def exists(self, node: str) -> bool:
+        return bool(self._fs.exists(f"{self._base}/{node}"))
+
+    def read_text(self, node: str) -> str | None:
+        """Content of a file, None if there is none."""
+        if not self.exists(node):
+            return None
+        return str(self._fs.cat_file(f"{self._base}/{node}").decode("utf-8"))
+
+    def write_text(self, node: str, text: str) -> None:
+        """Write a file whole: a reader sees the old content or the new, never a part."""
+        target = f"{self._base}/{node}"
+        self._fs.makedirs(os.path.dirname(target), exist_ok=True)
+        if not self.is_local:
+            self._fs.pipe_file(target, text.encode("utf-8"))
+            return
+        partial = Path(f"{target}.partial-{os.getpid()}")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(target)
+
+    def read_json(self, node: str) -> Any:
+        text = self.read_text(node)
+        return None if text is None else json.loads(text)
+
+    def write_json(self, node: str, value: Any) -> None:
+        self.write_text(node, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def read_config(self) -> dict[str, Any] | None:
+        text = self.read_text("config.yaml")
+        return None if text is None else yaml.safe_load(text)
+
+    def fetch(self, node: str) -> Path:
+        """A directory or file of the run as a path on this machine. Raises RunError if it is not there."""
+        if not self.exists(node):
+            raise RunError(f"{self.root} has no {node}.")
+        path = self.local / node
+        if not self.is_local:
+            if path.is_dir():
+                shutil.rmtree(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fs.get(f"{self._base}/{node}", str(path), recursive=True)
+        return path
+
+    @contextmanager
+    def publishing(self, node: str) -> Iterator[Path]:
+        """Give an empty local directory; what the block leaves there becomes `node`, whole, when it ends well."""
+        self.local.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.local))
+        try:
+            yield partial
+            partial.chmod(0o755)
+            self._replace(node, partial)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _replace(self, node: str, directory: Path) -> None:
+        target = f"{self._base}/{node}"
+        if self._fs.exists(target):
+            self._fs.rm(target, recursive=True)
+        if self.is_local:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            directory.rename(target)
+        else:
+            self._fs.put(f"{directory}/", f"{target}/", recursive=True)
+
+    # ---- completeness and provenance ---------------------------------------------------------------------------
+
+    def manifest(self) -> dict[str, Any]:
+        return self.read_json("manifest.json") or {"format": FORMAT, "stages": {}}
+
+    def is_complete(self, stage: str, inputs: str) -> bool:
+        """Whether `stage` was finished from inputs with this digest, and its outputs are still there."""
+        record = self.manifest()["stages"].get(stage)
+        return record is not None and record["inputs"] == inputs and all(self.exists(n) for n in record["outputs"])
+
+    def complete(self, stage: str, inputs: str, *, outputs: list[str], seconds: float, notes: Any = None) -> None:
+        """Record that `stage` is finished. Only the driver of the run calls this."""
+        manifest = self.manifest()
+        manifest["versions"] = {name: _version(name) for name in PACKAGES}
+        manifest["stages"][stage] = {
+            "inputs": inputs,
+            "outputs": outputs,
+            "seconds": round(seconds, 1),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "notes": notes,
+        }
+        self.write_json("manifest.json", manifest)
+
+
+def stage_inputs(*values: object) -> str:
+    """Digest of everything that a stage's output depends on."""
+    return digest([FORMAT, *values])
+
+
+def file_digest(path: str) -> str:
+    """SHA-256 of a file's content (local path or URL), read in blocks."""
+    sha = hashlib.sha256()
+    with fsspec.open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def directory_digest(path: str | Path) -> str:
+    """One digest for the files of a local directory: their relative names and contents."""
+    root = Path(path)
+    return digest([[str(f.relative_to(root)), file_digest(str(f))] for f in sorted(root.rglob("*")) if f.is_file()])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _first_difference(old: Any, new: Any, place: str = "") -> tuple[str, Any, Any]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*new, *(k for k in old if k not in new)]:
+            if old.get(key) != new.get(key):
+                return _first_difference(old.get(key), new.get(key), f"{place}.{key}" if place else str(key))
+    return place, old, new

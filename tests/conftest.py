@@ -1,0 +1,24 @@
+"""What all tests share: environment, the optional shared material, and one Ray cluster for the session."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The shared material (vectors, testbed, data): MPO_RAY_SHARED, or ../shared beside the project."""
+    path = Path(os.environ.get("MPO_RAY_SHARED") or Path(__file__).parents[2] / "shared")
+    if not path.is_dir():
+        pytest.skip(f"the shared material is not at {path}; set MPO_RAY_SHARED")
+    return path
