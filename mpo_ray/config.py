@@ -6,6 +6,7 @@ working directory), so that a configuration means the same on every machine and 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import re
@@ -139,7 +140,7 @@ class Embedded(Strict):
     """The project's own tiny world (data/embedded.py): sizes of what it makes."""
 
     num_texts: PositiveInt = 6000
-    num_pairs: PositiveInt = 3000
+    num_pairs: PositiveInt = 4000
     num_prompts: PositiveInt = 256
     hidden_size: PositiveInt = 64
     num_layers: PositiveInt = 2
@@ -219,7 +220,7 @@ class Serve(Strict):
 class RunConfig(Strict):
     """A whole run file."""
 
-    name: Annotated[str, Field(pattern=NAME.pattern + "$")]
+    name: Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
     storage: str = Field("runs", description="directory or fsspec URL that holds the run directory")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     reference: Reference
@@ -263,12 +264,18 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such run file.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; give the path of a run file.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save the run file as UTF-8.") from None
     try:
         raw = yaml.safe_load(text)
+        repeated = _repeated_key(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if repeated is not None:
+        line = repeated.start_mark.line + 1
+        raise ConfigError(f"{path}, line {line}: the key {repeated.value!r} is there twice; keep one.")
     return parse_config(raw, overrides, where=str(path))
 
 
@@ -276,14 +283,34 @@ def parse_config(raw: object, overrides: Iterable[str] = (), *, where: str = "co
     """Check a run file's content; see `load_config`."""
     if not isinstance(raw, dict):
         raise ConfigError(f"{where}: a run file is a mapping of keys; this one holds {type(raw).__name__}.")
-    values = _expand(raw, where)
+    values = copy.deepcopy(raw)
     for override in overrides:
         _apply(values, override)
+    values = _expand(values, where)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         problems = "\n".join("  " + _describe(problem) for problem in error.errors())
         raise ConfigError(f"{where}: {error.error_count()} problem(s):\n{problems}") from None
+
+
+def _repeated_key(text: str) -> yaml.ScalarNode | None:
+    """The first key that a mapping holds twice: YAML would silently keep the last."""
+    waiting, seen = [yaml.compose(text, Loader=yaml.SafeLoader)], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+            continue
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for place, key in enumerate(keys):
+            if key.value in [earlier.value for earlier in keys[:place]]:
+                return key
+        waiting += [value for _, value in node.value]
+    return None
 
 
 def _expand(value: Any, where: str) -> Any:
@@ -318,7 +345,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(below, dict):
             raise ConfigError(f"--set {override!r}: {key!r} is a value, not a mapping.")
         place = below
-    place[last] = yaml.safe_load(text)
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
 
 
 def _describe(problem: Mapping[str, Any]) -> str:

@@ -8,18 +8,21 @@ inputs: a stage whose record matches is complete and is not done again.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 from mpo_ray.config import RunConfig
@@ -46,7 +49,14 @@ class Run:
             self.root = f"{storage.rstrip('/')}/{name}"
             self.local = Path(tempfile.gettempdir()) / "mpo_ray" / hashlib.sha256(self.root.encode()).hexdigest()[:16]
         self.name = name
-        self._fs, self._base = fsspec.core.url_to_fs(self.root)
+        try:
+            # Other processes write here too: a cached listing would hide what they have finished.
+            self._fs, self._base = fsspec.core.url_to_fs(self.root, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise RunError(
+                f"storage {self.root} cannot be used: {error}. Set `storage:` to a directory, or to a URL whose fsspec "
+                "package is installed (s3fs for s3://, gcsfs for gs://)."
+            ) from error
 
     @classmethod
     def open(cls, config: RunConfig, *, update: bool = False) -> Run:
@@ -55,17 +65,24 @@ class Run:
         A directory that another config began is refused, unless `update` says that this one replaces it: then the
         stages whose inputs changed are done again. Raises RunError.
         """
+        run = cls.check(config, update=update)
+        if run.read_config() != config.as_json():
+            run.write_text("config.yaml", yaml.safe_dump(config.as_json(), sort_keys=False, allow_unicode=True))
+        return run
+
+    @classmethod
+    def check(cls, config: RunConfig, *, update: bool = False) -> Run:
+        """What `open` checks, without beginning the run. Raises RunError."""
         run = cls(config.storage, config.name)
         run.check_writable()
         stored = run.read_config()
-        if stored is not None and stored != config.as_json() and not update:
-            key, old, new = _first_difference(stored, config.as_json())
+        here = {"storage": config.storage}  # a run directory that was moved is the same run
+        if stored is not None and {**stored, **here} != config.as_json() and not update:
+            key, old, new = _first_difference({**stored, **here}, config.as_json())
             raise RunError(
                 f"{run.root} belongs to another config: {key} is {old!r} there and {new!r} here. Choose "
                 "another `name:`, or pass --update to change this run (stages whose inputs changed are done again)."
             )
-        if stored != config.as_json():
-            run.write_text("config.yaml", yaml.safe_dump(config.as_json(), sort_keys=False, allow_unicode=True))
         return run
 
     @classmethod
@@ -103,14 +120,17 @@ class Run:
         return str(self._fs.cat_file(f"{self._base}/{node}").decode("utf-8"))
 
     def write_text(self, node: str, text: str) -> None:
+        self.write_bytes(node, text.encode("utf-8"))
+
+    def write_bytes(self, node: str, content: bytes) -> None:
         """Write a file whole: a reader sees the old content or the new, never a part."""
         target = f"{self._base}/{node}"
         self._fs.makedirs(os.path.dirname(target), exist_ok=True)
         if not self.is_local:
-            self._fs.pipe_file(target, text.encode("utf-8"))
+            self._fs.pipe_file(target, content)
             return
         partial = Path(f"{target}.partial-{os.getpid()}")
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         partial.replace(target)
 
     def read_json(self, node: str) -> Any:
@@ -124,16 +144,53 @@ class Run:
         text = self.read_text("config.yaml")
         return None if text is None else yaml.safe_load(text)
 
+    def read_table(self, node: str) -> pa.Table:
+        """The rows of a Parquet file, or of all Parquet files of a directory in the order of their names."""
+        if not node.endswith(".parquet"):
+            return pa.concat_tables(self.read_table(part) for part in self.parts(node))
+        with self._fs.open(f"{self._base}/{node}", "rb") as file:
+            return pq.read_table(file)
+
+    def write_table(self, node: str, table: pa.Table) -> None:
+        """Write a Parquet file whole."""
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer)
+        self.write_bytes(node, buffer.getvalue())
+
+    def parts(self, node: str) -> list[str]:
+        """The Parquet files below a directory of the run, as nodes, in the order of their names."""
+        found = self._fs.glob(f"{self._base}/{node}/*.parquet")
+        return sorted(f"{node}/{os.path.basename(path)}" for path in found)
+
+    def begin(self, node: str, inputs: str) -> None:
+        """Prepare a directory that a stage fills file by file: files made from other inputs are removed."""
+        if self.read_text(f"{node}/.inputs") != inputs:
+            self.remove(node)
+            self.write_text(f"{node}/.inputs", inputs)
+
+    def remove(self, node: str) -> None:
+        if self.exists(node):
+            self._fs.rm(f"{self._base}/{node}", recursive=True)
+
     def fetch(self, node: str) -> Path:
         """A directory or file of the run as a path on this machine. Raises RunError if it is not there."""
         if not self.exists(node):
             raise RunError(f"{self.root} has no {node}.")
-        path = self.local / node
-        if not self.is_local:
-            if path.is_dir():
-                shutil.rmtree(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._fs.get(f"{self._base}/{node}", str(path), recursive=True)
+        if self.is_local:
+            return self.local / node
+        # Processes of one machine share the copies, so a copy has its own place for each content and never changes.
+        source = f"{self._base}/{node}"
+        content = digest([[path, self._fs.ukey(path)] for path in sorted(self._fs.find(source))])
+        path = self.local / content[:16] / os.path.basename(node)
+        if not path.exists():
+            path.parent.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.local))
+            try:
+                self._fs.get(source, str(partial / path.name), recursive=True)
+                with suppress(OSError):  # another process was first
+                    partial.rename(path.parent)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
         return path
 
     @contextmanager
@@ -150,13 +207,17 @@ class Run:
 
     def _replace(self, node: str, directory: Path) -> None:
         target = f"{self._base}/{node}"
-        if self._fs.exists(target):
-            self._fs.rm(target, recursive=True)
-        if self.is_local:
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-            directory.rename(target)
-        else:
+        if not self.is_local:
+            if self._fs.exists(target):
+                self._fs.rm(target, recursive=True)
             self._fs.put(f"{directory}/", f"{target}/", recursive=True)
+            return
+        old = directory.with_name(f"{directory.name}-old")
+        if os.path.exists(target):
+            os.rename(target, old)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        directory.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
 
     # ---- completeness and provenance ---------------------------------------------------------------------------
 

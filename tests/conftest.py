@@ -10,6 +10,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,19 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"the shared material is not at {path}; set MPO_RAY_SHARED")
     return path
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for all tests that need one: 4 logical CPUs, no dashboard, little memory."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=150 * 1024**2,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()

@@ -1,0 +1,8 @@
+"""Do every stage of a run: python jobs/pipeline.py --config FILE, as a Ray job."""
+
+import sys
+
+from mpo_ray.cli import run_job
+
+if __name__ == "__main__":
+    sys.exit(run_job("run"))

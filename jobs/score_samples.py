@@ -1,0 +1,8 @@
+"""Sample the reference and score the samples: python jobs/score_samples.py --config FILE, as a Ray job."""
+
+import sys
+
+from mpo_ray.cli import run_job
+
+if __name__ == "__main__":
+    sys.exit(run_job("sample", "score"))

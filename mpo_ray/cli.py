@@ -1,0 +1,222 @@
+"""`mpo-ray`: one command, a verb per stage (design 5.4)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray's own notes that mean nothing to a user: many worker processes on few cores, and details of actor restarts.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started on node")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+
+from rich.console import Console
+
+from mpo_ray.config import RunConfig, Serve, load_config
+from mpo_ray.run import Run
+
+if TYPE_CHECKING:
+    from mpo_ray.stages.stage import Context
+
+#: Verbs that do stages of a run, with the stages they do.
+STAGE_VERBS = {
+    "data": ("embedded", "data"),
+    "reference": ("reference",),
+    "train": ("pairs", "policies"),
+    "sample": ("samples",),
+    "score": ("scores",),
+    "fit": ("fit",),
+    "export": ("mixture",),
+    "evaluate": ("evaluation",),
+    "report": ("report",),
+}
+HELP = {
+    "data": "read, check and split the preferences",
+    "reference": "fine-tune the reference model",
+    "train": "train one policy per objective",
+    "sample": "draw responses of the reference for the fit",
+    "score": "score the samples under every policy and reward",
+    "fit": "fit the mixture weights",
+    "export": "write the mixture artefact",
+    "evaluate": "compare reference, policies and mixtures on held-out prompts",
+    "report": "write report.html",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status, 0 only if the result is there."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except (ValueError, OSError) as error:
+        # What a user can cause is a ValueError that says what to do; a traceback would hide it.
+        if options.json:
+            print(json.dumps({"error": str(error)}))
+        print(f"mpo-ray {options.verb}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mpo-ray", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+
+    def add(verb: str, function: object, text: str, *, config: bool = True) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(verb, help=text, description=text)
+        sub.set_defaults(run=function)
+        sub.add_argument("--json", action="store_true", help="print a machine-readable result")
+        if config:
+            sub.add_argument("config", help="run file (YAML)")
+            sub.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", dest="overrides")
+            sub.add_argument("--update", action="store_true", help="let this config replace the one the run began with")
+            sub.add_argument("--address", help="Ray cluster to join; a local Ray is started without one")
+        return sub
+
+    add("run", _run, "do every stage that is not complete")
+    add("check", _check, "look for what would stop a run, before anything is paid for")
+    for verb, text in HELP.items():
+        add(verb, _stage, text)
+    generate = add("generate", _generate, "answer one prompt from the mixture", config=False)
+    generate.add_argument("directory", help="run directory or mixture artefact")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--weights", help="NAME=VALUE,… ; the artefact's own if absent")
+    generate.add_argument("--max-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+    serve = add("serve", _serve, "serve the mixture behind an OpenAI-compatible URL", config=False)
+    serve.add_argument("directory", help="run directory or mixture artefact")
+    serve.add_argument("--host")
+    serve.add_argument("--port", type=int)
+    return parser
+
+
+def run_job(*verbs: str) -> int:
+    """The entry point of the files in `jobs/`: the verbs, one after the other, on the config that `--config` names."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", required=True, help="run file (YAML)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", dest="overrides")
+    parser.add_argument("--update", action="store_true", help="let this config replace the one the run began with")
+    given = parser.parse_args()
+    rest = [given.config, *(f"--set={item}" for item in given.overrides), *(["--update"] if given.update else [])]
+    return next((status for verb in verbs if (status := main([verb, *rest]))), 0)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from mpo_ray.cluster.preflight import check_placement, check_storage_everywhere
+    from mpo_ray.cluster.session import ray_session
+    from mpo_ray.stages.evaluating import show_summary
+    from mpo_ray.stages.pipeline import run_pipeline
+
+    config = _config(options)
+    run = Run.open(config, update=options.update)
+    with ray_session(options.address):
+        check_placement(config)
+        check_storage_everywhere(run)
+        context = _context(config, run)
+        run_pipeline(context)
+    if options.json:
+        print(json.dumps(_result(run)))
+    else:
+        show_summary(context)
+    return 0
+
+
+def _stage(options: argparse.Namespace) -> int:
+    from mpo_ray.cluster.session import ray_session
+    from mpo_ray.stages.pipeline import run_single
+
+    config = _config(options)
+    run = Run.open(config, update=options.update)
+    with ray_session(options.address):
+        run_single(_context(config, run), *STAGE_VERBS[options.verb])
+    record = run.manifest()["stages"][STAGE_VERBS[options.verb][-1]]
+    if options.json:
+        print(json.dumps({"run": run.root, **record}))
+    else:
+        print("\n".join(f"{run.root}/{node}" for node in record["outputs"]))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from mpo_ray.cluster.session import ray_session
+    from mpo_ray.stages.check import check_run
+
+    config = _config(options)
+    with ray_session(options.address):
+        findings = check_run(config, _console(), update=options.update)
+    if options.json:
+        print(json.dumps(findings.as_json()))
+    else:
+        print(findings.as_text())
+    return 1 if findings.problems else 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from mpo_ray.decoding.answer import answer
+
+    text = answer(
+        _artefact(options.directory)[0],
+        options.prompt,
+        weights=_weights(options.weights),
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    print(json.dumps({"text": text}) if options.json else text)
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from mpo_ray.serving.service import serve_endpoint
+
+    artefact, name, serve = _artefact(options.directory)
+    given = {key: getattr(options, key) for key in ("host", "port") if getattr(options, key) is not None}
+    serve_endpoint(artefact, serve.model_copy(update=given), name, blocking=True)
+    return 0
+
+
+def _artefact(directory: str) -> tuple[str, str, Serve]:
+    """The mixture's directory, the name it is served under, and how: from a run directory or an artefact alone."""
+    if (Path(directory) / "policies").is_dir() and not (Path(directory) / "config.yaml").exists():
+        return directory, Path(directory).absolute().name, Serve()
+    run = Run.at(directory)
+    stored = RunConfig.model_validate(run.read_config())
+    return str(run.fetch("mixture")), stored.name, stored.serve
+
+
+def _weights(text: str | None) -> dict[str, float] | None:
+    if text is None:
+        return None
+    try:
+        return {name: float(value) for name, value in (item.split("=") for item in text.split(","))}
+    except ValueError:
+        raise ValueError(f"--weights {text!r}: write NAME=VALUE,NAME=VALUE,…") from None
+
+
+def _config(options: argparse.Namespace) -> RunConfig:
+    return load_config(options.config, options.overrides)
+
+
+def _console() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def _context(config: RunConfig, run: Run) -> Context:
+    from mpo_ray.stages.stage import Context
+
+    return Context(config, run, _console())
+
+
+def _result(run: Run) -> dict[str, object]:
+    return {
+        "run": run.root,
+        "weights": run.read_json("fit.json")["weights"],
+        "metrics": run.read_json("evaluation/metrics.json"),
+        "report": f"{run.root}/report/report.html",
+    }

@@ -1,0 +1,143 @@
+"""A training engine on DeepSpeed: ZeRO 0 to 3, fp32 or bf16, over the process group that Ray Train has set up."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from transformers import get_scheduler
+from transformers.integrations import HfDeepSpeedConfig
+
+from mpo_ray.config import Training
+from mpo_ray.run import file_digest
+from mpo_ray.training.completion_model import CompletionModel
+
+TAG = "state"
+
+
+class CheckpointError(RuntimeError):
+    """A training checkpoint is missing a file or is damaged."""
+
+
+def deepspeed_config(training: Training, *, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: every size a number, since only the HF Trainer fills in "auto"."""
+    return {
+        "train_batch_size": training.batch_size,
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": training.batch_size // (training.micro_batch_size * world_size),
+        "gradient_clipping": training.max_grad_norm,
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": training.precision == "bf16"},
+        "zero_optimization": {"stage": training.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": training.learning_rate, "weight_decay": training.weight_decay, "torch_adam": True},
+        },
+    }
+
+
+def prepare_sharded_loading(training: Training, *, world_size: int) -> HfDeepSpeedConfig | None:
+    """For ZeRO 3: make `from_pretrained` load straight into shards. Keep the result alive until the engine exists."""
+    return HfDeepSpeedConfig(deepspeed_config(training, world_size=world_size)) if training.zero_stage == 3 else None
+
+
+class DeepSpeedEngine:
+    """The `training.engine.Engine` of one Ray Train worker."""
+
+    def __init__(self, model: CompletionModel, training: Training, *, total_steps: int, device: torch.device) -> None:
+        import deepspeed
+
+        # On CPU, DeepSpeed compiles a shared-memory all-reduce at first use. Gloo serves, across nodes too, and needs
+        # no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.device = device
+
+        def schedule(optimizer: torch.optim.Optimizer) -> Any:
+            warmup = round(training.warmup_share * total_steps)
+            name = "constant_with_warmup" if training.schedule == "constant" else training.schedule
+            return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            config=deepspeed_config(training, world_size=self.world_size),
+            lr_scheduler=schedule,
+            dist_init_required=False,
+        )
+
+    @property
+    def model(self) -> CompletionModel:
+        return cast(CompletionModel, self._engine)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        self._engine.step()
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        total = values.detach().clone().to(self.device)
+        dist.all_reduce(total)
+        return total / self.world_size
+
+    def save(self, directory: Path, *, step: int) -> None:
+        self._engine.save_checkpoint(
+            str(directory), tag=TAG, client_state={"step": step}, save_latest=False, exclude_frozen_parameters=True
+        )
+        written = sorted(path for path in (directory / TAG).iterdir() if path.is_file())
+        digests = {path.name: file_digest(str(path)) for path in written}
+        (directory / f"digests-{self.rank}.json").write_text(json.dumps(digests))
+
+    def load(self, directory: Path) -> int:
+        check_checkpoint(directory, world_size=self.world_size)
+        path, state = self._engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=False)
+        if path is None:
+            raise CheckpointError(f"{directory}: DeepSpeed found no checkpoint {TAG!r} there.")
+        return int(state["step"])
+
+    @property
+    def unwrapped(self) -> Any:
+        """The causal LM itself."""
+        return self._engine.module.causal_lm
+
+    def full_state(self, *, trained_only: bool) -> dict[str, torch.Tensor]:
+        """Weights by name, gathered one at a time on rank 0 (elsewhere empty). Collective."""
+        import deepspeed
+
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in self.unwrapped.named_parameters():
+            if trained_only and not parameter.requires_grad:
+                continue
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                if self.rank == 0:
+                    state[name] = parameter.detach().cpu().clone()
+        return state
+
+
+def check_checkpoint(directory: Path, *, world_size: int) -> None:
+    """Compare every worker's files with the digests it wrote. Raises CheckpointError naming the file."""
+    for rank in range(world_size):
+        listing = directory / f"digests-{rank}.json"
+        if not listing.exists():
+            raise CheckpointError(
+                f"the checkpoint {directory} has no part of worker {rank}: it was written by fewer than {world_size} "
+                "workers or is incomplete. Use the number of workers that wrote it, or delete the directory to go on "
+                "from the checkpoint before it."
+            )
+        for name, expected in json.loads(listing.read_text()).items():
+            path = directory / TAG / name
+            if not path.exists() or file_digest(str(path)) != expected:
+                size = f"{os.path.getsize(path)} bytes" if path.exists() else "missing"
+                raise CheckpointError(
+                    f"the checkpoint {directory} is damaged: {path.name} ({size}) is not what was written. Delete the "
+                    "directory to go on from the checkpoint before it."
+                )

@@ -1,0 +1,128 @@
+"""Before anything is paid for: can the cluster ever hold what the config asks for, can every node use the storage?"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mpo_ray.config import RunConfig, Serve
+from mpo_ray.run import Run, RunError
+
+Resources = Mapping[str, float]
+
+
+class PlacementError(ValueError):
+    """The cluster can never hold what the config asks for: without this check, Ray would wait for ever."""
+
+
+def check_placement(config: RunConfig) -> None:
+    """Compare every group of workers and actors with the cluster's nodes. Raises PlacementError."""
+    nodes = node_shapes()
+    total = cluster_limits(nodes)
+    problems = [
+        text for key, count, need in _demands(config) if (text := _shortage(key, count, need, nodes, total)) is not None
+    ]
+    if problems:
+        raise PlacementError("\n".join(problems))
+
+
+def check_serving(serve: Serve) -> None:
+    """As `check_placement`, for the replicas that serving starts with."""
+    nodes = node_shapes()
+    need = {"CPU": serve.cpus_per_replica, "GPU": serve.gpus_per_replica}
+    problem = _shortage("serve.min_replicas", serve.min_replicas, need, nodes, cluster_limits(nodes))
+    if problem is not None:
+        raise PlacementError(problem)
+
+
+def node_shapes() -> list[Resources]:
+    """Resources of every node that lives, and of every kind of node that the autoscaler may add."""
+    shapes: list[Resources] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    config = ray._private.state.state.get_cluster_config()
+    groups = () if config is None else config.node_group_configs
+    return shapes + [dict(group.resources) for group in groups if group.max_count != 0]
+
+
+def cluster_limits(nodes: list[Resources]) -> dict[str, float]:
+    """The most of every resource the cluster can have: the autoscaler's limit where there is one, else what it has."""
+    limits: dict[str, float] = dict(ray.cluster_resources())
+    for kind, most in (ray._private.state.state.get_max_resources_from_cluster_config() or {}).items():
+        limits[kind] = max(limits.get(kind, 0.0), float(most))
+    return limits
+
+
+def check_storage_everywhere(run: Run) -> None:
+    """Have every node read what this process wrote into the run, and write what this process then reads.
+
+    Raises RunError that names the first node which cannot.
+    """
+    token = uuid.uuid4().hex
+    run.write_text(".storage-check/driver", token)
+    try:
+        for node in (node for node in ray.nodes() if node["Alive"]):
+            where = f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            answer = ray.remote(num_cpus=0)(_probe).options(scheduling_strategy=there).remote(run.root, token)
+            problem = ray.get(answer)
+            if problem is None and run.read_text(f".storage-check/{token}") != token:
+                problem = "what it wrote is not visible from the driver"
+            if problem is not None:
+                raise RunError(
+                    f"node {where} cannot use the storage {run.root}: {problem}. Set `storage:` to a place that all "
+                    "nodes share: a network file system, or a URL such as s3://bucket/path."
+                )
+    finally:
+        run.remove(".storage-check")
+
+
+def _probe(root: str, token: str) -> str | None:
+    storage, _, name = root.rpartition("/")
+    run = Run(storage, name)
+    try:
+        if run.read_text(".storage-check/driver") != token:
+            return "the driver's file is not visible there"
+        run.write_text(f".storage-check/{token}", token)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _demands(config: RunConfig) -> list[tuple[str, int, dict[str, float]]]:
+    """Place in the run file, how many at once, and what each needs."""
+    trainings = {"policies.workers": config.policies.workers}
+    if config.reference.sft is not None:
+        trainings["reference.sft.workers"] = config.reference.sft.workers
+    demands: list[tuple[str, int, dict[str, float]]] = [
+        (key, w.num_workers, {"CPU": w.cpus_per_worker, "GPU": w.gpus_per_worker}) for key, w in trainings.items()
+    ]
+    actors = config.scoring
+    need = {"CPU": actors.cpus_per_actor, "GPU": actors.gpus_per_actor}
+    return [*demands, ("scoring", actors.num_actors, need)]
+
+
+def _shortage(
+    key: str, count: int, need: Mapping[str, float], nodes: list[Resources], total: Mapping[str, float]
+) -> str | None:
+    wanted = {kind: amount for kind, amount in need.items() if amount > 0}
+    each = _written(wanted)
+    if not any(all(node.get(kind, 0.0) >= amount for kind, amount in wanted.items()) for node in nodes):
+        largest = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in wanted}
+        return (
+            f"{key}: each needs {each}, but no node has that; the most that one has is {_written(largest)}. Lower it, "
+            "or add nodes."
+        )
+    for kind, amount in wanted.items():
+        if count * amount > total.get(kind, 0.0) + 1e-9:
+            return (
+                f"{key}: {count} × {each} need {count * amount:g} {kind}, but the cluster can have "
+                f"{total.get(kind, 0.0):g}. Lower the number, or add nodes."
+            )
+    return None
+
+
+def _written(resources: Mapping[str, Any]) -> str:
+    return " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items())

@@ -1,0 +1,190 @@
+"""What the Ray Data actors do with one part: reference log-probabilities, samples, scores, and their evaluation.
+
+Each class loads its models once; calling it turns one table of prompts or responses into one with more columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from mpo_ray.config import Actors
+from mpo_ray.data.tokens import prompt_token_ids, render_prompt, response_token_ids
+from mpo_ray.decoding.batch import sample_completions
+from mpo_ray.evaluation.rewards import IMPLICIT, Reward, load_reward
+from mpo_ray.policies.loading import load_tokenizer
+from mpo_ray.policies.policy_set import PolicySet
+from mpo_ray.records import REFERENCE, decode_prompt
+
+
+class PairReference:
+    """Comparisons → token ids and log π_ref of both completions, so that training needs no second model."""
+
+    def __init__(self, reference: str, actors: dict[str, Any]) -> None:
+        self._actors = Actors.model_validate(actors)
+        self._tokenizer = load_tokenizer(reference)
+        self._policies = PolicySet(reference, {}, precision=self._actors.precision)
+
+    def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
+        rows = table.to_pylist()
+        prompts = [prompt_token_ids(self._tokenizer, decode_prompt(r["prompt"], r["is_chat"])) for r in rows]
+        columns: dict[str, list[Any]] = {"id": [r["id"] for r in rows], "prompt_ids": prompts}
+        for side in ("chosen", "rejected"):
+            ids = [response_token_ids(self._tokenizer, r[side]) for r in rows]
+            columns[f"{side}_ids"] = ids
+            columns[f"log_ref_{side}"] = self._policies.logprobs(
+                REFERENCE,
+                list(zip(prompts, ids, strict=True)),
+                batch_size=self._actors.batch_size,
+                pad_id=self._tokenizer.pad_token_id,
+            )
+        columns["weight"] = [r["weight"] for r in rows]
+        return pa.table(columns)
+
+
+class ReferenceSampler:
+    """Prompts → m responses each from π_ref at temperature 1, with log π_ref of the whole sequence."""
+
+    def __init__(self, reference: str, actors: dict[str, Any], num_samples: int, max_new_tokens: int) -> None:
+        self._actors = Actors.model_validate(actors)
+        self._tokenizer = load_tokenizer(reference)
+        self._policies = PolicySet(reference, {}, precision=self._actors.precision)
+        self._num_samples, self._max_new_tokens = num_samples, max_new_tokens
+
+    def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
+        with self._policies.model(REFERENCE) as model:
+            samples = draw(
+                model,
+                self._tokenizer,
+                table,
+                num=self._num_samples,
+                max_new_tokens=self._max_new_tokens,
+                temperature=1.0,
+                seed=int(values["seed"]),
+            )
+        log_ref = self._policies.logprobs(
+            REFERENCE, sequences(samples), batch_size=self._actors.batch_size, pad_id=self._tokenizer.pad_token_id
+        )
+        samples = samples.append_column("proposal", pa.array([REFERENCE] * samples.num_rows))
+        return samples.append_column("log_ref", pa.array(log_ref, pa.float64()))
+
+
+class SampleScorer:
+    """Samples → log-ratio of every policy and reward of every objective: the score table (design 5.2)."""
+
+    def __init__(
+        self,
+        reference: str,
+        policies: Mapping[str, str],
+        rewards: Mapping[str, str],
+        beta: float,
+        actors: dict[str, Any],
+    ) -> None:
+        self._actors = Actors.model_validate(actors)
+        self._tokenizer = load_tokenizer(reference)
+        self._names = list(policies)
+        self._policies = PolicySet(reference, policies, precision=self._actors.precision)
+        self._rewards = load_rewards(rewards, self._actors)
+        self._beta = beta
+
+    def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
+        ratios = log_ratios(self._policies, self._names, table, self._actors, self._tokenizer.pad_token_id)
+        for name, column in ratios.items():
+            table = table.append_column(f"log_ratio_{name}", pa.array(column, pa.float64()))
+        return with_rewards(table, self._rewards, self._tokenizer, ratios, self._beta)
+
+
+def draw(
+    model: Any, tokenizer: Any, prompts: pa.Table, *, num: int, max_new_tokens: int, temperature: float, seed: int
+) -> pa.Table:
+    """Sample `num` completions for every row of a prompt table; one row per completion."""
+    rows = prompts.to_pylist()
+    ids = [prompt_token_ids(tokenizer, decode_prompt(r["prompt"], r["is_chat"])) for r in rows]
+    drawn = sample_completions(
+        model,
+        ids,
+        num_completions=num,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        seed=seed,
+    )
+    columns: dict[str, list[Any]] = {name: [] for name in _SAMPLE_SCHEMA.names}
+    for row, prompt_ids, completions in zip(rows, ids, drawn, strict=True):
+        for index, completion in enumerate(completions):
+            response = tokenizer.decode(completion.ids, skip_special_tokens=True)
+            cells = (
+                row["prompt_id"],
+                index,
+                row["prompt"],
+                row["is_chat"],
+                response,
+                prompt_ids,
+                completion.ids,
+                completion.finished,
+            )
+            for name, cell in zip(_SAMPLE_SCHEMA.names, cells, strict=True):
+                columns[name].append(cell)
+    return pa.table(columns, schema=_SAMPLE_SCHEMA)
+
+
+_SAMPLE_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample_id", pa.int32()),
+        ("prompt", pa.string()),
+        ("is_chat", pa.bool_()),
+        ("response", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("response_ids", pa.list_(pa.int32())),
+        ("finished", pa.bool_()),
+    ]
+)
+
+
+def sequences(table: pa.Table) -> list[tuple[list[int], list[int]]]:
+    """The token ids of a sample table's rows: (prompt, completion)."""
+    return list(zip(table["prompt_ids"].to_pylist(), table["response_ids"].to_pylist(), strict=True))
+
+
+def log_ratios(
+    policies: PolicySet, names: list[str], table: pa.Table, actors: Actors, pad_id: int
+) -> dict[str, list[float]]:
+    """ℓ_k = log π_k − log π_ref of every row and objective, nats; log π_ref is the table's own where it has it."""
+    rows = sequences(table)
+
+    def logprobs(name: str) -> list[float]:
+        return policies.logprobs(name, rows, batch_size=actors.batch_size, pad_id=pad_id)
+
+    reference = table["log_ref"].to_pylist() if "log_ref" in table.column_names else logprobs(REFERENCE)
+    return {name: [a - b for a, b in zip(logprobs(name), reference, strict=True)] for name in names}
+
+
+def load_rewards(specs: Mapping[str, str], actors: Actors) -> dict[str, Reward | None]:
+    """Rewards by objective; None stands for the implicit one."""
+    return {
+        name: None if spec == IMPLICIT else load_reward(spec, objective=name, batch_size=actors.batch_size)
+        for name, spec in specs.items()
+    }
+
+
+def with_rewards(
+    table: pa.Table,
+    rewards: Mapping[str, Reward | None],
+    tokenizer: Any,
+    ratios: Mapping[str, list[float]],
+    beta: float,
+) -> pa.Table:
+    """Append a column `reward_<objective>` for every objective; the implicit reward is β ℓ_k (design 2.1)."""
+    prompts = [
+        render_prompt(tokenizer, decode_prompt(prompt, is_chat))
+        for prompt, is_chat in zip(table["prompt"].to_pylist(), table["is_chat"].to_pylist(), strict=True)
+    ]
+    responses = table["response"].to_pylist()
+    for name, reward in rewards.items():
+        values = [beta * ratio for ratio in ratios[name]] if reward is None else reward(prompts, responses)
+        table = table.append_column(f"reward_{name}", pa.array(values, pa.float64()))
+    return table

@@ -1,0 +1,92 @@
+"""Training runs on Ray Train: side by side where the cluster has room for it, one after another where it has not."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
+import ray
+import ray.train
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from rich.console import Console
+
+from mpo_ray.cluster.progress import ProgressBoard, bars
+from mpo_ray.cluster.train_worker import train_worker
+from mpo_ray.cluster.training_job import TrainingJob
+from mpo_ray.config import Workers
+
+POLL_S = 0.5
+
+
+class TrainingError(RuntimeError):
+    """A training run failed more often than `max_failures` allows."""
+
+
+def train_all(jobs: Sequence[TrainingJob], console: Console) -> None:
+    """Run every job to its end, as many at a time as the cluster has room for; each resumes from its last checkpoint.
+
+    Raises TrainingError with the worker's own error. What the other jobs finished stays.
+    """
+    board = ProgressBoard.create()
+    waiting = [job.model_copy(update={"board": board.name}) for job in jobs]
+    failed: dict[str, str] = {}
+    room = max(1, min((num_side_by_side(job.training.workers) for job in jobs), default=1))
+    # `fit` blocks, and keeps its workers itself: a thread for each run is all that the driver needs.
+    with bars(console) as shown, ThreadPoolExecutor(max_workers=room) as threads:
+        running = {threads.submit(_fit, job): job for job in waiting}
+        while running:
+            done, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
+            for task, (at, total, figures) in board.read().items():
+                shown.show(task, at, total, figures)
+            for future in done:
+                job = running.pop(future)
+                error = future.result()
+                if error is not None:
+                    failed[job.name] = error
+    if failed:
+        causes = "\n".join(f"{name}: {cause}" for name, cause in failed.items())
+        raise TrainingError(f"training failed; the same command goes on from the last checkpoints.\n{causes}")
+
+
+def num_side_by_side(workers: Workers) -> int:
+    """How many groups of these workers the cluster holds at once, by its total of CPUs and GPUs."""
+    total = ray.cluster_resources()
+    need = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
+    return min(
+        math.floor(float(total.get(kind, 0.0)) / (amount * workers.num_workers) + 1e-9)
+        for kind, amount in need.items()
+        if amount > 0
+    )
+
+
+def _fit(job: TrainingJob) -> str | None:
+    """Run one TorchTrainer; returns its error as text, None if it ended well."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    workers = job.training.workers
+    resources = {"CPU": workers.cpus_per_worker}
+    if workers.gpus_per_worker:
+        resources["GPU"] = workers.gpus_per_worker
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=job.model_dump(mode="json"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers,
+            use_gpu=workers.gpus_per_worker > 0,
+            resources_per_worker=resources,
+            placement_strategy="SPREAD" if workers.num_workers > 1 else "PACK",
+        ),
+        run_config=RunConfig(
+            name=f"{job.name}-{job.identity}",
+            storage_path=f"{job.run_root}/training",
+            failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        return str(error)
+    return None

@@ -1,0 +1,174 @@
+"""Comparisons of one objective: reading them, pairing rated responses, and when bad rows stop a run.
+
+Refuses to know files and hub data sets (`sources`) and what one row says (`row_forms`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from mpo_ray.config import Source
+from mpo_ray.data.fields import BadFieldError, Values
+from mpo_ray.data.row_forms import FORMS, TIES, Pair, Rated, find_form, pair_reader, rated_reader
+from mpo_ray.data.sources import DataError, Refusal, Row, describe, read_table
+from mpo_ray.records import Comparison, digest, encode_prompt
+
+#: Besides ties and missing labels, what the form `ratings` skips: a response with no other left to be paired with.
+UNPAIRED = "unpaired responses"
+#: How many bad rows an error shows.
+NUM_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What a source says about one objective. Every row is accounted for:
+
+    num_rows = comparisons + refused + skipped, where a comparison of the form `ratings` counts for its two rows.
+    """
+
+    comparisons: list[Comparison]
+    refused: list[Refusal]
+    skipped: dict[str, int]
+    form: str
+    num_rows: int
+
+
+def read_comparisons(source: Source, objective: str, label: str | None = None) -> Parsed:
+    """Read what a source says about `objective`; `label` names its label or rating column, by default `objective`.
+
+    Raises DataError if the rows fit no form, or none has the label column. Bad rows are returned, not raised.
+    """
+    columns, rows = read_table(source)
+    form = find_form(columns, source, label)
+    column = label or objective
+    tally = _Tally()
+    if form == "ratings":
+        comparisons = _pair_by_rating(tally.read(rows, rated_reader(column)), tally)
+    else:
+        comparisons = _with_ids(pair for _, pair in tally.read(rows, pair_reader(form, columns, column)))
+    if form in ("labels", "ratings") and column not in tally.columns:
+        raise DataError(
+            f"{describe(source)}: the form is {FORMS[form]!r}, but no row has the column {column!r} for objective "
+            f"{objective!r}; the columns are {', '.join(tally.columns)}. Set the objective's `label:` to one of them."
+        )
+    return Parsed(comparisons, tally.refused, dict(tally.skipped), form, tally.num_rows)
+
+
+def check_refused(parsed: Parsed, *, objective: str, allow: float) -> None:
+    """Raise DataError if more than the share `allow` of the rows was refused, or if no comparison is left."""
+    check_share(parsed.refused, parsed.num_rows, what=f"objective {objective!r}", allow=allow)
+    if not parsed.comparisons:
+        skipped = ", ".join(f"{number} {kind}" for kind, number in parsed.skipped.items()) or "none skipped"
+        raise DataError(
+            f"objective {objective!r}: no pairs are left of {parsed.num_rows} rows ({len(parsed.refused)} refused, "
+            f"{skipped}). Without pairs it has nothing to learn from: check its `preferences:` and `label:`, or remove "
+            "the objective."
+        )
+
+
+def check_share(
+    refused: Sequence[Refusal],
+    num_rows: int,
+    *,
+    what: str,
+    allow: float,
+    remedy: str = "Correct them, or raise `data.allow_bad_rows` to leave them out.",
+) -> None:
+    """Raise DataError, with the counts by reason and the first bad rows, if more than `allow` of the rows is refused.
+
+    `what` names in the message what was read.
+    """
+    share = len(refused) / max(1, num_rows)
+    if share <= allow:
+        return
+    counts = Counter(refusal.reason.partition(":")[0] for refusal in refused)
+    lines = [
+        f"{what}: {len(refused)} of {num_rows} rows are bad, a share of {share:.2g}; allowed is {allow:g}. {remedy}"
+    ]
+    lines += [f"  {number} × {reason}" for reason, number in counts.most_common()]
+    lines += [f"  {refusal.where}: {refusal.reason}" for refusal in refused[:NUM_SHOWN]]
+    if (more := len(refused) - NUM_SHOWN) > 0:
+        lines.append(f"  … and {more} more")
+    raise DataError("\n".join(lines))
+
+
+Item = TypeVar("Item", Pair, Rated)
+
+
+@dataclass
+class _Tally:
+    """Counts every row once, as read, refused or skipped."""
+
+    refused: list[Refusal] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    num_rows: int = 0
+    columns: dict[str, None] = field(default_factory=dict)
+
+    def read(self, rows: Iterable[Row | Refusal], read: Callable[[Values], Item | str]) -> Iterator[tuple[str, Item]]:
+        """What `read` makes of each row, with its place; a str is the reason to skip the row."""
+        places: dict[str, str] = {}
+        for row in rows:
+            self.num_rows += 1
+            if isinstance(row, Refusal):
+                self.refused.append(row)
+                continue
+            self.columns.update(dict.fromkeys(row.values))
+            try:
+                item = read(row.values)
+            except BadFieldError as error:
+                self.refused.append(Refusal(row.where, str(error)))
+                continue
+            if isinstance(item, str):
+                self.skipped[item] += 1
+            elif item.id is not None and item.id in places:
+                self.refused.append(Refusal(row.where, f"duplicate id: {item.id!r} is the id of {places[item.id]} too"))
+            else:
+                if item.id is not None:
+                    places[item.id] = row.where
+                yield row.where, item
+
+
+def _with_ids(pairs: Iterable[Pair]) -> list[Comparison]:
+    """Comparisons in the order of the rows; one without an id is named by its content."""
+    repeats: Counter[str] = Counter()
+    comparisons = []
+    for pair in pairs:
+        name = pair.id
+        if name is None:
+            content = digest([*encode_prompt(pair.prompt), pair.chosen, pair.rejected])[:16]
+            name = content if not repeats[content] else f"{content}-{repeats[content]}"
+            repeats[content] += 1
+        comparisons.append(Comparison(name, pair.prompt, pair.chosen, pair.rejected, pair.weight, pair.margin))
+    return comparisons
+
+
+def _pair_by_rating(rated: Iterable[tuple[str, Rated]], tally: _Tally) -> list[Comparison]:
+    """Pair each prompt's responses by rank: highest with lowest, second highest with second lowest, and so on.
+
+    A response is in one pair at most: as all pairs, the best one would be chosen in each that it enters (design 2.4,
+    trap 4). A pair of equal ratings is a tie, the middle one of an odd number is left over. The margin is the
+    difference of the ratings, the weight the mean of the two.
+    """
+    by_prompt: dict[tuple[str, bool], dict[str, Rated]] = {}
+    for where, item in rated:
+        responses = by_prompt.setdefault(encode_prompt(item.prompt), {})
+        if item.response in responses:
+            tally.refused.append(Refusal(where, "the same response to the same prompt came before"))
+        else:
+            responses[item.response] = item
+    pairs = []
+    for responses in by_prompt.values():
+        ranked = sorted(responses.values(), key=lambda item: (item.rating, item.response))
+        if len(ranked) % 2:
+            tally.skipped[UNPAIRED] += 1
+        for worse, better in zip(ranked[: len(ranked) // 2], reversed(ranked), strict=False):
+            if better.rating == worse.rating:
+                tally.skipped[TIES] += 2
+                continue
+            name = None if better.id is None or worse.id is None else f"{better.id}/{worse.id}"
+            weight, margin = (better.weight + worse.weight) / 2, better.rating - worse.rating
+            pairs.append(Pair(better.prompt, better.response, worse.response, weight, margin, name))
+    return _with_ids(pairs)

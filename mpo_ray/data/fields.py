@@ -1,0 +1,156 @@
+"""What a field of a row may hold: texts, chat messages, transcripts and numbers, or the reason why a row is bad."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mpo_ray.records import Message, Prompt
+
+#: What opens the assistant's turn in a transcript that is one string (the form of HH-RLHF), and what opens the human's.
+ASSISTANT_TURN = "\n\nAssistant:"
+HUMAN_TURN = "\n\nHuman:"
+
+Values = Mapping[str, Any]
+
+
+class BadFieldError(ValueError):
+    """A row is bad; the message is the `reason` of its Refusal."""
+
+
+def read_text(values: Values, name: str) -> str:
+    """A text that is more than white space, exactly as written."""
+    return _check_text(values.get(name), f"field {name!r}")
+
+
+def read_prompt(values: Values) -> Prompt:
+    """The field `prompt`: a text, or chat messages of which the last is not the assistant's."""
+    if not isinstance(values.get("prompt"), list):
+        return read_text(values, "prompt")
+    messages = _check_messages(values["prompt"], "field 'prompt'")
+    if messages[-1]["role"] == "assistant":
+        raise BadFieldError("field 'prompt' ends with an assistant message")
+    return messages
+
+
+def read_reply(values: Values, name: str, prompt: Prompt) -> tuple[Prompt, str]:
+    """A reply to `prompt`: a text, or chat messages that end with the assistant's.
+
+    Messages before the last must repeat the prompt; they then are the prompt, as it may be given as bare text.
+    """
+    if not isinstance(values.get(name), list):
+        return prompt, read_text(values, name)
+    before, reply = _split_last(values[name], f"field {name!r}")
+    if not before or before == prompt:
+        return prompt, reply
+    if isinstance(prompt, str) and before[-1]["content"] == prompt:
+        return before, reply
+    raise BadFieldError(f"field {name!r} begins with messages that are not the prompt")
+
+
+def read_transcripts(values: Values) -> tuple[Prompt, str, str]:
+    """The fields `chosen` and `rejected` as whole transcripts: their common prompt and the two last replies.
+
+    Strings are cut after the last turn marker of their common prefix; what follows it, its leading space too, is the
+    reply.
+    """
+    chosen, rejected = values.get("chosen"), values.get("rejected")
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        before, chosen_reply = _split_last(chosen, "field 'chosen'")
+        other, rejected_reply = _split_last(rejected, "field 'rejected'")
+        if not before:
+            raise BadFieldError("a transcript without a prompt: its only message is the reply")
+        if before != other:
+            raise BadFieldError("the transcripts part before their last turn")
+        return before, chosen_reply, rejected_reply
+    chosen, rejected = read_text(values, "chosen"), read_text(values, "rejected")
+    marker = _common_prefix(chosen, rejected).rfind(ASSISTANT_TURN)
+    if marker < 0:
+        raise BadFieldError(f"no turn marker in what the transcripts have in common: {ASSISTANT_TURN!r}")
+    cut = marker + len(ASSISTANT_TURN)
+    if HUMAN_TURN in chosen[cut:] or HUMAN_TURN in rejected[cut:]:
+        raise BadFieldError("the transcripts part before their last turn")
+    replies = {"chosen": chosen[cut:], "rejected": rejected[cut:]}
+    for name, reply in replies.items():
+        _check_text(reply, f"the reply in {name!r}")
+    return chosen[:cut], replies["chosen"], replies["rejected"]
+
+
+def _common_prefix(first: str, second: str) -> str:
+    differ = (place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return first[: next(differ, min(len(first), len(second)))]
+
+
+def read_number(values: Values, name: str) -> float | None:
+    """A finite number, also written as text (CSV); None where there is none."""
+    value = values.get(name)
+    if is_missing(value):
+        return None
+    try:
+        number = float(str(value))
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadFieldError(f"field {name!r} is not a finite number: {value!r}")
+    return number
+
+
+def read_id(values: Values) -> str | None:
+    """The field `id`, a text or a whole number, as text; None where there is none."""
+    value = values.get("id")
+    if is_missing(value):
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return _check_text(value, "field 'id'")
+
+
+def is_missing(value: object) -> bool:
+    """Whether a cell is empty: null, the empty text of a CSV file, or NaN, which some writers of Parquet put there."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def _check_text(value: object, what: str) -> str:
+    if value is None:
+        raise BadFieldError(f"{what} is missing")
+    if not isinstance(value, str):
+        raise BadFieldError(f"{what} is not text: {type(value).__name__} {_shorten(value)}")
+    if not value.strip():
+        raise BadFieldError(f"{what} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadFieldError(
+            f"{what} cannot be written as UTF-8: lone surrogate at character {error.start + 1}"
+        ) from None
+    return value
+
+
+def _check_messages(value: list[Any], what: str) -> tuple[Message, ...]:
+    if not value:
+        raise BadFieldError(f"{what} is empty")
+    messages: list[Message] = []
+    for number, message in enumerate(value, 1):
+        place = f"message {number} of {what}"
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise BadFieldError(f"{place} is no chat message: it needs role and content, and is {_shorten(message)}")
+        role, content = message["role"], message.get("content")
+        is_blank_system = role == "system" and content == ""
+        text = "" if is_blank_system else _check_text(content, f"the content of {place}")
+        messages.append({"role": role, "content": text})
+    return tuple(messages)
+
+
+def _split_last(value: list[Any], what: str) -> tuple[tuple[Message, ...], str]:
+    messages = _check_messages(value, what)
+    if messages[-1]["role"] != "assistant":
+        raise BadFieldError(f"{what} does not end with an assistant message")
+    if len(messages) > 1 and messages[-2]["role"] == "assistant":
+        raise BadFieldError(f"{what} ends with two assistant messages")
+    return messages[:-1], messages[-1]["content"]
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,60 @@
+"""How long rows may be: what the config and the model's context allow, and what happens to longer ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import AutoConfig
+
+from mpo_ray.data.comparisons import Parsed
+from mpo_ray.data.sources import DataError
+from mpo_ray.data.tokens import prompt_token_ids, response_token_ids
+
+OVERLONG = "overlong"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Upper limits in tokens: of the prompt, of the response with its end token, and of both together."""
+
+    prompt: int
+    response: int
+    context: int
+
+    def allow(self, prompt: int, response: int) -> bool:
+        return prompt <= self.prompt and response <= self.response and prompt + response <= self.context
+
+    def __str__(self) -> str:
+        return (
+            f"max_prompt_tokens {self.prompt}, max_response_tokens {self.response}, or the model's context "
+            f"{self.context} for both"
+        )
+
+
+def model_context(model: str) -> int:
+    """The longest sequence a model takes, by its configuration."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+
+def check_lengths(
+    parsed: Parsed, tokenizer: Any, limits: Limits, *, objective: str, overlong: Literal["error", "drop"]
+) -> Parsed:
+    """Leave out the comparisons that are too long, and count them; with "error", raise DataError if there are any."""
+    kept, first = [], ""
+    for comparison in parsed.comparisons:
+        prompt = len(prompt_token_ids(tokenizer, comparison.prompt))
+        response = max(len(response_token_ids(tokenizer, r)) for r in (comparison.chosen, comparison.rejected))
+        if limits.allow(prompt, response):
+            kept.append(comparison)
+        elif not first:
+            first = f"pair {comparison.id!r}: prompt {prompt} tokens, longer response {response} tokens"
+    num_overlong = len(parsed.comparisons) - len(kept)
+    if num_overlong and (overlong == "error" or not kept):
+        raise DataError(
+            f"objective {objective!r}: {num_overlong} of {len(parsed.comparisons)} pairs are longer than {limits}; "
+            f"first {first}. Raise the limits, use a model with a longer context, or set data.overlong: drop."
+        )
+    return dataclasses.replace(parsed, comparisons=kept, skipped={**parsed.skipped, OVERLONG: num_overlong})

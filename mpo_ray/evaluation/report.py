@@ -1,0 +1,207 @@
+"""report.html: one run's evaluation on one self-contained page, with its pictures also as files.
+
+What the page says comes from the arguments alone; a part whose argument is empty or None is left out. All text is
+escaped: completions are whatever a model wrote.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from matplotlib.figure import Figure
+
+from mpo_ray.evaluation import figures
+from mpo_ray.evaluation.metrics import MPO, REWARD, Metrics, number, verdict
+from mpo_ray.evaluation.terminal import FEW_SAMPLES
+from mpo_ray.records import decode_prompt
+
+#: Prompts whose completions are shown side by side, and the longest text that is shown whole.
+SHOWN_PROMPTS = 4
+SHOWN_CHARACTERS = 900
+
+#: Names of what fit.json holds, where the key alone does not say the unit.
+FIT_NAMES = {"objective_value": "F(λ), nats", "gap": "gap, nats", "step_size": "step size η", "gradient": "∂F/∂λ"}
+
+CAPTIONS = {
+    "win_rates": "Win rate against the reference, with intervals. The dashed line is parity; the shaded group is the "
+    "worst objective of each candidate.",
+    "weights": "The mixture's weights.",
+    "trade_off": "Mean rewards of two objectives at a time. Up and to the right is better; crosses are the intervals.",
+    "kl": "Distance from the reference against the worst objective's win rate.",
+    "training": "Training loss of the single policies.",
+}
+
+
+def write_report(
+    directory: Path,
+    *,
+    run_name: str,
+    metrics: Metrics,
+    fit: Mapping[str, Any],
+    completions: pa.Table,
+    counts: Mapping[str, Mapping[str, Any]],
+    conflict: Sequence[Mapping[str, Any]] | None,
+    provenance: Mapping[str, Any],
+    training: Mapping[str, Mapping[str, Any]],
+) -> Path:
+    """Write report.html, metrics.json and the pictures into `directory`, and return the path of report.html.
+
+    fit: what fit.json holds; `weights` and `method` are required. `trace`, a list of [step, λ_1 … λ_K], is drawn if it
+        has two rows or more; everything else is listed as it is.
+    completions: the evaluation's table, with `prompt`, `is_chat` and `response` besides what the metrics are made of
+    counts: objective → what was counted of its comparisons (numbers, or one level of named numbers)
+    conflict: per pair of objectives `first`, `second`, `disagreement`, `rank_correlation`, `sentence`; None if unknown
+    provenance: what the run was made with (versions, seed, digest of the config, …), nested as deep as need be
+    training: objective → `steps`, `heldout` (named numbers) and `history` (a list of {"step", "loss"}), each optional
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    pictures = {name: figures.png(figure) for name, figure in _figures(metrics, fit, training).items()}
+    for name, content in pictures.items():
+        (directory / f"{name}.png").write_bytes(content)
+    _write_json(directory / "metrics.json", metrics.as_json())
+    found = verdict(metrics)
+    page = _template().render(
+        run_name=run_name,
+        metrics=metrics,
+        mpo=MPO,
+        verdict=found,
+        pictures={
+            name: {"source": f"data:image/png;base64,{base64.b64encode(png).decode()}", "caption": CAPTIONS[name]}
+            for name, png in pictures.items()
+        },
+        weights=fit["weights"],
+        fit=_flat({FIT_NAMES.get(k, k): v for k, v in fit.items() if k not in ("weights", "trace", "objectives")}),
+        few_samples=_median_size(fit) < FEW_SAMPLES,
+        examples=_examples(metrics, completions),
+        counts=_table_of(counts),
+        conflict=conflict,
+        training=_table_of({name: _training_numbers(values) for name, values in training.items()}),
+        provenance=_flat(provenance),
+    )
+    path = directory / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _figures(metrics: Metrics, fit: Mapping[str, Any], training: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
+    drawn = {"win_rates": figures.win_rate_figure(metrics), "weights": _weights_figure(fit)}
+    if len(metrics.objectives) > 1:
+        drawn["trade_off"] = figures.trade_off_figure(metrics)
+    drawn["kl"] = figures.kl_figure(metrics)
+    curves = {
+        name: [(float(point["step"]), float(point["loss"])) for point in values.get("history") or []]
+        for name, values in training.items()
+    }
+    if any(len(points) > 1 for points in curves.values()):
+        drawn["training"] = figures.training_figure({name: points for name, points in curves.items() if points})
+    return drawn
+
+
+def _weights_figure(fit: Mapping[str, Any]) -> Figure:
+    trace = np.array(fit.get("trace") or [], dtype=np.float64)
+    if len(trace) < 2:
+        return figures.given_weights_figure(fit["weights"])
+    average = np.array(list(fit["weights"].values()), dtype=np.float64)
+    return figures.weights_figure(trace[:, 0], trace[:, 1:], average, list(fit["weights"]))
+
+
+def _examples(metrics: Metrics, completions: pa.Table) -> list[dict[str, Any]]:
+    """The first completion of every candidate for a few prompts, spread evenly over the sorted prompt ids."""
+    prompts = np.unique(completions["prompt_id"].to_numpy())
+    chosen = prompts[np.unique(np.linspace(0, len(prompts) - 1, SHOWN_PROMPTS).round().astype(int))]
+    rows = completions.filter(pc.is_in(completions["prompt_id"], pa.array(chosen)))
+    first: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows.sort_by("completion_id").to_pylist():
+        first.setdefault((row["prompt_id"], row["candidate"]), row)
+    examples = []
+    for prompt in chosen.tolist():
+        shown = [(name, first[prompt, name]) for name in metrics.candidates]
+        examples.append(
+            {
+                "prompt": _turns(shown[0][1]["prompt"], is_chat=shown[0][1]["is_chat"]),
+                "completions": [
+                    {
+                        "candidate": name,
+                        "text": _shortened(row["response"]),
+                        "rewards": {o: row[REWARD + o] for o in metrics.objectives},
+                        "num_tokens": row["num_tokens"],
+                        "finished": row["finished"],
+                    }
+                    for name, row in shown
+                ],
+            }
+        )
+    return examples
+
+
+def _turns(text: str, *, is_chat: bool) -> list[tuple[str, str]]:
+    """A prompt as (role, text) turns; a plain prompt is one turn without a role."""
+    prompt = decode_prompt(text, is_chat)
+    if isinstance(prompt, str):
+        return [("", _shortened(prompt))]
+    return [(str(message.get("role", "")), _shortened(str(message.get("content", "")))) for message in prompt]
+
+
+def _shortened(text: str) -> str:
+    rest = len(text) - SHOWN_CHARACTERS
+    return text if rest <= 0 else f"{text[:SHOWN_CHARACTERS]} … ({rest} more characters)"
+
+
+def _training_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **{key: value for key, value in values.items() if key not in ("heldout", "history")},
+        **{f"held-out {key}": value for key, value in (values.get("heldout") or {}).items()},
+    }
+
+
+def _table_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Named rows of values as a header and cells; a row without a column has an empty cell. None without rows."""
+    flat = {name: dict(_flat(row)) for name, row in rows.items()}
+    columns = list(dict.fromkeys(column for row in flat.values() for column in row))
+    if not columns:
+        return None
+    return {"columns": columns, "rows": {name: [row.get(c, "") for c in columns] for name, row in flat.items()}}
+
+
+def _flat(value: Mapping[str, Any], place: str = "") -> list[tuple[str, str]]:
+    """Nested values as (name, text) lines; None is left out."""
+    lines: list[tuple[str, str]] = []
+    for key, item in value.items():
+        name = f"{place}{key}".replace("_", " ")
+        if isinstance(item, Mapping):
+            lines += _flat(item, f"{name}: ")
+        elif isinstance(item, list | tuple):
+            lines.append((name, ", ".join(map(_text, item))))
+        elif item is not None:
+            lines.append((name, _text(item)))
+    return lines
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _median_size(fit: Mapping[str, Any]) -> float:
+    size = fit.get("effective_sample_size")
+    return float("inf") if size is None else float(size["median"])
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = number
+    return environment.from_string(files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"))

@@ -1,0 +1,124 @@
+"""The end of a run on the terminal: the table of candidates, and the weights with what is known of their fit.
+
+Written for 100 columns; where there is no terminal the same lines come without colour.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mpo_ray.evaluation.metrics import MPO, Estimate, Metrics, number, verdict, written
+
+#: Width where the output is not a terminal.
+PLAIN_WIDTH = 100
+#: Below this median effective sample size a fit follows single samples (design 2.2).
+FEW_SAMPLES = 2.0
+
+
+def metrics_table(metrics: Metrics, weights: Mapping[str, float], diagnostics: Mapping[str, Any]) -> RenderableType:
+    """The summary of an evaluation: win rates, mean rewards, the verdict, and the weights λ with their fit.
+
+    diagnostics: what fit.json holds; `method`, `objective_value` (nats), `effective_sample_size` (`min`, `median`),
+        `samples_per_prompt` and `gap` (nats) are shown where present.
+    """
+    found = verdict(metrics)
+    lines = [Text(found.sentence, style="bold")] if found is not None else []
+    notes = Text(
+        f"{metrics.num_prompts} prompts; ± is half of the {100 * metrics.confidence:g} % interval "
+        f"({metrics.draws} bootstrap draws over prompts). Mixtures are decoded token by token.",
+        style="dim",
+    )
+    return Group(
+        _win_rates(metrics),
+        _rewards(metrics),
+        *lines,
+        Text(),
+        *fit_lines(weights, diagnostics),
+        Text(),
+        notes,
+    )
+
+
+def fit_lines(weights: Mapping[str, float], diagnostics: Mapping[str, Any]) -> list[Text]:
+    """The weights λ, the method that gave them, and how far they can be trusted."""
+    given = " · ".join(f"{name} {number(value, 3)}" for name, value in weights.items())
+    method = diagnostics.get("method")
+    lines = [Text.assemble(("weights λ  ", "bold"), given, f"  ({method})" if method else "")]
+    facts = []
+    if (objective := diagnostics.get("objective_value")) is not None:
+        facts.append(f"F(λ) {number(objective, 4)} nats")
+    if (gap := diagnostics.get("gap")) is not None:
+        facts.append(f"gap {gap:.2g} nats")
+    size = diagnostics.get("effective_sample_size")
+    if size is not None:
+        samples = diagnostics.get("samples_per_prompt")
+        out_of = f" of {samples}" if samples else ""
+        facts.append(f"effective sample size: median {number(size['median'], 1)}{out_of}, min {number(size['min'], 1)}")
+    if facts:
+        lines.append(Text("fit        " + "; ".join(facts)))
+    if size is not None and size["median"] < FEW_SAMPLES:
+        lines.append(
+            Text(
+                f"caution    a median effective sample size below {FEW_SAMPLES:g} means that single samples decide the "
+                "weights; keep the policies nearer the reference (larger policies.beta) or draw more samples.",
+                style="yellow",
+            )
+        )
+    return lines
+
+
+def print_summary(
+    metrics: Metrics, weights: Mapping[str, float], diagnostics: Mapping[str, Any], *, file: TextIO | None = None
+) -> None:
+    """Print `metrics_table` to `file` (standard output if none), plainly where that is not a terminal."""
+    out = sys.stdout if file is None else file
+    console = Console(file=out, highlight=False, width=None if out.isatty() else PLAIN_WIDTH)
+    console.print(metrics_table(metrics, weights, diagnostics))
+
+
+def _win_rates(metrics: Metrics) -> Table:
+    table = _table("win rate against the reference", metrics)
+    table.add_column("minimum", justify="right", style="bold", vertical="bottom")
+    for name in ("KL, nats", "tokens"):
+        table.add_column(name, justify="right")
+    for name, candidate in metrics.candidates.items():
+        table.add_row(
+            metrics.label(name),
+            *(_plus_minus(candidate.win_rates[objective]) for objective in metrics.objectives),
+            written(candidate.minimum_win_rate),
+            number(candidate.kl.value),
+            number(candidate.num_tokens, 1),
+            style="green" if name == MPO else None,
+        )
+    return table
+
+
+def _rewards(metrics: Metrics) -> Table:
+    table = _table("mean reward", metrics)
+    for name, candidate in metrics.candidates.items():
+        table.add_row(
+            metrics.label(name),
+            *(_plus_minus(candidate.rewards[objective]) for objective in metrics.objectives),
+            style="green" if name == MPO else None,
+        )
+    return table
+
+
+def _table(title: str, metrics: Metrics) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for objective in metrics.objectives:
+        table.add_column(objective, justify="right")
+    return table
+
+
+def _plus_minus(estimate: Estimate) -> str:
+    half = f" ±{number(estimate.half_width)}" if estimate.low is not None else ""
+    return number(estimate.value) + half

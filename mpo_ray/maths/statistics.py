@@ -1,0 +1,100 @@
+"""Win probabilities and paired bootstrap intervals over prompts (design 2.5).
+
+The prompt is the unit that is resampled: completions of one prompt are not independent of each other. Knows nothing of
+tables, candidates or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+#: Most entries of one block of resampling counts, so that many prompts and draws do not fill the memory.
+BLOCK = 1 << 22
+
+
+def win_probabilities(candidate: Floats, reference: Floats) -> Floats:
+    """Share of pairs that the candidate wins: W(x) = mean_{i,j} 1[r(x, y_i) > r(x, y'_j)] + ½ 1[=]   (design 2.5)
+
+    candidate: (P, N) rewards of N completions for each of P prompts
+    reference: (P, M) rewards of the reference's M completions of the same prompts
+    Returns (P,), in [0, 1]; ½ is parity. Unbiased for the win probability of one completion against another.
+    """
+    _check_rewards(candidate, reference)
+    above = candidate[:, :, None] > reference[:, None, :]
+    equal = candidate[:, :, None] == reference[:, None, :]
+    return np.asarray((above + 0.5 * equal).mean(axis=(1, 2)), dtype=np.float64)
+
+
+def bootstrap_counts(num_prompts: int, draws: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+    """Resample prompts with replacement: how often each of P prompts is in each draw, n ~ Multinomial(P, 1/P).
+
+    Yields blocks (D, P) whose D sum to `draws`; each row sums to P. The blocks do not depend on their size.
+    """
+    if num_prompts < 2 or draws < 1:
+        raise ValueError(
+            f"A bootstrap needs at least 2 prompts and 1 draw; got {num_prompts} prompts and {draws} draws. Evaluate "
+            "on more prompts."
+        )
+    shares = np.full(num_prompts, 1.0 / num_prompts)
+    block = max(1, BLOCK // num_prompts)
+    for start in range(0, draws, block):
+        yield rng.multinomial(num_prompts, shares, size=min(block, draws - start))
+
+
+def bootstrap_means(values: Floats, draws: int, rng: np.random.Generator) -> Floats:
+    """Means of C per-prompt statistics over resampled prompts: x̄*_c = (1/P) Σ_p n_p x_pc
+
+    values: (P, C), one row per prompt
+    Returns (draws, C). A draw uses the same prompts for every column, so differences of columns are paired.
+    """
+    num_prompts = values.shape[0]
+    # Centred, so that a column that is constant stays exactly constant over the draws.
+    centre = values.mean(axis=0)
+    blocks = [counts @ (values - centre) for counts in bootstrap_counts(num_prompts, draws, rng)]
+    return np.asarray(centre + np.concatenate(blocks) / num_prompts, dtype=np.float64)
+
+
+def interval(draws: Floats, confidence: float) -> tuple[float, float]:
+    """Percentile interval: the (1 ± confidence)/2 quantiles of the draws (D,).
+
+    Its coverage is nominal as the number of prompts grows; with few prompts it is somewhat too narrow.
+    """
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"A confidence is between 0 and 1, such as 0.95; got {confidence}.")
+    low, high = np.quantile(draws, [(1.0 - confidence) / 2.0, (1.0 + confidence) / 2.0])
+    return float(low), float(high)
+
+
+def minimum_win_rate(win_rates: Floats) -> Floats:
+    """The worst objective's win rate, min_k W_k, inside each draw   (design 2.5; the paper's headline)
+
+    win_rates: (…, K)
+    Returns (…,). The minimum of estimates is biased low where several objectives are close, and so are its draws: an
+    interval of the minimum lies somewhat low for a balanced candidate, never high.
+    """
+    return np.asarray(win_rates.min(axis=-1), dtype=np.float64)
+
+
+def difference_of_minima(candidate: Floats, other: Floats) -> Floats:
+    """min_k W_k(candidate) − min_k W_k(other) inside each draw; the minimum may be at different objectives.
+
+    candidate, other: (…, K) win rates from the same draws, so that what the prompts share cancels
+    Returns (…,).
+    """
+    return minimum_win_rate(candidate) - minimum_win_rate(other)
+
+
+def _check_rewards(candidate: Floats, reference: Floats) -> None:
+    if candidate.ndim != 2 or reference.ndim != 2 or candidate.shape[0] != reference.shape[0]:
+        raise ValueError(
+            f"Rewards are (prompts, completions) over the same prompts; got {candidate.shape} and {reference.shape}."
+        )
+    if candidate.size == 0 or reference.size == 0:
+        raise ValueError(f"There is nothing to compare: the shapes are {candidate.shape} and {reference.shape}.")
+    if not (np.isfinite(candidate).all() and np.isfinite(reference).all()):
+        raise ValueError("Rewards must be finite: NaN and infinity neither win nor lose. Check the reward function.")

@@ -1,0 +1,179 @@
+"""The mixture artefact on disk: writing it from trained policies, and checking it before it is loaded (design 5.3).
+
+config.json  generation_config.json  fit.json  tokenizer and chat template
+policies/<objective>/                LoRA adapter or full weights
+reference/                           where it was copied
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+
+from mpo_ray.policies.loading import (
+    PRECISIONS,
+    ModelError,
+    check_adapter,
+    check_same_vocabulary,
+    is_adapter,
+    load_tokenizer,
+    vocabulary_digest,
+)
+from mpo_ray.policies.mixture_config import MixtureConfig
+from mpo_ray.records import REFERENCE, check_weights
+from mpo_ray.run import directory_digest, file_digest
+
+POLICIES = "policies"
+
+
+def write_artefact(
+    directory: Path,
+    *,
+    objectives: Mapping[str, Path],
+    reference: str | Path,
+    copy_reference: bool,
+    weights: Mapping[str, float],
+    fit: Mapping[str, Any],
+    precision: str = "fp32",
+) -> MixtureConfig:
+    """Write the artefact of the policies in `objectives` (directory by name, in order) into `directory`.
+
+    Files are hard links where the file system allows it, copies elsewhere. Without `copy_reference` the artefact names
+    the reference: a hub id as it is, a directory by its absolute path. Raises ModelError where policies do not fit
+    together, ValueError where the weights are not on the simplex.
+    """
+    names = list(objectives)
+    weights = check_weights(weights, names, where="the mixture's weights")
+    reference = str(reference)
+    tokenizers = {REFERENCE: load_tokenizer(reference)}
+    for name, policy in objectives.items():
+        _check_policy(policy)
+        tokenizers[name] = load_tokenizer(str(policy))
+    check_same_vocabulary(tokenizers)
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, policy in objectives.items():
+        _copy(policy, directory / POLICIES / name)
+    is_local = Path(reference).is_dir()
+    if copy_reference and not is_local:
+        raise ModelError(f"{reference}: only a reference on this machine can be copied; pass copy_reference=False.")
+    if copy_reference:
+        _copy(Path(reference), directory / REFERENCE)
+    if fit:
+        (directory / "fit.json").write_text(json.dumps(fit, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    tokenizer = tokenizers[names[0]]
+    tokenizer.save_pretrained(directory)
+    _generation_config(reference, tokenizer).save_pretrained(directory)
+    base = AutoConfig.from_pretrained(reference, trust_remote_code=False).get_text_config()
+    config = MixtureConfig(
+        objectives=names,
+        weights=weights,
+        reference=REFERENCE if copy_reference else str(Path(reference).absolute()) if is_local else reference,
+        reference_digest=directory_digest(reference) if is_local else None,
+        policy_digests={name: directory_digest(directory / POLICIES / name) for name in names},
+        policy_files={name: _file_digests(directory / POLICIES / name) for name in names},
+        vocabulary_digest=vocabulary_digest(tokenizer),
+        vocab_size=base.vocab_size,
+        max_position_embeddings=getattr(base, "max_position_embeddings", None),
+        architectures=["MixtureForCausalLM"],
+        dtype=str(PRECISIONS[precision]).removeprefix("torch."),
+    )
+    config.save_pretrained(directory)
+    return config
+
+
+def policy_path(directory: Path, objective: str) -> Path:
+    return directory / POLICIES / objective
+
+
+def reference_path(directory: Path, config: MixtureConfig) -> str:
+    """Where the artefact's reference lies: inside it, at a path, or a hub id."""
+    return str(directory / REFERENCE) if config.reference == REFERENCE else str(config.reference)
+
+
+def check_artefact(directory: Path, config: MixtureConfig) -> None:
+    """Refuse an artefact whose policies, reference or tokenizer are not those it was written with."""
+    if not config.objectives:
+        raise ModelError(f"{directory}: config.json names no objectives; write the artefact again.")
+    for name in config.objectives:
+        _check_content(policy_path(directory, name), config.policy_digests.get(name), config.policy_files.get(name, {}))
+    reference = Path(reference_path(directory, config))
+    if config.reference_digest is not None and any(is_adapter(policy_path(directory, n)) for n in config.objectives):
+        if not reference.is_dir():
+            raise ModelError(
+                f"{directory}: its LoRA policies adapt the reference model {reference}, which is not there. Put it "
+                "back, or write the artefact again with its reference copied."
+            )
+        if directory_digest(reference) != config.reference_digest:
+            raise ModelError(
+                f"{reference}: the reference model is not the one that the policies of {directory} were trained from: "
+                "its files have changed. Put the old ones back, or train the policies again."
+            )
+    if vocabulary_digest(load_tokenizer(str(directory))) != config.vocabulary_digest:
+        raise ModelError(
+            f"{directory}: the tokenizer is not the one that the policies share; write the artefact again."
+        )
+
+
+def _check_content(path: Path, expected: str | None, files: Mapping[str, str]) -> None:
+    if not path.is_dir():
+        raise ModelError(f"{path}: this policy of the mixture is missing; copy the artefact whole.")
+    if directory_digest(path) == expected:
+        return
+    found = _file_digests(path)
+    wrong = next((name for name in sorted({*files, *found}) if found.get(name) != files.get(name)), "config.json")
+    state = "is missing" if wrong not in found else "was added" if wrong not in files else "is damaged or was altered"
+    raise ModelError(
+        f"{path / wrong}: the file {state} since the mixture was written (its content digest differs). Copy it again "
+        "from the run, or write the artefact again."
+    )
+
+
+def _check_policy(path: Path) -> None:
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such policy directory.")
+    if is_adapter(path):
+        check_adapter(path)
+    elif not any(path.glob("*.safetensors")):
+        found = ", ".join(sorted(file.name for file in path.iterdir())) or "nothing"
+        raise ModelError(f"{path}: a policy is safetensors, adapter or full weights; found {found}. Convert it first.")
+
+
+def _file_digests(path: Path) -> dict[str, str]:
+    return {str(f.relative_to(path)): file_digest(str(f)) for f in sorted(path.rglob("*")) if f.is_file()}
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copytree(source.resolve(), target, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    """Hard-link a file, or copy it where the file system cannot."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _generation_config(reference: str, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """End tokens are the reference's; sampling is the mixture itself: temperature 1 and nothing cut off."""
+    try:
+        ends = GenerationConfig.from_pretrained(reference).eos_token_id
+    except OSError:
+        ends = None
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    return GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=sorted({*ends, tokenizer.eos_token_id}),
+        pad_token_id=tokenizer.pad_token_id,
+    )

@@ -1,0 +1,240 @@
+"""Opening models and tokenizers: safetensors only, no code from a model's directory, nothing initialised silently.
+
+Whatever cannot be opened is a ModelError that says what was found there and what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+#: What a hub id looks like: `name` or `owner/name`.
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
+
+
+class ModelError(ValueError):
+    """A model, adapter or tokenizer cannot be used as asked. The message says what was found and what to do."""
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Open the tokenizer of a model directory or hub id; its end token pads where it names no padding token."""
+    _check_place(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{path}: no tokenizer could be opened there: {_short(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{path}: the tokenizer has no end token (eos_token); responses could never end. Set one.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(path: str, *, precision: str = "fp32") -> PreTrainedModel:
+    """Open a causal language model with its full weights, in evaluation mode, on the CPU."""
+    return _load(AutoModelForCausalLM, path, precision)
+
+
+def load_policy(path: str, reference: str, *, precision: str = "fp32") -> PreTrainedModel:
+    """Open a policy: a LoRA adapter on a fresh copy of `reference` where `path` holds one, else full weights."""
+    if not is_adapter(path):
+        return load_model(path, precision=precision)
+    check_adapter(path)
+    model = load_model(reference, precision=precision)
+    return add_adapter(model, path, name="default").eval()
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a directory holds an adapter rather than full weights."""
+    return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def check_adapter(path: str | Path) -> None:
+    """Refuse an adapter without safetensors, or of a kind other than LoRA, before any model is loaded."""
+    directory = Path(path)
+    if not (directory / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(_no_safetensors(directory, ADAPTER_WEIGHTS))
+    try:
+        kind = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{directory / ADAPTER_CONFIG}: not a PEFT configuration: {error}") from error
+    if kind != "LORA":
+        raise ModelError(f"{directory}: the adapter's peft_type is {kind!r}; only LORA adapters are supported.")
+
+
+def add_adapter(model: PreTrainedModel | PeftModel, path: str | Path, *, name: str) -> PeftModel:
+    """Put the LoRA adapter at `path` on `model` under `name`; every tensor of the file is used, none is missing."""
+    check_adapter(path)
+    config = PeftConfig.from_pretrained(str(path))
+    config.inference_mode = True
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # compared by name below
+            if isinstance(model, PeftModel):
+                adapted = model
+                adapted.load_adapter(str(path), name, is_trainable=False, torch_device="cpu")
+            else:
+                adapted = PeftModel.from_pretrained(model, str(path), name, config=config, torch_device="cpu")
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"{path}: the adapter does not fit the reference model: {_short(error)} Was it trained on another one?"
+        ) from error
+    with safe_open(Path(path) / ADAPTER_WEIGHTS, framework="pt") as file:
+        stored = set(file.keys())
+    expected = set(get_peft_model_state_dict(adapted, adapter_name=name))
+    if stored != expected:
+        raise ModelError(
+            f"{path}: the adapter does not fit the reference model: {len(expected - stored)} tensors are missing from "
+            f"it and {len(stored - expected)} find no place, first {min(stored ^ expected)!r}. Was it trained on "
+            "another one?"
+        )
+    return adapted
+
+
+def load_reward_model(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Open a sequence classifier with one logit, the reward of a text, with its tokenizer."""
+    model = _load(AutoModelForSequenceClassification, path, "fp32")
+    if model.config.num_labels != 1:
+        raise ModelError(
+            f"{path}: the classifier has {model.config.num_labels} logits; a reward model has one. Use a model trained "
+            "with num_labels=1, or a Python callable that turns its logits into one number."
+        )
+    tokenizer = load_tokenizer(path)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of tokens with their ids, special tokens and merges: what must agree before probabilities are multiplied.
+
+    The padding token is left out: it is never predicted, and loading may have set it.
+    """
+    content = [sorted(tokenizer.get_vocab().items()), sorted(_special_ids(tokenizer).items()), _merges(tokenizer)]
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+
+
+def check_same_vocabulary(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
+    """Refuse tokenizers, given by objective, that do not have one vocabulary. Raises ModelError."""
+    (first, expected), *others = tokenizers.items()
+    wanted = vocabulary_digest(expected)
+    for name, tokenizer in others:
+        if vocabulary_digest(tokenizer) != wanted:
+            raise ModelError(
+                f"Policies {first!r} and {name!r} have different vocabularies: {_difference(expected, tokenizer)}. A "
+                "log-linear mixture multiplies probabilities token by token, so all policies need one vocabulary. "
+                "Train them from the same base model, or remove one from `objectives:` in the run file."
+            )
+
+
+def _difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str:
+    tokens_a, tokens_b = ({index: token for token, index in t.get_vocab().items()} for t in (a, b))
+    if tokens_a != tokens_b:
+        first = min(i for i in tokens_a.keys() | tokens_b.keys() if tokens_a.get(i) != tokens_b.get(i))
+        return (
+            f"{len(tokens_a)} and {len(tokens_b)} tokens; first difference at id {first} "
+            f"({tokens_a.get(first)!r} and {tokens_b.get(first)!r})"
+        )
+    special_a, special_b = _special_ids(a), _special_ids(b)
+    for key in sorted(special_a.keys() | special_b.keys()):
+        if special_a.get(key) != special_b.get(key):
+            return f"{len(tokens_a)} tokens in both; {key} has id {special_a.get(key)} and {special_b.get(key)}"
+    return f"{len(tokens_a)} tokens in both; their merge rules differ"
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    named = {key: token for key, token in tokenizer.special_tokens_map.items() if key != "pad_token"}
+    ids: dict[str, Any] = {
+        key: tokenizer.convert_tokens_to_ids([str(t) for t in (token if isinstance(token, list) else [token])])
+        for key, token in named.items()
+    }
+    return ids
+
+
+def _merges(tokenizer: PreTrainedTokenizerBase) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else json.loads(backend.to_str())["model"].get("merges")
+
+
+def check_model_files(path: str) -> None:
+    """Refuse a model directory that `load_model` could not open, without opening it; a hub id must look like one."""
+    _check_place(path)
+    directory = Path(path)
+    if directory.is_dir():
+        if is_adapter(path):
+            raise ModelError(f"{path}: holds a LoRA adapter, not a model; name its reference model here.")
+        if not (directory / "config.json").is_file():
+            raise ModelError(f"{path}: is not a model directory; it has no config.json but {_listing(directory)}.")
+        if not any(directory.glob("*.safetensors")):
+            raise ModelError(_no_safetensors(directory, "model.safetensors"))
+
+
+def _load(auto: Any, path: str, precision: str) -> PreTrainedModel:
+    if precision not in PRECISIONS:
+        raise ModelError(f"precision {precision!r} is unknown; known are {', '.join(PRECISIONS)}.")
+    check_model_files(path)
+    try:
+        model, loading = auto.from_pretrained(
+            path,
+            dtype=PRECISIONS[precision],
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise ModelError(f"{path}: the model could not be opened: {_short(error)}") from error
+    lacking = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    if lacking:
+        raise ModelError(
+            f"{path}: {len(lacking)} weights of a {type(model).__name__} are not in its files or have another shape, "
+            f"first {lacking[0]!r}; they would be random. Is it a model of this kind, saved whole?"
+        )
+    return model.eval()
+
+
+def _check_place(path: str) -> None:
+    """A path that is no directory must at least look like a hub id."""
+    if not Path(path).is_dir() and (Path(path).exists() or not HUB_ID.fullmatch(path)):
+        found = "is a file" if Path(path).exists() else "no such directory"
+        raise ModelError(f"{path}: {found}; give a model's directory or a hub id (owner/name).")
+
+
+def _no_safetensors(directory: Path, expected: str) -> str:
+    others = sorted(file.name for pattern in OTHER_WEIGHTS for file in directory.glob(pattern))
+    if not others:
+        return f"{directory}: has no {expected} but {_listing(directory)}; save the model whole and try again."
+    return (
+        f"{directory}: has no {expected} but {', '.join(others)}. Such files can run code when they are opened, so "
+        "only safetensors are read: convert it, by opening it once in a program where you trust it and saving it with "
+        "`model.save_pretrained(DIRECTORY)`."
+    )
+
+
+def _listing(directory: Path) -> str:
+    names = sorted(file.name for file in directory.iterdir())
+    return "nothing at all" if not names else ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " …"

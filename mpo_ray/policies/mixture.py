@@ -1,0 +1,221 @@
+"""The token-level mixture of K policies as one transformers model (design 2.3, eq. 7).
+
+It is q of equation (7), decoded token by token, not the sequence-level mixture π_λ of the theory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from mpo_ray.maths.log_linear import mix_logprobs
+from mpo_ray.policies.artefact import check_artefact, policy_path, reference_path
+from mpo_ray.policies.loading import PRECISIONS, ModelError, add_adapter, is_adapter, load_model
+from mpo_ray.policies.mixture_config import MixtureConfig
+from mpo_ray.records import check_weights
+
+
+class MixtureCache(Cache):  # type: ignore[misc]
+    """One key-value cache per policy that takes part; `layers` are all of theirs, so that whatever `generate()` does
+    to a cache (reorder, repeat, crop) is done to each."""
+
+    def __init__(self, parts: Mapping[int, DynamicCache]) -> None:
+        self.parts = dict(parts)
+        super().__init__(layers=[layer for part in parts.values() for layer in part.layers])
+
+
+class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """K policies with one vocabulary; logits are Σ_k λ_k log π_k(v | y_<t).
+
+    They are log-probabilities up to a constant per position: softmax of them is q_t. A policy is a model of its own or
+    one of several LoRA adapters on a shared base. Weights come from the artefact, from `set_weights`, or per row from
+    the argument `mixture_weights` (B, K) of `forward` and `generate`; a policy whose weights are all 0 is not run.
+    Not safe for concurrent calls: adapters are switched on the shared base.
+    """
+
+    config_class = MixtureConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(
+        self, config: MixtureConfig, policies: Sequence[tuple[PreTrainedModel | PeftModel, str | None]]
+    ) -> None:
+        """policies: per objective, the model and the name of its adapter (None for full weights), in order."""
+        super().__init__(config)
+        self.branches = nn.ModuleList({id(model): model for model, _ in policies}.values())
+        places = {id(model): index for index, model in enumerate(self.branches)}
+        self._routes = [(places[id(model)], adapter) for model, adapter in policies]
+        self.requires_grad_(False)
+        self.set_weights(config.weights)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: MixtureConfig | None = None,
+        weights: Mapping[str, float] | None = None,
+        dtype: str | torch.dtype | None = None,
+        device_map: Any = None,
+        **kwargs: Any,
+    ) -> MixtureForCausalLM:
+        """Open a mixture artefact, after checking that it is what was written. Raises ModelError.
+
+        weights: override the artefact's λ (objectives left out have weight 0)
+        dtype: float32 or bfloat16; the artefact's own if absent
+        device_map: one device for everything
+        """
+        directory = Path(pretrained_model_name_or_path)
+        if not (directory / "config.json").is_file():
+            raise ModelError(f"{directory}: a mixture is opened from its directory; there is no config.json here.")
+        unused = sorted(key for key, value in kwargs.items() if value and key not in _HANDLED_BY_AUTO)
+        if unused:
+            raise ModelError(f"{directory}: a mixture cannot be loaded with {', '.join(unused)}; leave them out.")
+        config = config or MixtureConfig.from_pretrained(directory)
+        if weights is not None:
+            config.weights = check_weights(weights, config.objectives, where="weights")
+        check_artefact(directory, config)
+        precision = _precision(dtype if dtype not in (None, "auto") else config.dtype)
+        policies: list[tuple[PreTrainedModel | PeftModel, str | None]] = []
+        base: PreTrainedModel | PeftModel | None = None
+        for index, objective in enumerate(config.objectives):
+            path = policy_path(directory, objective)
+            if is_adapter(path):
+                base = base or load_model(reference_path(directory, config), precision=precision)
+                base = add_adapter(base, path, name=f"policy_{index}")
+                policies.append((base, f"policy_{index}"))
+            else:
+                policies.append((load_model(str(path), precision=precision), None))
+        sizes = [model.config.get_text_config().vocab_size for model, _ in policies]
+        if len(set(sizes)) > 1:
+            raise ModelError(
+                f"{directory}: the output layers of {', '.join(config.objectives)} differ in size: {sizes}. Train the "
+                "policies from the same base model."
+            )
+        model: MixtureForCausalLM = cls(config, policies).eval()
+        model.name_or_path = str(directory)
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+        device = device_map.get("") if isinstance(device_map, dict) else device_map
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return model.to(device) if device is not None else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            "A mixture is saved by copying its directory; mpo_ray.policies.artefact.write_artefact makes a new one."
+        )
+
+    @property
+    def objectives(self) -> list[str]:
+        return list(self.config.objectives)
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Change λ, by objective; those left out have weight 0. Raises ValueError if it is not on the simplex."""
+        self.config.weights = check_weights(weights, self.config.objectives, where="weights")
+        self._weights = torch.tensor(list(self.config.weights.values()), dtype=torch.float64)
+
+    def get_input_embeddings(self) -> nn.Module:
+        first: Any = self.branches[0]
+        embeddings: nn.Module = first.get_input_embeddings()
+        return embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MixtureCache | None = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mixture_weights: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits Σ_k λ_k log π_k, (B, T, V) in float32.
+
+        mixture_weights: (B, K) λ of each row; any finite values, so λ/τ is sequence temperature τ
+        past_key_values: from a call with weights that were positive for the same policies, or for more
+        """
+        if mixture_weights is None:
+            weights = self._weights.expand(input_ids.shape[0], -1)
+        else:
+            weights = _checked_rows(mixture_weights, input_ids.shape[0], len(self._routes))
+        active = (weights != 0).any(dim=0).nonzero()[:, 0].tolist()
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        cache = past_key_values
+        if use_cache and cache is None:
+            cache = MixtureCache({k: DynamicCache(config=self._branch(k).config) for k in active})
+        if cache is not None and not cache.parts.keys() >= set(active):
+            raise ValueError(
+                "past_key_values was filled while some of the policies had weight 0; give every policy its weight from "
+                "the first token on, or begin again without past_key_values."
+            )
+        logprobs = []
+        for k in active:
+            output = self._branch(k)(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=None if cache is None else cache.parts[k],
+                use_cache=cache is not None,
+                logits_to_keep=logits_to_keep,
+            )
+            logprobs.append(torch.log_softmax(output.logits.float(), dim=-1))
+        logits = mix_logprobs(torch.stack(logprobs), weights[:, active].T.to(input_ids.device))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return result if return_dict is not False else result.to_tuple()
+
+    def _branch(self, k: int) -> Any:
+        """The model of policy k, with its adapter switched on."""
+        place, adapter = self._routes[k]
+        model: Any = self.branches[place]
+        if adapter is not None and model.active_adapter != adapter:
+            model.set_adapter(adapter, inference_mode=True)
+        return model
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """`generate()` leaves the cache to `forward`, which makes one for each policy."""
+        return False
+
+
+#: Keywords that AutoModelForCausalLM adds on the way, and those that a mixture satisfies anyway.
+_HANDLED_BY_AUTO = {
+    "adapter_kwargs",
+    "_from_auto",
+    "use_safetensors",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "revision",
+}
+
+
+def _checked_rows(weights: Tensor, rows: int, num_policies: int) -> Tensor:
+    if weights.shape != (rows, num_policies):
+        raise ValueError(
+            f"mixture_weights has shape {tuple(weights.shape)}; it needs one row per sequence and one column per "
+            f"objective: {(rows, num_policies)}."
+        )
+    if not bool(torch.isfinite(weights).all()) or not bool((weights != 0).any(dim=1).all()):
+        raise ValueError("mixture_weights: every weight is finite, and every row has one that is not 0.")
+    return weights
+
+
+def _precision(dtype: str | torch.dtype | None) -> str:
+    wanted = str(dtype or "float32").removeprefix("torch.")
+    for name, known in PRECISIONS.items():
+        if str(known).removeprefix("torch.") == wanted:
+            return name
+    raise ModelError(f"dtype {wanted} is not supported for a mixture; use float32 or bfloat16.")

@@ -1,0 +1,51 @@
+"""The configuration of a mixture: what `config.json` of a mixture artefact says (design 5.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from mpo_ray.records import check_weights
+
+
+class MixtureConfig(PreTrainedConfig):  # type: ignore[misc]
+    """`model_type: "mpo_mixture"`.
+
+    objectives: names in order; `policies/<objective>/` holds each one's adapter or full weights
+    weights: λ by objective, on the simplex
+    reference: `reference` where the artefact holds a copy, else a directory or hub id; LoRA policies adapt it
+    reference_digest: of its content where it is a directory, else None
+    policy_digests: content of each policy's directory
+    policy_files: per objective, the SHA-256 of each of its files, so that a damaged one can be named
+    vocabulary_digest: what all policies share; see `loading.vocabulary_digest`
+    """
+
+    model_type = "mpo_mixture"
+
+    def __init__(
+        self,
+        objectives: list[str] | None = None,
+        weights: Mapping[str, float] | None = None,
+        reference: str = "reference",
+        reference_digest: str | None = None,
+        policy_digests: Mapping[str, str] | None = None,
+        policy_files: Mapping[str, Mapping[str, str]] | None = None,
+        vocabulary_digest: str | None = None,
+        vocab_size: int | None = None,
+        max_position_embeddings: int | None = None,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.objectives = list(objectives or [])
+        self.weights = check_weights(weights, self.objectives, where="the mixture's weights") if weights else {}
+        self.reference = reference
+        self.reference_digest = reference_digest
+        self.policy_digests = dict(policy_digests or {})
+        self.policy_files = {name: dict(files) for name, files in (policy_files or {}).items()}
+        self.vocabulary_digest = vocabulary_digest
+        self.vocab_size = vocab_size
+        self.max_position_embeddings = max_position_embeddings
+        self.use_cache = use_cache
+        super().__init__(**kwargs)

@@ -1,0 +1,82 @@
+"""`mpo-ray check`: everything that would stop a run later, found before anything is paid for."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+
+from mpo_ray.cluster.preflight import check_placement, check_storage_everywhere
+from mpo_ray.config import RunConfig
+from mpo_ray.evaluation.rewards import IMPLICIT, is_callable_spec, load_reward
+from mpo_ray.policies.loading import check_model_files, load_tokenizer
+from mpo_ray.run import Run
+from mpo_ray.stages.data import prepare_data, write_embedded
+from mpo_ray.stages.stage import Context
+
+
+@dataclass
+class Findings:
+    """What was looked at, and what is wrong with it."""
+
+    passed: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    counts: dict[str, Any] = field(default_factory=dict)
+    conflict: Any = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "passed": self.passed,
+            "problems": self.problems,
+            "counts": self.counts,
+            "conflict": self.conflict,
+        }
+
+    def as_text(self) -> str:
+        lines = [f"ok       {what}" for what in self.passed] + [f"problem  {what}" for what in self.problems]
+        verdict = f"{len(self.problems)} problem(s)" if self.problems else "nothing would stop this run"
+        return "\n".join([*lines, verdict])
+
+
+def check_run(config: RunConfig, console: Console, *, update: bool = False) -> Findings:
+    """Look at run name, storage, resources, models, rewards and data; a problem in one does not hide the others."""
+    findings = Findings()
+
+    def look(what: str, at: Callable[[], object]) -> None:
+        try:
+            at()
+        except (ValueError, OSError) as error:
+            findings.problems.append(f"{what}: {error}")
+        else:
+            findings.passed.append(what)
+
+    run = Run(config.storage, config.name)
+    look("run name and storage", lambda: Run.check(config, update=update))
+    look("storage from every node", lambda: check_storage_everywhere(run))
+    look("resources", lambda: check_placement(config))
+    with tempfile.TemporaryDirectory() as scratch:
+        context = Context(config, Run(scratch, config.name), console)
+        if context.uses_embedded():
+            write_embedded(context)
+        look("reference model", lambda: _check_model(context))
+        look("rewards", lambda: _check_rewards(context))
+        look("data", lambda: findings.counts.update(prepare_data(context)))
+        findings.conflict = context.run.read_json("comparisons/conflict.json")
+    return findings
+
+
+def _check_model(context: Context) -> None:
+    check_model_files(context.given_model())
+    load_tokenizer(context.given_model())
+
+
+def _check_rewards(context: Context) -> None:
+    for name, spec in context.rewards().items():
+        if is_callable_spec(spec):
+            load_reward(spec, objective=name)
+        elif spec != IMPLICIT:
+            check_model_files(spec)
+            load_tokenizer(spec)

@@ -1,0 +1,49 @@
+"""The whole path, in order: which stages a run has, and how one of them, or all, are done."""
+
+from __future__ import annotations
+
+from mpo_ray.run import RunError
+from mpo_ray.stages.data import DATA_STAGE, EMBEDDED_STAGE
+from mpo_ray.stages.evaluating import EVALUATION, REPORT
+from mpo_ray.stages.fitting import FIT, MIXTURE, SAMPLES, SCORES
+from mpo_ray.stages.stage import STAGES, Context, Stage, run_stage
+from mpo_ray.stages.training import PAIRS, POLICIES, REFERENCE
+
+ORDER = (EMBEDDED_STAGE, DATA_STAGE, REFERENCE, PAIRS, POLICIES, SAMPLES, SCORES, FIT, MIXTURE, EVALUATION, REPORT)
+STAGES.update({stage.name: stage for stage in ORDER})
+
+
+def stages_of(context: Context) -> list[Stage]:
+    """The stages this run needs: the embedded world and the training of the reference only where they are asked for."""
+    left_out = set()
+    if not context.uses_embedded():
+        left_out.add(EMBEDDED_STAGE.name)
+    if context.config.reference.sft is None:
+        left_out.add(REFERENCE.name)
+    return [stage for stage in ORDER if stage.name not in left_out]
+
+
+def run_pipeline(context: Context) -> None:
+    """Do every stage that is not complete."""
+    for stage in stages_of(context):
+        run_stage(context, stage)
+
+
+def run_single(context: Context, *names: str) -> None:
+    """Do the stages of these names; those before them must be complete. Raises RunError that says which is not."""
+    wanted = [stage for stage in stages_of(context) if stage.name in names]
+    needed = {name for stage in wanted for name in _before(stage)} - set(names)
+    for stage in stages_of(context):
+        if stage.name in needed and not context.run.is_complete(stage.name, context.inputs(stage)):
+            raise RunError(
+                f"{context.run.root}: stage {wanted[0].name!r} needs {stage.name!r}, which is not complete for this "
+                f"config. Run it first, or let `mpo-ray run` do every stage that is missing."
+            )
+    for stage in wanted:
+        run_stage(context, stage)
+
+
+def _before(stage: Stage) -> set[str]:
+    return {stage.name for name in stage.after for stage in [STAGES[name]]} | {
+        earlier for name in stage.after for earlier in _before(STAGES[name])
+    }

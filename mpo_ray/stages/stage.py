@@ -1,0 +1,134 @@
+"""What a stage is: a name, what its output depends on, where it writes, and the work itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mpo_ray.config import RunConfig, Source
+from mpo_ray.data.sources import fingerprint
+from mpo_ray.run import Run, directory_digest, file_digest, stage_inputs
+
+EMBEDDED = "embedded"
+
+
+@dataclass
+class Context:
+    """One run as its stages see it. Results go to standard output, progress to `console`."""
+
+    config: RunConfig
+    run: Run
+    console: Console
+    _digests: dict[str, str] = field(default_factory=dict)
+
+    def inputs(self, stage: Stage) -> str:
+        """Digest of everything the stage's output depends on, the stages before it included."""
+        if stage.name not in self._digests:
+            before = [self.inputs(STAGES[name]) for name in stage.after]
+            self._digests[stage.name] = stage_inputs(stage.name, stage.depends_on(self), before)
+        return self._digests[stage.name]
+
+    def identity(self, name: str) -> str:
+        """The first digits of a stage's input digest: what a directory made from these inputs is called."""
+        return self.inputs(STAGES[name])[:12]
+
+    def resolve(self, source: Source) -> Source:
+        """A source of the embedded world as the file that the run wrote for it; any other as it is."""
+        if source.embedded is None:
+            return source
+        return Source(path=str(self.run.fetch(f"{EMBEDDED}/{source.embedded}.jsonl")), rename=source.rename)
+
+    def reference(self) -> str:
+        """Where π_ref lies: trained by the run, or given."""
+        return str(self.run.fetch("base")) if self.config.reference.sft else self.given_model()
+
+    def given_model(self) -> str:
+        """The model that `reference.model` names, as an absolute directory or a hub id."""
+        model = self.config.reference.model
+        return str(self.run.fetch(f"{EMBEDDED}/model")) if model == EMBEDDED else absolute(model)
+
+    def given_content(self) -> str:
+        """What stands for `reference.model` in a stage's inputs."""
+        model = self.config.reference.model
+        return model if model == EMBEDDED else content(model)
+
+    def policies(self) -> dict[str, str]:
+        """Where every policy lies, by objective."""
+        return {name: str(self.run.fetch(f"policies/{name}")) for name in self.config.objectives}
+
+    def rewards(self) -> dict[str, str]:
+        """Every objective's reward, with absolute paths."""
+        return {name: absolute(objective.reward) for name, objective in self.config.objectives.items()}
+
+    def uses_embedded(self) -> bool:
+        return self.config.reference.model == EMBEDDED or any(s.embedded for s in self.sources().values())
+
+    def sources(self) -> dict[str, Source]:
+        """Every source that the config names, by its place in the run file."""
+        config = self.config
+        found = {f"objectives.{name}.preferences": o.preferences for name, o in config.objectives.items()}
+        sft = config.reference.sft
+        optional = {
+            "reference.sft.source": None if sft is None else sft.source,
+            "samples.prompts": config.samples.prompts,
+            "evaluation.prompts": config.evaluation.prompts,
+        }
+        return found | {place: source for place, source in optional.items() if source is not None}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`work` makes `outputs` (nodes of the run) and returns figures worth keeping in the manifest."""
+
+    name: str
+    title: str
+    after: tuple[str, ...]
+    outputs: Callable[[Context], list[str]]
+    depends_on: Callable[[Context], Any]
+    work: Callable[[Context], Any]
+
+
+#: Every stage by name, in the order of a whole run; filled by `mpo_ray.stages.pipeline`.
+STAGES: dict[str, Stage] = {}
+
+
+def run_stage(context: Context, stage: Stage) -> bool:
+    """Do a stage unless its output is complete and its inputs are unchanged. Returns whether it was done."""
+    inputs = context.inputs(stage)
+    if context.run.is_complete(stage.name, inputs):
+        context.console.print(f"[dim]{stage.title}: complete, inputs unchanged; skipped[/dim]")
+        return False
+    context.console.print(f"[bold]{stage.title}[/bold]")
+    started = time.monotonic()
+    notes = stage.work(context)
+    seconds = time.monotonic() - started
+    context.run.complete(stage.name, inputs, outputs=stage.outputs(context), seconds=seconds, notes=notes)
+    context.console.print(f"[dim]  {seconds:.1f} s[/dim]")
+    return True
+
+
+def absolute(spec: str) -> str:
+    """A path that exists as an absolute one (workers may have another working directory); anything else as it is."""
+    path, colon, function = spec.rpartition(":")
+    if colon and path.endswith(".py"):
+        return f"{Path(path).absolute()}:{function}"
+    return str(Path(spec).absolute()) if Path(spec).exists() else spec
+
+
+def content(spec: str) -> str:
+    """What stands for a model, reward or source in a stage's inputs: its content where it is here, else its name."""
+    path = Path(spec.rpartition(":")[0] if spec.rpartition(":")[0].endswith(".py") else spec)
+    if path.is_dir():
+        return directory_digest(path)
+    return f"{spec} {file_digest(str(path))}" if path.is_file() else spec
+
+
+def source_content(source: Source) -> list[Any]:
+    """A source's description and the digest of its content; the embedded world's content follows from the seed."""
+    known = [] if source.embedded else [fingerprint(source)]
+    return [source.model_dump(mode="json"), *known]

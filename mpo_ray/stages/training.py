@@ -1,0 +1,115 @@
+"""The stages that train: the reference (SFT), the pairs' reference log-probabilities, and one policy per objective."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpo_ray.cluster.parts import Part, process_parts
+from mpo_ray.cluster.score import PairReference
+from mpo_ray.cluster.train import train_all
+from mpo_ray.cluster.training_job import TrainingJob
+from mpo_ray.config import Training
+from mpo_ray.stages.stage import Context, Stage
+
+#: What says where and how fast work is done, and not what comes out.
+PLACEMENT = {"workers": {"cpus_per_worker", "gpus_per_worker", "max_failures"}}
+ACTOR_PLACEMENT = {"num_actors", "cpus_per_actor", "gpus_per_actor"}
+
+
+def train_reference(context: Context) -> dict[str, Any]:
+    """Fine-tune the given model on the texts: π_ref of everything that follows."""
+    sft = context.config.reference.sft
+    assert sft is not None
+    train_all([_job(context, "base", "reference", context.given_model(), sft, "texts", "base")], context.console)
+    return _figures(context, "base")
+
+
+def score_pairs(context: Context) -> None:
+    """log π_ref of both completions of every pair, and their token ids, in one pass of Ray Data."""
+    parts = []
+    for name in context.config.objectives:
+        node = f"reference_logprobs/{name}"
+        context.run.begin(node, context.inputs(PAIRS))
+        parts += [
+            Part(source, f"{node}/{source.rpartition('/')[2]}", {})
+            for source in context.run.parts(f"comparisons/{name}")
+        ]
+    process_parts(
+        context.run,
+        parts,
+        PairReference,
+        {"reference": context.reference(), "actors": context.config.scoring.model_dump()},
+        actors=context.config.scoring,
+        console=context.console,
+        title="reference log-probabilities",
+    )
+
+
+def train_policies(context: Context) -> dict[str, Any]:
+    """One policy per objective by DPO or IPO."""
+    jobs = [
+        _job(
+            context,
+            name,
+            "policies",
+            context.reference(),
+            context.config.policies,
+            f"reference_logprobs/{name}",
+            f"policies/{name}",
+        )
+        for name in context.config.objectives
+    ]
+    train_all(jobs, context.console)
+    return {name: _figures(context, f"policies/{name}") for name in context.config.objectives}
+
+
+def _job(
+    context: Context, name: str, stage: str, model: str, training: Training, data: str, output: str
+) -> TrainingJob:
+    parts = context.run.parts(data)
+    return TrainingJob(
+        name=name,
+        identity=context.identity(stage),
+        run_root=context.run.root,
+        model=model,
+        training=training,
+        train_parts=[part for part in parts if part.rpartition("/")[2].startswith("train")],
+        heldout_parts=[part for part in parts if part.rpartition("/")[2].startswith("heldout")],
+        output=output,
+        seed=context.config.seed,
+    )
+
+
+def _figures(context: Context, node: str) -> dict[str, Any]:
+    record = context.run.read_json(f"{node}/training.json")
+    figures = ", ".join(f"{key} {value:.4g}" for key, value in record["heldout"].items())
+    context.console.print(f"  {node}: {record['steps']} steps; held-out {figures}")
+    return {"steps": record["steps"], "heldout": record["heldout"]}
+
+
+REFERENCE = Stage(
+    name="reference",
+    title="Reference model",
+    after=("data",),
+    outputs=lambda context: ["base"],
+    depends_on=lambda context: (
+        context.config.reference.sft and context.config.reference.sft.model_dump(exclude=PLACEMENT)
+    ),
+    work=train_reference,
+)
+PAIRS = Stage(
+    name="pairs",
+    title="Reference log-probabilities of the pairs",
+    after=("reference",),
+    outputs=lambda context: ["reference_logprobs"],
+    depends_on=lambda context: context.config.scoring.model_dump(exclude=ACTOR_PLACEMENT),
+    work=score_pairs,
+)
+POLICIES = Stage(
+    name="policies",
+    title="Policies",
+    after=("pairs",),
+    outputs=lambda context: [f"policies/{name}" for name in context.config.objectives],
+    depends_on=lambda context: context.config.policies.model_dump(exclude=PLACEMENT),
+    work=train_policies,
+)

@@ -1,0 +1,35 @@
+"""What a training loop needs of the machine it runs on: forward is the model's own, backward and step the engine's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from mpo_ray.training.completion_model import CompletionModel
+
+
+class Engine(Protocol):
+    """One data-parallel worker. `step` updates the weights on every `accumulation`-th call and is a no-op between."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def model(self) -> CompletionModel: ...
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradient of `loss`; the engine divides by the number of accumulated calls."""
+
+    def step(self) -> None: ...
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Average of `values` over the workers."""
+
+    def save(self, directory: Path, *, step: int) -> None:
+        """Write this worker's part of the state: weights, optimiser, schedule and the step reached."""
+
+    def load(self, directory: Path) -> int:
+        """Restore what `save` wrote and return its step."""

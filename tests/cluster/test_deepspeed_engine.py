@@ -1,0 +1,158 @@
+"""The DeepSpeed engine: every ZeRO stage takes the same steps as plain AdamW, and a checkpoint continues them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import get_scheduler
+
+from mpo_ray.cluster.deepspeed_engine import (
+    CheckpointError,
+    DeepSpeedEngine,
+    deepspeed_config,
+    prepare_sharded_loading,
+)
+from mpo_ray.config import PolicyTraining
+from mpo_ray.policies.loading import load_model
+from mpo_ray.training.completion_model import CompletionModel
+from mpo_ray.training.loop import train
+from mpo_ray.training.sft import Example, sft_loss
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+EXAMPLES = [Example([1, 7 + i], [7 + (3 * i + j) % 18 for j in range(2 + i % 3)]) for i in range(16)]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_llama(tmp_path_factory.mktemp("base"), tiny_tokenizer(), seed=0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A gloo group of one, as Ray Train would have made it."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("LOCAL_RANK", "0")
+        yield
+    dist.destroy_process_group()
+
+
+def _training(**changes: object) -> PolicyTraining:
+    values = {"batch_size": 4, "micro_batch_size": 2, "learning_rate": 0.01, "warmup_share": 0.5, "weight_decay": 0.1}
+    return PolicyTraining.model_validate({**values, "max_grad_norm": 0.5, **changes})
+
+
+def _engine(base: str, training: PolicyTraining) -> DeepSpeedEngine:
+    sharded = prepare_sharded_loading(training, world_size=1)
+    model = CompletionModel(load_model(base, precision=training.precision))
+    del sharded
+    return DeepSpeedEngine(model, training, total_steps=STEPS, device=torch.device("cpu"))
+
+
+def _losses(engine: DeepSpeedEngine, start: int, end: int) -> list[float]:
+    def loss_of(examples: np.ndarray) -> torch.Tensor:
+        total, count = sft_loss(engine.model, [EXAMPLES[i] for i in examples], pad_id=0, device="cpu")
+        return total / count
+
+    lengths = np.array([e.num_tokens for e in EXAMPLES])
+    steps = train(
+        engine,
+        loss_of,
+        lengths=lengths,
+        batch_size=4,
+        micro_batch_size=2,
+        start_step=start,
+        total_steps=end,
+        seed=0,
+    )
+    return [loss for _, loss in steps]
+
+
+def _plain_losses(base: str, training: PolicyTraining) -> list[float]:
+    """The same steps in plain PyTorch: accumulate, clip, AdamW, linear schedule."""
+    from mpo_ray.training.order import batch_indices, micro_batches
+
+    model = CompletionModel(load_model(base)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    schedule = get_scheduler("linear", optimizer, num_warmup_steps=STEPS // 2, num_training_steps=STEPS)
+    lengths = np.array([e.num_tokens for e in EXAMPLES])
+    losses = []
+    for step in range(STEPS):
+        batch = batch_indices(step, num_examples=len(EXAMPLES), batch_size=4, seed=0)
+        sum_of_means = 0.0
+        for examples in micro_batches(batch, lengths, size=2, rank=0, world_size=1):
+            total, count = sft_loss(model, [EXAMPLES[i] for i in examples], pad_id=0, device="cpu")
+            (total / count / 2).backward()
+            sum_of_means += float(total.detach()) / count
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(sum_of_means / 2)
+    return losses
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_zero_stage_takes_the_steps_of_plain_adamw(base: str, stage: int) -> None:
+    training = _training(zero_stage=stage)
+    losses = _losses(_engine(base, training), 0, STEPS)
+    assert losses == pytest.approx(_plain_losses(base, training), abs=1e-4)
+    assert losses[0] - losses[-1] > 0.1  # and they lead somewhere
+
+
+def test_bf16_learns_too(base: str) -> None:
+    losses = _losses(_engine(base, _training(precision="bf16", zero_stage=1)), 0, STEPS)
+    assert losses[0] - losses[-1] > 0.1
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_restored_engine_goes_on_as_the_unbroken_one(base: str, tmp_path: Path, stage: int) -> None:
+    training = _training(zero_stage=stage)
+    engine = _engine(base, training)
+    _losses(engine, 0, 3)
+    engine.save(tmp_path, step=3)
+    expected = _losses(engine, 3, STEPS)
+    restored = _engine(base, training)
+    assert restored.load(tmp_path) == 3
+    assert _losses(restored, 3, STEPS) == expected
+
+
+def test_a_truncated_checkpoint_is_refused_by_name(base: str, tmp_path: Path) -> None:
+    engine = _engine(base, _training())
+    engine.save(tmp_path, step=0)
+    victim = max((tmp_path / "state").iterdir(), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=rf"damaged: {victim.name} \(100 bytes\).*[Dd]elete"):
+        engine.load(tmp_path)
+
+
+def test_a_checkpoint_of_fewer_workers_is_refused(base: str, tmp_path: Path) -> None:
+    from mpo_ray.cluster.deepspeed_engine import check_checkpoint
+
+    _engine(base, _training()).save(tmp_path, step=0)
+    with pytest.raises(CheckpointError, match="no part of worker 1"):
+        check_checkpoint(tmp_path, world_size=2)
+
+
+def test_exported_weights_are_the_trained_ones_at_every_stage(base: str, tmp_path: Path) -> None:
+    """ZeRO 3 gathers what ZeRO 0 holds: saved and loaded, both give the same distribution."""
+    states = []
+    for stage in (0, 3):
+        engine = _engine(base, _training(zero_stage=stage))
+        _losses(engine, 0, STEPS)
+        states.append(engine.full_state(trained_only=False))
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.allclose(states[0][name], states[1][name], atol=1e-5) for name in states[0])
+    before = load_model(base).state_dict()
+    assert any((before[name] != states[0][name]).any() for name in states[0])
+
+
+def test_the_configuration_holds_numbers_and_no_auto() -> None:
+    config = deepspeed_config(_training(batch_size=8), world_size=2)
+    assert config["gradient_accumulation_steps"] == 2
+    assert "auto" not in str(config)

@@ -1,0 +1,155 @@
+"""The pictures hold the data: what is read back from their artists is what went in."""
+
+from __future__ import annotations
+
+import io
+from itertools import combinations
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.image import imread
+
+from mpo_ray.evaluation import figures
+from mpo_ray.evaluation.metrics import Metrics
+from tests.evaluation.world import OBJECTIVES, completions, evaluate_completions, evaluated, fit
+
+
+@pytest.fixture(scope="module")
+def metrics() -> Metrics:
+    return evaluated()
+
+
+def legend_of(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def colours_of(figure) -> dict[str, str]:
+    """Legend label → colour."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    colours = [h.patches[0].get_facecolor() if hasattr(h, "patches") else h.lines[0].get_color() for h in handles]
+    return {label: to_hex(colour).upper() for label, colour in zip(labels, colours, strict=True)}
+
+
+def points_of(axes) -> dict[str, tuple[float, float, np.ndarray, np.ndarray]]:
+    """Label → x, y, and the ends of the horizontal and of the vertical error bar."""
+    points = {}
+    for container in axes.containers:
+        line, _, (horizontal, vertical) = container.lines
+        bars = horizontal.get_segments()[0][:, 0], vertical.get_segments()[0][:, 1]
+        points[container.get_label()] = (line.get_xdata()[0], line.get_ydata()[0], *bars)
+    return points
+
+
+def test_win_rate_bars_have_the_heights_and_intervals_of_the_metrics(metrics):
+    figure = figures.win_rate_figure(metrics)
+    axes = figure.axes[0]
+    bars = [c for c in axes.containers if hasattr(c, "patches")]
+    names = [name for name in metrics.candidates if name != "reference"]
+    assert [bar.get_label() for bar in bars] == [metrics.label(name) for name in names] == legend_of(figure)
+    for name, bar in zip(names, bars, strict=True):
+        candidate = metrics.candidates[name]
+        estimates = [*(candidate.win_rates[o] for o in OBJECTIVES), candidate.minimum_win_rate]
+        np.testing.assert_allclose([patch.get_height() for patch in bar.patches], [e.value for e in estimates])
+        ends = [segment[:, 1] for segment in bar.errorbar.lines[2][0].get_segments()]
+        np.testing.assert_allclose(ends, [[e.low, e.high] for e in estimates])
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == [*OBJECTIVES, "minimum"]
+
+
+def test_bars_stand_in_the_group_of_their_objective(metrics):
+    axes = figures.win_rate_figure(metrics).axes[0]
+    for bar in (c for c in axes.containers if hasattr(c, "patches")):
+        centres = [patch.get_x() + patch.get_width() / 2 for patch in bar.patches]
+        np.testing.assert_array_equal(np.round(centres), np.arange(4))
+
+
+def test_parity_is_drawn_at_a_half(metrics):
+    for axes in (figures.win_rate_figure(metrics).axes[0], figures.kl_figure(metrics).axes[0]):
+        assert [0.5, 0.5] in [list(line.get_ydata()) for line in axes.lines]
+
+
+def test_each_trade_off_panel_has_every_candidate_at_its_rewards(metrics):
+    figure = figures.trade_off_figure(metrics)
+    for axes, (first, second) in zip(figure.axes, combinations(OBJECTIVES, 2), strict=True):
+        assert (axes.get_xlabel(), axes.get_ylabel()) == (f"mean reward: {first}", f"mean reward: {second}")
+        points = points_of(axes)
+        assert list(points) == [metrics.label(name) for name in metrics.candidates]
+        for name, candidate in metrics.candidates.items():
+            x, y, horizontal, vertical = points[metrics.label(name)]
+            assert (x, y) == (candidate.rewards[first].value, candidate.rewards[second].value)
+            np.testing.assert_allclose(horizontal, [candidate.rewards[first].low, candidate.rewards[first].high])
+            np.testing.assert_allclose(vertical, [candidate.rewards[second].low, candidate.rewards[second].high])
+
+
+def test_many_objectives_get_a_panel_per_pair_and_no_empty_ones():
+    """Four objectives: six panels; five: ten panels in a grid of twelve, two of them removed."""
+    table = completions(num_prompts=10)
+    extra = ["fourth", "fifth"]
+    for name in extra:
+        table = table.append_column(f"reward_{name}", table["reward_concise"])
+    metrics = evaluate_completions(table, [*OBJECTIVES, *extra], draws=20, confidence=0.9, seed=0)
+    assert len(figures.trade_off_figure(metrics).axes) == 10
+    with pytest.raises(ValueError, match="at least two objectives"):
+        figures.trade_off_figure(evaluate_completions(table, ["fifth"], draws=20, confidence=0.9, seed=0))
+
+
+def test_the_kl_picture_has_every_candidate_at_its_kl_and_minimum(metrics):
+    points = points_of(figures.kl_figure(metrics).axes[0])
+    for name, candidate in metrics.candidates.items():
+        assert points[metrics.label(name)][:2] == (candidate.kl.value, candidate.minimum_win_rate.value)
+
+
+def test_weights_are_drawn_with_the_average_that_was_fitted():
+    trace = np.array(fit()["trace"])
+    average = np.array([0.41, 0.25, 0.34])
+    figure = figures.weights_figure(trace[:, 0], trace[:, 1:], average, OBJECTIVES)
+    lines = figure.axes[0].lines
+    for k in range(3):
+        iterate, running, dot = lines[3 * k : 3 * k + 3]
+        np.testing.assert_array_equal(iterate.get_ydata(), trace[:, 1 + k])
+        np.testing.assert_array_equal(running.get_xdata(), trace[:, 0])
+        assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (200, average[k])
+    assert legend_of(figure) == ["positive 0.410", "concise 0.250", "detailed 0.340"]
+
+
+def test_the_running_average_is_the_mean_of_the_trace_so_far_also_when_thinned():
+    """λ(t) = t/T has the running average t/(2T), whichever steps were kept."""
+    for steps in (np.arange(101.0), np.array([0.0, 1, 5, 20, 21, 60, 100])):
+        trace = np.stack([steps / 100, 1 - steps / 100], axis=1)
+        expected = np.stack([steps / 200, 1 - steps / 200], axis=1)
+        np.testing.assert_allclose(figures.running_average(steps, trace), expected, atol=1e-12)
+
+
+def test_given_weights_are_bars_of_their_size():
+    figure = figures.given_weights_figure({"a": 0.7, "b": 0.3})
+    assert [patch.get_width() for patch in figure.axes[0].patches] == [0.7, 0.3]
+
+
+def test_training_curves_are_the_losses():
+    curves = {"a": [(0.0, 0.7), (10.0, 0.5)], "b": [(0.0, 0.69), (10.0, 0.6)]}
+    lines = figures.training_figure(curves).axes[0].lines
+    assert {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in lines} == curves
+
+
+def test_a_candidate_has_one_colour_in_all_pictures_and_no_two_share_one(metrics):
+    bars = colours_of(figures.win_rate_figure(metrics))
+    points = colours_of(figures.trade_off_figure(metrics))
+    assert bars == {label: colour for label, colour in points.items() if label != "reference"}
+    assert len(set(points.values())) == len(points) == 6
+    assert bars["concise policy"] == figures.style("concise", OBJECTIVES)[0]
+    assert len({figures.style(name, OBJECTIVES)[1] for name in metrics.candidates}) == 6
+
+
+def test_a_png_is_a_picture_of_the_figure_s_size_with_nothing_cut_off(metrics):
+    """Every text, the legend's too, lies inside the picture."""
+    for draw in (figures.win_rate_figure, figures.trade_off_figure, figures.kl_figure):
+        figure = draw(metrics)
+        pixels = imread(io.BytesIO(figures.png(figure)), format="png")
+        width, height = (figure.get_size_inches() * figures.DPI).astype(int)
+        assert pixels.shape[:2] == (height, width)
+        assert pixels[..., :3].std() > 0.05
+        box = figure.get_tightbbox()  # inches
+        assert box.x0 >= 0.0
+        assert box.y0 >= 0.0
+        assert box.x1 * figures.DPI <= width + 1
+        assert box.y1 * figures.DPI <= height + 1

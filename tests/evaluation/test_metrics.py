@@ -1,0 +1,195 @@
+"""The numbers of an evaluation, against sums over the table written out here, and its refusals."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from mpo_ray.evaluation.metrics import Estimate, Metrics, evaluate_completions, number, verdict, written
+from tests.evaluation.world import OBJECTIVES, WORLD, Tendency, completions, evaluated
+
+
+@pytest.fixture(scope="module")
+def table() -> pa.Table:
+    return completions()
+
+
+@pytest.fixture(scope="module")
+def metrics(table) -> Metrics:
+    return evaluated(table)
+
+
+def rewards(table: pa.Table, candidate: str, objective: str) -> np.ndarray:
+    """(P, N) in the order of the table."""
+    rows = table.filter(pc.equal(table["candidate"], candidate))
+    return rows[f"reward_{objective}"].to_numpy().reshape(120, 2)
+
+
+def test_every_number_is_the_mean_over_prompts_of_the_table(table, metrics):
+    """Rewards, win rates pair by pair, KL, length and finished share, for every candidate and objective."""
+    for name, candidate in metrics.candidates.items():
+        rows = table.filter(pc.equal(table["candidate"], name))
+        for objective in OBJECTIVES:
+            ours, theirs = rewards(table, name, objective), rewards(table, "reference", objective)
+            assert candidate.rewards[objective].value == pytest.approx(ours.mean())
+            pairs = [np.sign(a[:, None] - b[None]).mean() / 2 + 0.5 for a, b in zip(ours, theirs, strict=True)]
+            assert candidate.win_rates[objective].value == pytest.approx(np.mean(pairs))
+        assert candidate.minimum_win_rate.value == min(w.value for w in candidate.win_rates.values())
+        assert candidate.kl.value == pytest.approx(pc.mean(rows["kl"]).as_py())
+        assert candidate.num_tokens == pytest.approx(pc.mean(rows["num_tokens"]).as_py())
+        assert candidate.finished_share == pytest.approx(pc.mean(rows["finished"]).as_py())
+    assert (metrics.num_prompts, metrics.num_completions) == (120, 120 * 2 * 6)
+
+
+def test_candidates_come_reference_first_and_mpo_last(metrics):
+    assert list(metrics.candidates) == ["reference", *OBJECTIVES, "uniform", "mpo"]
+    assert [metrics.label(name) for name in ("reference", "concise", "uniform", "mpo")] == [
+        "reference",
+        "concise policy",
+        "uniform mixture",
+        "MPO mixture",
+    ]
+
+
+def test_intervals_hold_their_estimate_and_the_reference_has_none_against_itself(metrics):
+    """The reference wins ½ against itself and has KL 0 by definition; its mean reward is an estimate."""
+    reference = metrics.candidates["reference"]
+    assert all(win == Estimate(0.5) for win in (*reference.win_rates.values(), reference.minimum_win_rate))
+    assert reference.kl == Estimate(0.0)
+    assert reference.rewards["positive"].low is not None
+    for name in ("positive", "uniform", "mpo"):
+        candidate = metrics.candidates[name]
+        for e in (*candidate.rewards.values(), *candidate.win_rates.values(), candidate.minimum_win_rate, candidate.kl):
+            assert e.low is not None
+            assert e.high is not None
+            assert e.low < e.value < e.high
+            assert e.half_width == pytest.approx((e.high - e.low) / 2)
+
+
+def test_the_interval_of_a_win_rate_is_that_of_a_mean_over_prompts(table, metrics):
+    """Half width ≈ 1.96 · sd(W(x)) / √P, as the central limit theorem has it for P prompts, not for completions."""
+    ours, theirs = rewards(table, "mpo", "positive"), rewards(table, "reference", "positive")
+    per_prompt = (np.sign(ours[:, :, None] - theirs[:, None, :]) / 2 + 0.5).mean(axis=(1, 2))
+    expected = 1.96 * per_prompt.std() / np.sqrt(120)
+    assert metrics.candidates["mpo"].win_rates["positive"].half_width == pytest.approx(expected, rel=0.15)
+
+
+def test_the_order_of_the_rows_does_not_matter(table, metrics):
+    shuffled = table.take(np.random.default_rng(0).permutation(table.num_rows))
+    again = evaluated(shuffled)
+    assert again.candidates["mpo"] == metrics.candidates["mpo"]
+    assert again.candidates["reference"] == metrics.candidates["reference"]
+
+
+def test_a_copy_of_mpo_differs_from_it_by_exactly_nothing(table):
+    """Pairedness: identical completions give a difference of 0 with an interval of width 0."""
+    mpo = table.filter(pc.equal(table["candidate"], "mpo"))
+    copy = mpo.set_column(0, "candidate", pa.array(["uniform"] * mpo.num_rows))
+    others = table.filter(pc.not_equal(table["candidate"], "uniform"))
+    metrics = evaluated(pa.concat_tables([others, copy]))
+    assert metrics.candidates["uniform"].mpo_minus_this == Estimate(0.0, 0.0, 0.0)
+    assert metrics.candidates["mpo"].mpo_minus_this is None
+
+
+def test_the_difference_is_that_of_the_minima(metrics):
+    mpo = metrics.candidates["mpo"].minimum_win_rate.value
+    for name in ("reference", *OBJECTIVES, "uniform"):
+        candidate = metrics.candidates[name]
+        assert candidate.mpo_minus_this.value == pytest.approx(mpo - candidate.minimum_win_rate.value)
+
+
+def test_without_mpo_there_is_no_difference_and_no_verdict(table):
+    metrics = evaluated(table.filter(pc.not_equal(table["candidate"], "mpo")))
+    assert all(candidate.mpo_minus_this is None for candidate in metrics.candidates.values())
+    assert verdict(metrics) is None
+
+
+def test_metrics_survive_json(metrics):
+    assert Metrics.from_json(json.loads(json.dumps(metrics.as_json(), allow_nan=False))) == metrics
+
+
+def test_the_verdict_is_above_when_mpo_is_outside_the_intervals(metrics):
+    found = verdict(metrics)
+    assert found.kind == "above"
+    assert written(metrics.candidates["mpo"].minimum_win_rate) in found.sentence
+
+
+def test_the_verdict_is_unresolved_when_mpo_hardly_differs():
+    """MPO a hair above a policy: the estimate says so, the interval does not, and neither does the sentence."""
+    world = {**WORLD, "mpo": Tendency(0.515, 4.9, 0.32, 1.0), "positive": Tendency(0.51, 5.0, 0.30, 1.0)}
+    kinds = {verdict(evaluated(completions(seed=seed, num_prompts=60, world=world))).kind for seed in range(6)}
+    assert "above" not in kinds
+    assert "unresolved" in kinds
+
+
+def test_the_verdict_is_below_when_a_policy_has_the_higher_minimum():
+    metrics = evaluated(completions(world={**WORLD, "concise": WORLD["mpo"], "mpo": WORLD["concise"]}))
+    found = verdict(metrics)
+    assert found.kind == "below"
+    assert "not above" in found.sentence
+    assert "'concise'" in found.sentence
+
+
+def test_an_estimate_is_written_with_its_interval_and_no_negative_zero():
+    assert written(Estimate(0.5)) == "0.50"
+    assert written(Estimate(0.561, -0.001, 0.6)) == "0.56 [0.00, 0.60]"
+    assert number(-1.26, 1) == "-1.3"
+
+
+def change(table: pa.Table, row: int, column: str, value: object) -> pa.Table:
+    rows = table.to_pylist()
+    rows[row][column] = value
+    return pa.Table.from_pylist(rows, schema=table.schema)
+
+
+def row_of(table: pa.Table, candidate: str) -> int:
+    return table["candidate"].to_pylist().index(candidate)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda t: t.filter(pc.or_(pc.not_equal(t["candidate"], "mpo"), pc.not_equal(t["prompt_id"], f"{7:016x}"))),
+            "'mpo' has 119 of the reference's 120 prompts: 1 missing .first '0000000000000007'",
+        ),
+        (
+            lambda t: t.filter(
+                pc.or_(pc.not_equal(t["candidate"], "reference"), pc.not_equal(t["prompt_id"], f"{7:016x}"))
+            ),
+            "'positive' has 120 .* 1 that the reference lacks .first '0000000000000007'",
+        ),
+        (
+            lambda t: change(t, row_of(t, "uniform"), "reward_concise", float("nan")),
+            "'uniform', prompt '0000000000000000', completion 0: the reward of objective 'concise' is nan",
+        ),
+        (
+            lambda t: change(t, row_of(t, "concise"), "reward_detailed", None),
+            "'concise', prompt '0000000000000000'.* objective 'detailed' is nan",
+        ),
+        (lambda t: change(t, row_of(t, "mpo"), "kl", float("inf")), "'mpo', prompt .* the kl is inf"),
+        (
+            lambda t: change(t, row_of(t, "mpo"), "completion_id", 1),
+            "'mpo' has completion 1 of prompt .* more than once",
+        ),
+        (
+            lambda t: change(t, row_of(t, "mpo"), "prompt_id", f"{1:016x}"),
+            "'mpo' has 1 completion.s. of prompt '0000000000000000' and 3 of '0000000000000001'",
+        ),
+        (lambda t: t.filter(pc.not_equal(t["candidate"], "reference")), "no candidate 'reference'.*it has concise"),
+        (lambda t: t.slice(0, 0), "no candidate 'reference'.*no rows"),
+        (lambda t: t.drop_columns(["reward_concise"]), "no column 'reward_concise'; it has candidate, "),
+    ],
+)
+def test_a_table_that_cannot_be_compared_is_refused_by_name(table, spoil, message):
+    with pytest.raises(ValueError, match=message):
+        evaluated(spoil(table))
+
+
+def test_one_prompt_is_too_few_for_an_interval(table):
+    with pytest.raises(ValueError, match="at least 2 prompts"):
+        evaluate_completions(completions(num_prompts=1), OBJECTIVES, draws=10, confidence=0.9, seed=0)

@@ -1,0 +1,212 @@
+"""The report: one self-contained page that says what the metrics say, whatever the completions contain."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from mpo_ray.evaluation.metrics import Metrics, number, verdict
+from mpo_ray.evaluation.report import SHOWN_CHARACTERS, SHOWN_PROMPTS, write_report
+from mpo_ray.records import encode_prompt
+from tests.evaluation.world import OBJECTIVES, completions, evaluate_completions, evaluated, fit
+
+CONFLICT = [
+    {"first": "positive", "second": "concise", "sentence": "positive and concise are unrelated: 52% of 90 pairs."}
+]
+
+
+class Page(HTMLParser):
+    """Elements and text of a page, and every address in it."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.headings: list[str] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.open.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+
+    def handle_endtag(self, tag):
+        self.text += " "
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+def report(directory: Path, **changes: object) -> str:
+    table = changes.get("completions")
+    table = completions(num_prompts=30) if table is None else table
+    arguments = {
+        "run_name": "quickstart",
+        "metrics": evaluated(table),
+        "fit": fit(),
+        "completions": table,
+        "counts": {o: {"comparisons": 2900 + n, "refused": {"empty": 7}} for n, o in enumerate(OBJECTIVES)},
+        "conflict": CONFLICT,
+        "provenance": {"versions": {"torch": "2.13.0"}, "seed": 11, "config_digest": "cafe" * 16},
+        "training": {
+            o: {
+                "steps": 90,
+                "heldout": {"loss": 0.4321, "accuracy": 0.83, "margin": 1.25},
+                "history": [{"step": s, "loss": 0.7 - s / 400} for s in range(0, 90, 10)],
+            }
+            for o in OBJECTIVES
+        },
+    }
+    path = write_report(directory, **{**arguments, **changes})
+    assert path == directory / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> tuple[Path, str]:
+    directory = tmp_path_factory.mktemp("run") / "evaluation"
+    return directory, report(directory)
+
+
+def squeezed(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_the_page_needs_nothing_from_elsewhere(written):
+    """Every address is a data URI, there is no script, and the style imports nothing."""
+    page = Page(written[1])
+    assert len(page.addresses) == 5
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    assert not re.search(r"@import|url\(|https?://", written[1])
+
+
+def test_the_embedded_pictures_are_the_files_beside_it(written):
+    directory, source = written
+    embedded = {base64.b64decode(address.split(",")[1]) for address in Page(source).addresses}
+    names = ["weights", "win_rates", "trade_off", "kl", "training"]
+    assert embedded == {(directory / f"{name}.png").read_bytes() for name in names}
+    assert all(png.startswith(b"\x89PNG") for png in embedded)
+
+
+def test_metrics_json_holds_the_metrics(written):
+    loaded = Metrics.from_json(json.loads((written[0] / "metrics.json").read_text()))
+    assert loaded == evaluated(completions(num_prompts=30))
+
+
+def test_the_page_shows_every_number_of_the_table_and_the_verdict(written):
+    metrics = evaluated(completions(num_prompts=30))
+    text = squeezed(Page(written[1]).text)
+    assert verdict(metrics).sentence in text
+    for name, candidate in metrics.candidates.items():
+        row = [f"{number(e.value)} [{number(e.low)}, {number(e.high)}]" for e in candidate.rewards.values()]
+        assert f"{metrics.label(name)} {' '.join(row)}" in text
+        if name != "reference":
+            win = candidate.win_rates["positive"]
+            assert f"{metrics.label(name)} {number(win.value)} [{number(win.low)}, {number(win.high)}]" in text
+
+
+def test_the_page_says_which_mixture_is_decoded(written):
+    assert "Both mixtures are token-level" in Page(written[1]).text
+
+
+def test_every_part_is_there(written):
+    page = Page(written[1])
+    assert page.headings == [
+        "Candidates",
+        "Weights",
+        "Trade-off",
+        "Completions side by side",
+        "Data",
+        "Single policies",
+        "Provenance",
+    ]
+    text = squeezed(page.text)
+    assert "objective comparisons refused: empty positive 2900 7 concise 2901 7 detailed 2902 7" in text
+    assert CONFLICT[0]["sentence"] in text
+    assert "policy steps held-out loss held-out accuracy held-out margin positive 90 0.4321 0.83 1.25" in text
+    assert "versions: torch 2.13.0 seed 11 config digest cafe" in text
+    assert "λ positive 0.4100 λ concise 0.2500 λ detailed 0.3400 method bsmd F(λ), nats -0.31" in text
+
+
+def test_a_few_prompts_are_shown_with_a_completion_of_every_candidate(written):
+    assert written[1].count('class="prompt"') == SHOWN_PROMPTS
+    assert len(re.findall(r'class="card( mpo)?"', written[1])) == SHOWN_PROMPTS * 6
+    first = completions(num_prompts=30).slice(0, 12).to_pylist()
+    text = Page(written[1]).text
+    for row in first:
+        assert (row["response"] in text) or row["completion_id"] == 1
+
+
+def test_text_from_models_and_data_is_escaped(tmp_path):
+    """A completion, a prompt, a reason and a version that are markup appear as text and do nothing."""
+    attack = "</div><script>alert('x')</script><img src=https://example.org/x onerror=alert(1)>"
+    table = completions(num_prompts=5)
+    for column in ("prompt", "response"):
+        index = table.column_names.index(column)
+        table = table.set_column(index, column, pa.array([attack] * table.num_rows))
+    source = report(
+        tmp_path,
+        completions=table,
+        counts={"positive": {attack: 1}},
+        conflict=[{"sentence": attack}],
+        provenance={"config": attack},
+        run_name=attack,
+    )
+    page = Page(source)
+    assert "script" not in page.tags
+    assert page.tags.count("img") == 5
+    assert page.text.count(attack) == 2 + 4 * (1 + 6) + 1 + 1 + 1  # title, h1, 4 prompts of 6, the others
+
+
+def test_chat_prompts_are_shown_turn_by_turn(tmp_path):
+    chat, _ = encode_prompt(({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Thé ou café ?"}))
+    table = completions(num_prompts=3)
+    table = table.set_column(table.column_names.index("prompt"), "prompt", pa.array([chat] * table.num_rows))
+    table = table.set_column(table.column_names.index("is_chat"), "is_chat", pa.array([True] * table.num_rows))
+    assert "system Be brief. user Thé ou café ?" in squeezed(Page(report(tmp_path, completions=table)).text)
+
+
+def test_a_long_completion_is_cut_and_says_by_how_much(tmp_path):
+    table = completions(num_prompts=3)
+    long = "a" * (SHOWN_CHARACTERS + 123)
+    table = table.set_column(table.column_names.index("response"), "response", pa.array([long] * table.num_rows))
+    source = report(tmp_path, completions=table)
+    assert "a" * SHOWN_CHARACTERS + " … (123 more characters)" in source
+    assert long not in source
+
+
+def test_given_weights_and_absent_parts_leave_a_smaller_page(tmp_path):
+    """Weights that were not fitted have no trace and no diagnostics; no conflict, no training, no counts."""
+    given = {"method": "fixed", "weights": {"positive": 0.2, "concise": 0.3, "detailed": 0.5}, "trace": None}
+    source = report(tmp_path, fit=given, counts={}, conflict=None, training={}, provenance={})
+    page = Page(source)
+    assert page.headings == ["Candidates", "Weights", "Trade-off", "Completions side by side"]
+    assert (tmp_path / "weights.png").is_file()
+    assert not (tmp_path / "training.png").exists()
+    assert 'class="caution"' not in source
+
+
+def test_a_fit_that_follows_single_samples_is_cautioned(tmp_path):
+    assert 'class="caution"' in report(tmp_path, fit={**fit(), "effective_sample_size": {"min": 1.0, "median": 1.06}})
+
+
+def test_one_objective_has_a_report_without_a_trade_off(tmp_path):
+    table = completions(num_prompts=5)
+    metrics = evaluate_completions(table, ["positive"], draws=50, confidence=0.9, seed=0)
+    source = report(tmp_path, metrics=metrics, fit={"method": "fixed", "weights": {"positive": 1.0}}, completions=table)
+    assert not (tmp_path / "trade_off.png").exists()
+    assert "positive policy" in Page(source).text

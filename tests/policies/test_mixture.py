@@ -1,0 +1,378 @@
+"""The mixture artefact as a transformers model: its next-token distribution is the product of the policies' own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import mpo_ray  # noqa: F401 - registers the mixture with transformers
+from mpo_ray.policies.artefact import write_artefact
+from mpo_ray.policies.loading import ModelError, load_policy
+from mpo_ray.policies.mixture import MixtureForCausalLM
+from tests.tiny import next_logprobs, tiny_llama, tiny_lora, tiny_tokenizer
+
+WEIGHTS = {"positive": 0.5, "concise": 0.3, "detailed": 0.2}
+PROMPT = "the film was"
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reference, three LoRA policies and three full ones, all with one vocabulary."""
+    root = tmp_path_factory.mktemp("material")
+    tokenizer = tiny_tokenizer()
+    tiny_llama(root / "reference", tokenizer, seed=0)
+    for seed, name in enumerate(WEIGHTS, start=1):
+        tiny_lora(root / "lora" / name, root / "reference", seed)
+        tiny_llama(root / "full" / name, tokenizer, seed)
+    return root
+
+
+def paths(material: Path, kind: str) -> dict[str, Path]:
+    """The three policies: all `lora`, all `full`, or `mixed`, where one is full and two are adapters."""
+    kinds = (
+        dict.fromkeys(WEIGHTS, kind) if kind != "mixed" else dict(zip(WEIGHTS, ("lora", "full", "lora"), strict=True))
+    )
+    return {name: material / kinds[name] / name for name in WEIGHTS}
+
+
+def write(material: Path, directory: Path, kind: str, weights: Mapping[str, float] = WEIGHTS) -> Path:
+    write_artefact(
+        directory,
+        objectives=paths(material, kind),
+        reference=material / "reference",
+        copy_reference=True,
+        weights=weights,
+        fit={"method": "fixed"},
+    )
+    return directory
+
+
+@pytest.fixture(scope="module", params=["lora", "full", "mixed"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def artefact(material: Path, kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(material, tmp_path_factory.mktemp("artefact") / kind, kind)
+
+
+@pytest.fixture
+def model(artefact: Path) -> MixtureForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(artefact)
+
+
+@pytest.fixture(scope="module")
+def policies(material: Path, kind: str) -> list[torch.nn.Module]:
+    """The policies, each loaded by itself, without the mixture."""
+    return [load_policy(str(path), str(material / "reference")) for path in paths(material, kind).values()]
+
+
+def product(policies: list[torch.nn.Module], weights: Mapping[str, float], ids: list[int]) -> torch.Tensor:
+    """q(v) = Π_k π_k(v | ids)^λ_k / Z, by the definition, in float64."""
+    mixed = sum(weight * next_logprobs(policy, ids) for policy, weight in zip(policies, weights.values(), strict=True))
+    return torch.softmax(mixed, dim=-1)
+
+
+def ids_of(artefact: Path, text: str = PROMPT) -> list[int]:
+    return AutoTokenizer.from_pretrained(artefact)(text).input_ids
+
+
+def test_next_token_distributions_are_the_explicit_product(artefact, model, policies) -> None:
+    """q_t(v) = Π_k π_k(v | y_<t)^λ_k / Z_t at every position, to 1e-5   (design 2.3, eq. 7)"""
+    assert type(model) is MixtureForCausalLM
+    ids = ids_of(artefact, "the film was very good and I liked it not at all")
+    q = torch.softmax(model(torch.tensor([ids])).logits[0].double(), dim=-1)
+    for position in range(len(ids)):
+        expected = product(policies, WEIGHTS, ids[: position + 1])
+        torch.testing.assert_close(q[position], expected, atol=1e-5, rtol=0)
+    separate = [torch.softmax(next_logprobs(policy, ids), -1) for policy in policies]
+    assert all((q[-1] - one).abs().max() > 0.01 for one in separate), "the policies are alike; the test shows nothing"
+
+
+def test_the_logits_are_the_sum_of_log_probabilities_itself(artefact, model, policies) -> None:
+    """Σ_k λ_k log π_k, so logsumexp of the logits is log Z_t ≤ 0."""
+    ids = ids_of(artefact)
+    expected = sum(w * next_logprobs(p, ids) for p, w in zip(policies, WEIGHTS.values(), strict=True))
+    logits = model(torch.tensor([ids])).logits[0, -1]
+    torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=0)
+    assert logits.logsumexp(-1) < 0
+
+
+def test_decoding_with_the_cache_is_decoding_without(artefact, model) -> None:
+    """One token at a time through the K caches gives the logits of one pass over the whole sequence."""
+    ids = torch.tensor([ids_of(artefact, "the film was very good and I liked it")])
+    whole = model(ids).logits
+    cache = None
+    for position in range(ids.shape[1]):
+        output = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        torch.testing.assert_close(output.logits[:, 0], whole[:, position], atol=1e-4, rtol=0)
+    cached, plain = (
+        model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=use_cache) for use_cache in (True, False)
+    )
+    assert cached.tolist() == plain.tolist()
+
+
+def test_rows_of_a_padded_batch_are_the_single_rows(artefact, model) -> None:
+    """Left padding changes nothing, greedily decoded."""
+    tokenizer = AutoTokenizer.from_pretrained(artefact, padding_side="left")
+    texts = ["the", "the film was very good and", "I liked it"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    together = model.generate(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=10, do_sample=False
+    )[:, batch.input_ids.shape[1] :]
+    for row, text in enumerate(texts):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        alone = model.generate(ids, max_new_tokens=10, do_sample=False)[0, ids.shape[1] :]
+        assert together[row, : len(alone)].tolist() == alone.tolist()
+
+
+def test_greedy_generation_is_the_explicit_loop(artefact, model, policies) -> None:
+    """argmax_v Π_k π_k(v | y_<t)^λ_k, token by token."""
+    ids = ids_of(artefact)
+    expected = list(ids)
+    for _ in range(15):
+        expected.append(int(product(policies, WEIGHTS, expected).argmax()))
+        if expected[-1] == model.generation_config.eos_token_id[0]:
+            break
+    generated = model.generate(torch.tensor([ids]), max_new_tokens=15, do_sample=False)[0]
+    assert generated.tolist() == expected
+
+
+def test_sampling_follows_the_product(artefact, model, policies) -> None:
+    """By default `generate` draws from q itself: the counts of 4000 first tokens agree by a χ² bound at five sigma."""
+    ids, draws = ids_of(artefact), 4000
+    torch.manual_seed(0)
+    tokens = model.generate(torch.tensor([ids]), max_new_tokens=1, num_return_sequences=draws)[:, -1]
+    expected = draws * product(policies, WEIGHTS, ids)
+    counts = torch.bincount(tokens, minlength=len(expected)).double()
+    likely = expected > 5
+    statistic = ((counts - expected) ** 2 / expected)[likely].sum()
+    freedom = int(likely.sum()) - 1
+    assert freedom >= 3
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_at_a_vertex_the_mixture_is_that_policy_and_no_other_is_run(artefact, model, policies, monkeypatch) -> None:
+    """λ = e_k gives π_k; a policy with weight 0 is not run."""
+    ids = ids_of(artefact)
+    branch = MixtureForCausalLM._branch
+    for k, name in enumerate(WEIGHTS):
+        model.set_weights({name: 1.0})
+        run: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(MixtureForCausalLM, "_branch", lambda self, j, run=run: (run.append(j), branch(self, j))[1])
+            logits = model(torch.tensor([ids])).logits[0, -1]
+        torch.testing.assert_close(logits.double(), next_logprobs(policies[k], ids), atol=1e-5, rtol=0)
+        assert set(run) == {k}
+
+
+def test_every_row_may_have_its_own_weights(artefact, model, policies) -> None:
+    """`mixture_weights` (B, K): row b is Π_k π_k^λ_bk, in one forward pass and in `generate`."""
+    ids = ids_of(artefact)
+    rows = [
+        {"positive": 1.0, "concise": 0.0, "detailed": 0.0},
+        {"positive": 0.0, "concise": 0.4, "detailed": 0.6},
+        WEIGHTS,
+    ]
+    weights = torch.tensor([list(row.values()) for row in rows])
+    batch = torch.tensor([ids] * 3)
+    q = torch.softmax(model(batch, mixture_weights=weights).logits[:, -1].double(), dim=-1)
+    for row, expected in zip(q, rows, strict=True):
+        torch.testing.assert_close(row, product(policies, expected, ids), atol=1e-5, rtol=0)
+    together = model.generate(batch, mixture_weights=weights, max_new_tokens=8, do_sample=False)
+    for row, own in zip(together, rows, strict=True):
+        model.set_weights(own)
+        alone = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0]
+        assert row[: len(alone)].tolist() == alone.tolist()
+    assert len({tuple(row) for row in together.tolist()}) > 1
+
+
+def test_weights_can_be_given_when_loading(artefact, policies) -> None:
+    """Objectives left out have weight 0; both ways of loading take them."""
+    ids = ids_of(artefact)
+    for cls in (AutoModelForCausalLM, MixtureForCausalLM):
+        model = cls.from_pretrained(artefact, weights={"concise": 0.25, "detailed": 0.75})
+        q = torch.softmax(model(torch.tensor([ids])).logits[0, -1].double(), dim=-1)
+        expected = product(policies, {"positive": 0.0, "concise": 0.25, "detailed": 0.75}, ids)
+        torch.testing.assert_close(q, expected, atol=1e-5, rtol=0)
+
+
+def test_beam_search_reorders_every_cache(artefact, model) -> None:
+    """Beams with cache equal beams without."""
+    ids = torch.tensor([ids_of(artefact)])
+    with_cache, without = (
+        model.generate(ids, max_new_tokens=8, num_beams=3, do_sample=False, use_cache=use) for use in (True, False)
+    )
+    assert with_cache.tolist() == without.tolist()
+
+
+def test_the_loss_is_that_of_the_normalised_mixture(artefact, model, policies) -> None:
+    """Mean of −log q(y_t | y_<t): the constant log Z_t has no say."""
+    ids = ids_of(artefact, "the film was very good")
+    loss = model(torch.tensor([ids]), labels=torch.tensor([ids])).loss
+    expected = [-product(policies, WEIGHTS, ids[:t])[ids[t]].log() for t in range(1, len(ids))]
+    assert float(loss) == pytest.approx(float(sum(expected)) / len(expected), abs=1e-5)
+
+
+def test_a_cache_from_other_weights_is_refused(model, artefact) -> None:
+    """A policy without a past cannot join in the middle of a sequence."""
+    ids = torch.tensor([ids_of(artefact)])
+    model.set_weights({"positive": 1.0})
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="past_key_values was filled while"):
+        model(ids[:, -1:], past_key_values=cache, mixture_weights=torch.tensor([[0.5, 0.5, 0.0]]))
+
+
+@pytest.mark.parametrize("weights", [[[0.5, 0.5]], [[0.0, 0.0, 0.0]], [[float("nan"), 0.5, 0.5]]])
+def test_row_weights_of_the_wrong_form_are_refused(weights: list[list[float]], model, artefact) -> None:
+    with pytest.raises(ValueError, match="mixture_weights"):
+        model(torch.tensor([ids_of(artefact)]), mixture_weights=torch.tensor(weights))
+
+
+@pytest.mark.parametrize(
+    ("weights", "complaint"),
+    [
+        ({"positive": 1.5, "concise": -0.5}, "weight of 'concise' is -0.5"),
+        ({"positive": 0.5, "concise": 0.4}, "sum to 0.9, not 1"),
+        ({"positive": 0.5, "kind": 0.5}, "unknown objective 'kind'"),
+    ],
+)
+def test_weights_off_the_simplex_are_refused_everywhere(
+    weights, complaint, artefact, model, material, tmp_path
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        write(material, tmp_path / "artefact", "lora", weights)
+    with pytest.raises(ValueError, match=complaint):
+        AutoModelForCausalLM.from_pretrained(artefact, weights=weights)
+    with pytest.raises(ValueError, match=complaint):
+        model.set_weights(weights)
+
+
+def test_the_artefact_holds_what_the_design_lists(artefact: Path) -> None:
+    config = json.loads((artefact / "config.json").read_text())
+    assert config["model_type"] == "mpo_mixture"
+    assert config["objectives"] == list(WEIGHTS)
+    assert config["weights"] == WEIGHTS
+    assert config["reference"] == "reference"
+    assert len({*config["policy_digests"].values()}) == 3
+    assert AutoConfig.from_pretrained(artefact).vocab_size == len(AutoTokenizer.from_pretrained(artefact))
+    assert json.loads((artefact / "fit.json").read_text()) == {"method": "fixed"}
+    assert AutoTokenizer.from_pretrained(artefact).chat_template
+    assert (artefact / "generation_config.json").is_file()
+    assert all(list((artefact / "policies" / name).glob("*.safetensors")) for name in WEIGHTS)
+    assert not [path for path in artefact.rglob("*") if path.suffix in {".bin", ".pt"}]
+
+
+def test_a_moved_artefact_still_opens(artefact: Path, tmp_path: Path) -> None:
+    """Nothing inside it names the place where it was written."""
+    shutil.copytree(artefact, tmp_path / "moved")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "moved")
+
+
+def unlinked_copy(material: Path, directory: Path, kind: str = "lora") -> Path:
+    """An artefact that shares no file with the material, so that a test may damage it."""
+    write(material, directory / "linked", kind)
+    return Path(shutil.copytree(directory / "linked", directory / "copy"))
+
+
+@pytest.mark.parametrize(
+    "file", ["policies/concise/adapter_model.safetensors", "policies/detailed/adapter_config.json"]
+)
+def test_a_corrupted_policy_file_is_refused_by_name(file: str, material: Path, tmp_path: Path) -> None:
+    copy = unlinked_copy(material, tmp_path)
+    content = bytearray((copy / file).read_bytes())
+    content[-5] ^= 1
+    (copy / file).write_bytes(content)
+    with pytest.raises(ModelError, match=f"{file}: the file is damaged or was altered"):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_missing_and_added_files_are_refused_by_name(material: Path, tmp_path: Path) -> None:
+    copy = unlinked_copy(material, tmp_path)
+    (copy / "policies/positive/extra.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"positive/extra\.json: the file was added"):
+        AutoModelForCausalLM.from_pretrained(copy)
+    os.remove(copy / "policies/positive/extra.json")
+    os.remove(copy / "policies/positive/adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"positive/adapter_model\.safetensors: the file is missing"):
+        AutoModelForCausalLM.from_pretrained(copy)
+    shutil.rmtree(copy / "policies/positive")
+    with pytest.raises(ModelError, match="positive: this policy of the mixture is missing"):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_another_reference_under_the_adapters_is_refused(material: Path, tmp_path: Path) -> None:
+    copy = unlinked_copy(material, tmp_path)
+    tiny_llama(copy / "reference", tiny_tokenizer(), seed=99)
+    with pytest.raises(ModelError, match="the reference model is not the one"):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_a_reference_outside_the_artefact_is_named_and_needed(material: Path, tmp_path: Path) -> None:
+    reference = shutil.copytree(material / "reference", tmp_path / "base")
+    config = write_artefact(
+        tmp_path / "artefact",
+        objectives=paths(material, "lora"),
+        reference=reference,
+        copy_reference=False,
+        weights=WEIGHTS,
+        fit={},
+    )
+    assert config.reference == str(reference)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "artefact")
+    shutil.rmtree(reference)
+    with pytest.raises(ModelError, match=r"the reference model .*base, which is not there"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "artefact")
+
+
+def test_policies_with_different_tokenizers_are_refused(material: Path, tmp_path: Path) -> None:
+    """Adapters too: each policy's directory holds the tokenizer it was trained with."""
+    other = tiny_tokenizer(["the", "a", "movie"])
+    tiny_lora(tmp_path / "other", material / "reference", seed=5, tokenizer=other)
+    with pytest.raises(
+        ModelError, match="'reference' and 'concise' have different vocabularies: 25 and 10 tokens; first"
+    ):
+        write_artefact(
+            tmp_path / "artefact",
+            objectives={"positive": material / "lora" / "positive", "concise": tmp_path / "other"},
+            reference=material / "reference",
+            copy_reference=True,
+            weights={"positive": 1.0},
+            fit={},
+        )
+
+
+def test_a_policy_without_safetensors_is_refused(material: Path, tmp_path: Path) -> None:
+    policy = Path(shutil.copytree(material / "full" / "concise", tmp_path / "concise"))
+    (policy / "model.safetensors").rename(policy / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"a policy is safetensors.*pytorch_model\.bin"):
+        write_artefact(
+            tmp_path / "artefact",
+            objectives={"concise": policy},
+            reference=material / "reference",
+            copy_reference=True,
+            weights={"concise": 1.0},
+            fit={},
+        )
+
+
+def test_bfloat16_is_a_choice_at_loading(artefact: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(artefact, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert model(torch.tensor([ids_of(artefact)])).logits.dtype == torch.float32
+    with pytest.raises(ModelError, match="float16 is not supported"):
+        AutoModelForCausalLM.from_pretrained(artefact, dtype=torch.float16)
+
+
+def test_unknown_keywords_are_refused_when_loading(artefact: Path) -> None:
+    with pytest.raises(ModelError, match="cannot be loaded with load_in_8bit"):
+        AutoModelForCausalLM.from_pretrained(artefact, load_in_8bit=True)

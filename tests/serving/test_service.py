@@ -1,0 +1,218 @@
+"""A real Serve instance, asked by the `openai` client: design 5.5 and the job's seventh line."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+import yaml
+from ray import serve as ray_serve
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mpo_ray.config import ConfigError, Serve
+from mpo_ray.policies.artefact import write_artefact
+from mpo_ray.serving.service import build, build_app, serve_endpoint
+from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
+
+NAME = "tiny"
+WEIGHTS = {"helpful": 0.6, "harmless": 0.4}
+PROMPT = "the film was"
+KEY = "a-key-for-tests"
+
+
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("served")
+    reference = tiny_llama(root / "reference", tiny_tokenizer(), seed=0)
+    write_artefact(
+        root / "mixture",
+        objectives={name: tiny_lora(root / name, reference, seed) for seed, name in enumerate(WEIGHTS, start=1)},
+        reference=reference,
+        copy_reference=True,
+        weights=WEIGHTS,
+        fit={},
+    )
+    return root / "mixture"
+
+
+@pytest.fixture(scope="module")
+def config() -> Serve:
+    return Serve(
+        port=0, max_replicas=1, target_ongoing_requests=2, max_queued_requests=2, max_tokens=50, api_key_env="TINY_KEY"
+    )
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: None, artefact: Path, config: Serve) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINY_KEY", KEY)
+        address = serve_endpoint(str(artefact), config, NAME, blocking=False)
+    yield address
+    ray_serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as one:
+        yield one
+
+
+def generated(artefact: Path, prompt: str, weights: dict[str, float] | None = None, num_tokens: int = 12) -> str:
+    """Greedy text by the artefact's own `generate`."""
+    model = AutoModelForCausalLM.from_pretrained(artefact, **({} if weights is None else {"weights": weights}))
+    tokenizer = AutoTokenizer.from_pretrained(artefact)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not prompt.startswith("<s>")).input_ids
+    output = model.generate(ids, max_new_tokens=num_tokens, do_sample=False)[0, ids.shape[1] :]
+    return str(tokenizer.decode(output, skip_special_tokens=True))
+
+
+def test_models_are_the_mixture_and_each_policy(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [NAME, f"{NAME}/helpful", f"{NAME}/harmless"]
+    assert client.models.retrieve(f"{NAME}/helpful").id == f"{NAME}/helpful"
+
+
+def test_greedy_completion_is_the_artefacts_own_generate(client: openai.OpenAI, artefact: Path) -> None:
+    answer = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=12, temperature=0)
+    assert answer.choices[0].text == generated(artefact, PROMPT)
+    assert answer.choices[0].finish_reason in ("length", "stop")
+    assert answer.usage.prompt_tokens == 4
+    assert answer.usage.total_tokens == 4 + answer.usage.completion_tokens
+
+
+def test_chat_goes_through_the_chat_template(client: openai.OpenAI, artefact: Path) -> None:
+    messages = [{"role": "user", "content": "was it good"}]
+    answer = client.chat.completions.create(model=NAME, messages=messages, max_completion_tokens=12, temperature=0)
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content == generated(artefact, "<s> user was it good assistant")
+
+
+def test_a_stream_is_the_same_text_in_pieces(client: openai.OpenAI, artefact: Path) -> None:
+    """Chat and plain; with include_usage the last chunk counts the tokens."""
+    pieces = list(client.completions.create(model=NAME, prompt=PROMPT, max_tokens=12, temperature=0, stream=True))
+    assert "".join(piece.choices[0].text for piece in pieces) == generated(artefact, PROMPT)
+    assert len(pieces) > 3
+    assert pieces[-1].choices[0].finish_reason in ("length", "stop")
+    chunks = list(
+        client.chat.completions.create(
+            model=NAME,
+            messages=[{"role": "user", "content": "was it good"}],
+            max_tokens=12,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == generated(artefact, "<s> user was it good assistant")
+    assert chunks[-1].usage.completion_tokens > 0
+
+
+def test_weights_per_request_change_the_answer(client: openai.OpenAI, artefact: Path) -> None:
+    """By the body, by the model id, and a single policy: each is the artefact's own text with those weights."""
+
+    def ask(model: str = NAME, **extra: object) -> str:
+        made = client.completions.create(model=model, prompt=PROMPT, max_tokens=12, temperature=0, extra_body=extra)
+        return made.choices[0].text
+
+    shifted, helpful = {"helpful": 0.1, "harmless": 0.9}, {"helpful": 1.0}
+    assert ask(mixture={"weights": shifted, "mode": "token"}) == generated(artefact, PROMPT, shifted)
+    assert ask(f"{NAME}@helpful=0.1,harmless=0.9") == generated(artefact, PROMPT, shifted)
+    assert ask(f"{NAME}/helpful") == generated(artefact, PROMPT, helpful)
+    assert len({ask(), ask(mixture={"weights": shifted}), ask(f"{NAME}/helpful")}) == 3
+
+
+def test_choices_differ_and_a_seed_repeats_them(client: openai.OpenAI) -> None:
+    def ask() -> list[str]:
+        made = client.completions.create(model=NAME, prompt=[PROMPT, "I liked"], n=3, seed=7, max_tokens=10)
+        assert [choice.index for choice in made.choices] == list(range(6))
+        return [choice.text for choice in made.choices]
+
+    first = ask()
+    assert first == ask()
+    assert len(set(first)) > 3
+
+
+def test_a_wrong_or_missing_key_is_refused(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="another", max_retries=0) as stranger:
+        with pytest.raises(openai.AuthenticationError, match="API key"):
+            stranger.models.list()
+        with pytest.raises(openai.AuthenticationError, match="API key"):
+            stranger.completions.create(model=NAME, prompt=PROMPT)
+
+
+def test_errors_reach_the_client_in_openais_form(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="'other' does not exist; there are tiny, tiny/helpful"):
+        client.completions.create(model="other", prompt=PROMPT)
+    with pytest.raises(openai.BadRequestError, match="context is 64 tokens") as caught:
+        client.completions.create(model=NAME, prompt="the " * 70)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match=r"sum to 0\.5, not 1"):
+        client.completions.create(model=NAME, prompt=PROMPT, extra_body={"mixture": {"weights": {"helpful": 0.5}}})
+
+
+def test_health_and_version_need_no_key(url: str) -> None:
+    parts = urlsplit(url)
+    for path, expected in (("/health", {"status": "ok"}), ("/version", {"version": "0.1.0"})):
+        connection = http.client.HTTPConnection(parts.hostname, parts.port)
+        connection.request("GET", path)
+        assert json.loads(connection.getresponse().read()) == expected
+        connection.close()
+
+
+def test_user_config_swaps_the_default_weights(
+    client: openai.OpenAI, artefact: Path, config: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replica stays; requests without weights of their own follow."""
+    monkeypatch.setenv("TINY_KEY", KEY)
+    shifted = {"helpful": 0.1, "harmless": 0.9}
+    ray_serve.run(build_app(str(artefact), config, NAME, default_weights=shifted), name=NAME, route_prefix="/")
+    expected = generated(artefact, PROMPT, shifted)
+    made = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=12, temperature=0)
+    assert made.choices[0].text == expected
+    ray_serve.run(build_app(str(artefact), config, NAME, default_weights=WEIGHTS), name=NAME, route_prefix="/")
+
+
+def test_overload_is_refused_with_429_in_json(url: str) -> None:
+    """max_ongoing 4 on one replica and 2 waiting: of 40 at once some are refused, and all that are not are answered."""
+    import asyncio
+
+    async def flood() -> list[object]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as many:
+            calls = [many.completions.create(model=NAME, prompt=PROMPT, max_tokens=50, n=8) for _ in range(40)]
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    results = asyncio.run(flood())
+    refused = [one for one in results if isinstance(one, openai.RateLimitError)]
+    answered = [one for one in results if not isinstance(one, Exception)]
+    assert refused, [type(one).__name__ + str(one)[:80] for one in results]
+    assert answered
+    assert len(refused) + len(answered) == len(results), [one for one in results if one not in answered]
+    assert "too many requests are waiting" in str(refused[0])
+
+
+def test_the_serve_config_file_builds(artefact: Path) -> None:
+    """serve_apps/mixture.yaml: Serve's own schema takes it, our builder takes its args, and it listens on loopback."""
+    from ray.serve.schema import ServeDeploySchema
+
+    path = Path(__file__).parents[2] / "serve_apps" / "mixture.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    schema = ServeDeploySchema.model_validate(content)
+    assert schema.http_options.host == "127.0.0.1"
+    application = content["applications"][0]
+    assert application["import_path"] == "serve_apps.mixture:build"
+    built = build({**application["args"], "artefact": str(artefact)})
+    assert type(built).__name__ == "Application"
+
+
+def test_builder_arguments_are_checked(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"serve\.max_replica: Extra inputs"):
+        build({"artefact": str(artefact), "name": "x", "serve": {"max_replica": 3}})
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    with pytest.raises(ConfigError, match="NO_SUCH_KEY holds no key"):
+        build({"artefact": str(artefact), "name": "x", "serve": {"api_key_env": "NO_SUCH_KEY"}})

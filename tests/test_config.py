@@ -1,0 +1,277 @@
+"""The run file: what a right one means, and that every wrong one is refused by place, value and remedy."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mpo_ray.config import ConfigError, RunConfig, load_config, parse_config
+from mpo_ray.records import check_weights
+
+MINIMAL: dict[str, Any] = {
+    "name": "trial",
+    "reference": {"model": "embedded"},
+    "objectives": {
+        "helpful": {"preferences": {"embedded": "pairs"}},
+        "harmless": {"preferences": {"path": ["a.jsonl", "b.jsonl.gz"]}, "reward": "rewards:harmless"},
+    },
+}
+
+
+@pytest.fixture
+def raw() -> dict[str, Any]:
+    return copy.deepcopy(MINIMAL)
+
+
+def complaint(raw: object, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(raw, overrides, where="run.yaml")
+    return str(caught.value)
+
+
+def test_a_minimal_file_gets_its_defaults_and_states_them(raw: dict[str, Any]) -> None:
+    """What as_json says is the whole configuration: reading it again gives the same."""
+    config = parse_config(raw)
+    assert config.samples.samples_per_prompt == 8
+    assert list(config.objectives) == ["helpful", "harmless"]
+    again = parse_config(config.as_json())
+    assert again == config
+    assert again.digest == config.digest
+
+
+def test_the_digest_names_the_content(raw: dict[str, Any]) -> None:
+    """A default that is written out changes nothing; another value does."""
+    config = parse_config(raw)
+    assert parse_config(raw, ["fit.steps=2000"]).digest == config.digest
+    assert parse_config(raw, ["fit.steps=2001"]).digest != config.digest
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "expected"),
+    [
+        (("polices",), {}, "polices: unknown key; did you mean 'policies'?"),
+        (("policies",), {"betta": 1.0}, "policies.betta: unknown key; did you mean 'beta'?"),
+        (("policies",), {"lora": {"rnak": 4}}, "policies.lora.rnak: unknown key; did you mean 'rank'?"),
+        (("policies",), {"workers": {"num_worker": 2}}, "policies.workers.num_worker: unknown key; did you mean 'num_"),
+        (("objectives", "helpful", "rewrad"), "x", "objectives.helpful.rewrad: unknown key; did you mean 'reward'?"),
+        (
+            ("objectives", "helpful", "preferences"),
+            {"pth": "x"},
+            "objectives.helpful.preferences.pth: unknown key; did you mean 'path'?",
+        ),
+        (("fit",), {"zzzzz": 1}, "fit.zzzzz: unknown key; known keys: method, steps, step_scale, weights."),
+    ],
+)
+def test_an_unknown_key_is_refused_and_the_nearest_known_one_named(
+    raw: dict[str, Any], place: tuple[str, ...], value: object, expected: str
+) -> None:
+    """At the top, inside a section, inside an optional section, inside an objective."""
+    below = raw
+    for key in place[:-1]:
+        below = below[key]
+    below[place[-1]] = value
+    assert expected in complaint(raw)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed=many", "seed: Input should be a valid integer"),
+        ("seed=many", "(got 'many')"),
+        ("seed=-1", "seed: Input should be greater than or equal to 0 (got -1)"),
+        ("policies.beta=0", "policies.beta: Input should be greater than 0 (got 0)"),
+        ("policies.beta=.nan", "policies.beta: Input should be a finite number"),
+        ("policies.loss=ppo", "policies.loss: Input should be 'dpo' or 'ipo' (got 'ppo')"),
+        ("policies.zero_stage=4", "policies.zero_stage: Input should be 0, 1, 2 or 3 (got 4)"),
+        ("data.heldout_share=1.5", "data.heldout_share: Input should be less than or equal to 1 (got 1.5)"),
+        ("name=my run", "name: String should match pattern"),
+        ("name=../elsewhere", "name: String should match pattern"),
+        ("objectives={}", "objectives: Dictionary should have at least 1 item"),
+        ("objectives.helpful=text", "objectives.helpful: Input should be a valid dictionary"),
+        ("serve.port=70000", "serve.port: Input should be less than or equal to 65535 (got 70000)"),
+    ],
+)
+def test_a_wrong_type_or_value_is_refused_with_place_and_value(
+    raw: dict[str, Any], override: str, expected: str
+) -> None:
+    """`place: what is wrong (got value)`."""
+    assert expected in complaint(raw, override)
+
+
+def test_a_missing_key_is_named_and_all_problems_are_told_at_once(raw: dict[str, Any]) -> None:
+    """One run of the command shows everything that has to be mended."""
+    del raw["reference"]
+    raw["objectives"]["helpful"] = {}
+    raw["seed"] = "x"
+    message = complaint(raw)
+    assert message.startswith("run.yaml: 3 problem(s):")
+    assert "reference: this key is required" in message
+    assert "objectives.helpful.preferences: this key is required" in message
+    assert "seed:" in message
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    """An empty file, a list, a word."""
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml: a run file is a mapping of keys"):
+        load_config(path)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    """Missing, a directory, not UTF-8, not YAML, the same key twice."""
+    with pytest.raises(ConfigError, match=r"absent\.yaml: no such run file"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_config(tmp_path)
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"name: caf\xe9")
+    with pytest.raises(ConfigError, match="not UTF-8 at byte 9"):
+        load_config(path)
+    path.write_text("name: [unclosed")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(path)
+    path.write_text("objectives:\n  a: {reward: x}\n  a: {reward: y}\n")
+    with pytest.raises(ConfigError, match=r"line 3: the key 'a' is there twice"):
+        load_config(path)
+
+
+def test_set_overrides_values_and_makes_sections(raw: dict[str, Any]) -> None:
+    """key.path=value, the value as YAML."""
+    config = parse_config(
+        raw,
+        [
+            "policies.lora=null",
+            "policies.workers.num_workers=2",
+            "policies.length_normalized=true",
+            "data.max_pairs=7",
+            "name=other",
+            "objectives.harmless.preferences.path=c=d.jsonl",
+        ],
+    )
+    assert config.policies.lora is None
+    assert config.policies.workers.num_workers == 2
+    assert config.policies.length_normalized
+    assert config.data.max_pairs == 7
+    assert config.name == "other"
+    assert config.objectives["harmless"].preferences.path == "c=d.jsonl"
+
+
+def test_a_number_in_scientific_notation_is_a_number(raw: dict[str, Any]) -> None:
+    """YAML 1.1 takes 5e-5 for a word; a learning rate is written so."""
+    raw["policies"] = {"learning_rate": yaml.safe_load("5e-5")}
+    assert parse_config(raw).policies.learning_rate == 5e-5
+    assert parse_config(raw, ["policies.learning_rate=1e-3"]).policies.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("fit.steps", "write key.path=value"),
+        ("=3", "write key.path=value"),
+        ("seed.deeper=3", "'seed' is a value, not a mapping"),
+        ("fit.stesp=3", "fit.stesp: unknown key; did you mean 'steps'?"),
+        ("fit.steps=[1", "not valid YAML"),
+    ],
+)
+def test_an_override_that_cannot_be_applied_is_refused(raw: dict[str, Any], override: str, expected: str) -> None:
+    """The override, or the place, is named."""
+    raw["seed"] = 1
+    assert expected in complaint(raw, override)
+
+
+def test_the_file_that_was_read_is_not_changed_by_overrides(raw: dict[str, Any]) -> None:
+    """parse_config works on a copy."""
+    before = copy.deepcopy(raw)
+    parse_config(raw, ["objectives.helpful.label=x", "seed=3"])
+    assert raw == before
+
+
+def test_environment_variables_are_filled_in(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """${NAME}, ${NAME:-default}; several in one string; in lists; empty counts as not set, as in a shell's :-."""
+    monkeypatch.setenv("MPO_TEST_BUCKET", "s3://bucket")
+    monkeypatch.delenv("MPO_TEST_ABSENT", raising=False)
+    monkeypatch.setenv("MPO_TEST_EMPTY", "")
+    raw["storage"] = "${MPO_TEST_BUCKET}/${MPO_TEST_ABSENT:-team}/${MPO_TEST_EMPTY:-runs}"
+    raw["objectives"]["harmless"]["preferences"]["path"] = ["${MPO_TEST_BUCKET}/a.jsonl"]
+    config = parse_config(raw)
+    assert config.storage == "s3://bucket/team/runs"
+    assert config.objectives["harmless"].preferences.path == ["s3://bucket/a.jsonl"]
+    assert parse_config(MINIMAL, ["storage=${MPO_TEST_BUCKET}/x"]).storage == "s3://bucket/x"
+    raw["storage"] = "${MPO_TEST_ABSENT}/runs"
+    assert "the environment variable MPO_TEST_ABSENT in '${MPO_TEST_ABSENT}/runs' is not set" in complaint(raw)
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        (
+            {"helpful": 1.5, "harmless": -0.5},
+            "fit.weights: the weight of 'harmless' is -0.5; weights are finite and at",
+        ),
+        ({"helpful": 0.5, "harmless": 0.6}, "sum to 1.1, not 1; divide each by 1.1"),
+        ({"helpful": 0.0, "harmless": 0.0}, "all weights are 0"),
+        ({"helpfull": 1.0}, "fit.weights: unknown objective 'helpfull'; the objectives are helpful, harmless."),
+    ],
+)
+def test_fixed_weights_off_the_simplex_are_refused(raw: dict[str, Any], weights: object, expected: str) -> None:
+    """λ_k ≥ 0, Σ_k λ_k = 1, one of the run's objectives each."""
+    raw["fit"] = {"method": "fixed", "weights": weights}
+    assert expected in complaint(raw)
+
+
+def test_weights_come_back_in_the_order_of_the_objectives() -> None:
+    """An objective that is left out has weight 0."""
+    found = check_weights({"b": 0.25, "a": 0.75}, ["a", "c", "b"], where="here")
+    assert list(found.items()) == [("a", 0.75), ("c", 0.0), ("b", 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"fit": {"method": "fixed"}}, "weights go with method `fixed` and only with it; method is 'fixed'"),
+        ({"fit": {"weights": {"helpful": 1.0}}}, "weights go with method `fixed` and only with it; method is 'bsmd'"),
+        ({"samples": {"samples_per_prompt": 1}}, "samples.samples_per_prompt: Input should be greater than or equal"),
+        (
+            {"policies": {"batch_size": 30, "micro_batch_size": 8}},
+            "policies: batch_size 30 is not a multiple of micro_batch_size × num_workers = 8",
+        ),
+        (
+            {"policies": {"batch_size": 8, "micro_batch_size": 8, "workers": {"num_workers": 2}}},
+            "batch_size 8 is not a multiple of micro_batch_size × num_workers = 16",
+        ),
+        ({"serve": {"min_replicas": 5}}, "serve: max_replicas 4 is below min_replicas 5"),
+        ({"objectives": {"mpo": {"preferences": {"embedded": "pairs"}}}}, "objective 'mpo': names are"),
+        ({"objectives": {"reference": {"preferences": {"embedded": "pairs"}}}}, "objective 'reference': names are"),
+        ({"objectives": {"a/b": {"preferences": {"embedded": "pairs"}}}}, "objective 'a/b': names are"),
+        ({"objectives": {"a": {"preferences": {}}}}, "give exactly one of path, hub, embedded; got none"),
+        (
+            {"objectives": {"a": {"preferences": {"path": "x", "hub": "y"}}}},
+            "objectives.a.preferences: give exactly one of path, hub, embedded; got ['path', 'hub']",
+        ),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(
+    raw: dict[str, Any], section: dict[str, Any], expected: str
+) -> None:
+    """Each with the values seen."""
+    assert expected in complaint({**raw, **section})
+
+
+def test_accumulation_is_what_is_left_of_the_batch(raw: dict[str, Any]) -> None:
+    """batch_size = micro_batch_size × num_workers × accumulation."""
+    raw["policies"] = {"batch_size": 32, "micro_batch_size": 4, "workers": {"num_workers": 2}}
+    assert parse_config(raw).policies.accumulation == 4
+
+
+def test_a_configuration_cannot_be_changed(raw: dict[str, Any]) -> None:
+    """It names a run: its digest must stay true."""
+    config: Any = parse_config(raw)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3
+    assert isinstance(config, RunConfig)
