@@ -19,8 +19,9 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 from rich.console import Console
 
-from mpo_ray.config import RunConfig, Serve, load_config
+from mpo_ray.config import RunConfig, Serve
 from mpo_ray.run import Run
+from mpo_ray.run_file import load_config
 
 if TYPE_CHECKING:
     from mpo_ray.stages.stage import Context

@@ -68,6 +68,9 @@ class Run:
         run = cls.check(config, update=update)
         if run.read_config() != config.as_json():
             run.write_text("config.yaml", yaml.safe_dump(config.as_json(), sort_keys=False, allow_unicode=True))
+        if run.is_local:
+            for left_over in run.local.glob(".partial-*"):  # of a process that was killed
+                shutil.rmtree(left_over, ignore_errors=True)
         return run
 
     @classmethod
@@ -76,7 +79,8 @@ class Run:
         run = cls(config.storage, config.name)
         run.check_writable()
         stored = run.read_config()
-        here = {"storage": config.storage}  # a run directory that was moved is the same run
+        # A run directory that was moved is the same run, and how it is served changes nothing in it.
+        here = {key: config.as_json()[key] for key in ("storage", "serve")}
         if stored is not None and {**stored, **here} != config.as_json() and not update:
             key, old, new = _first_difference({**stored, **here}, config.as_json())
             raise RunError(
@@ -228,6 +232,12 @@ class Run:
         """Whether `stage` was finished from inputs with this digest, and its outputs are still there."""
         record = self.manifest()["stages"].get(stage)
         return record is not None and record["inputs"] == inputs and all(self.exists(n) for n in record["outputs"])
+
+    def begin_stage(self, stage: str) -> None:
+        """Forget that `stage` was finished: its output is about to change."""
+        manifest = self.manifest()
+        if manifest["stages"].pop(stage, None) is not None:
+            self.write_json("manifest.json", manifest)
 
     def complete(self, stage: str, inputs: str, *, outputs: list[str], seconds: float, notes: Any = None) -> None:
         """Record that `stage` is finished. Only the driver of the run calls this."""

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from mpo_ray.config import ConfigError, RunConfig, load_config, parse_config
+from mpo_ray.config import ConfigError, RunConfig
 from mpo_ray.records import check_weights
+from mpo_ray.run_file import load_config, parse_config
 
 MINIMAL: dict[str, Any] = {
     "name": "trial",

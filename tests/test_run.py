@@ -13,9 +13,9 @@ from uuid import uuid4
 import fsspec
 import pytest
 
-from mpo_ray.config import parse_config
 from mpo_ray.records import decode_prompt, encode_prompt, prompt_id
 from mpo_ray.run import Run, RunError, directory_digest, file_digest, stage_inputs
+from mpo_ray.run_file import parse_config
 from tests.test_config import MINIMAL
 
 

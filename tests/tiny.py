@@ -74,11 +74,17 @@ def tiny_reward(directory: Path, tokenizer: PreTrainedTokenizerFast, seed: int, 
     return directory
 
 
-def tiny_lora(directory: Path, base: Path, seed: int, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:
+def tiny_lora(
+    directory: Path,
+    base: Path,
+    seed: int,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    target_modules: str | list[str] = "all-linear",
+) -> Path:
     """Save a LoRA adapter of the model at `base`, both factors random, with a tokenizer."""
     model = get_peft_model(
         LlamaForCausalLM.from_pretrained(base),
-        LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+        LoraConfig(r=4, lora_alpha=8, target_modules=target_modules, task_type="CAUSAL_LM"),
     )
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

@@ -68,7 +68,8 @@ def train_worker(values: dict[str, Any]) -> None:
             if board is not None:
                 board.update(job.name, step, total, loss=mean)
         if step % training.checkpoint_every == 0 and step < total:
-            history[-1:] = [{**history[-1], **task.evaluate()}] if history else []
+            evaluated = {f"heldout_{name}": value for name, value in task.evaluate().items()}
+            history.append({"step": step, **evaluated})
             _checkpoint(engine, step, history)
     final = task.evaluate()
     _export(engine, run, job, tokenizer, {"steps": total, "heldout": final, "history": history})

@@ -73,7 +73,7 @@ def response(rng: np.random.Generator) -> str:
 
 
 def write_world(directory: Path, *, num_texts: int, num_pairs: int, num_prompts: int, seed: int) -> None:
-    """Write `corpus.jsonl` (SFT), `pairs.jsonl` (two responses, a label per objective) and `prompts.jsonl` (evaluation).
+    """Write `corpus.jsonl` (SFT), `pairs.jsonl` (with a label per objective) and `prompts.jsonl` (evaluation).
 
     Labels are drawn with probability σ(scale · reward difference), 1 if `a` is preferred and 0 if `b`; equal rewards
     are a tie, 0.5. The evaluation's prompts occur in neither of the other files.

@@ -98,7 +98,7 @@ def _figures(metrics: Metrics, fit: Mapping[str, Any], training: Mapping[str, Ma
         drawn["trade_off"] = figures.trade_off_figure(metrics)
     drawn["kl"] = figures.kl_figure(metrics)
     curves = {
-        name: [(float(point["step"]), float(point["loss"])) for point in values.get("history") or []]
+        name: [(float(point["step"]), float(point["loss"])) for point in values.get("history") or [] if "loss" in point]
         for name, values in training.items()
     }
     if any(len(points) > 1 for points in curves.values()):

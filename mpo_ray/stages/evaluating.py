@@ -9,7 +9,6 @@ import pyarrow as pa
 from mpo_ray.cluster.evaluate import CandidateEvaluator
 from mpo_ray.cluster.parts import Part, process_parts
 from mpo_ray.evaluation.metrics import Metrics, evaluate_completions
-
 from mpo_ray.evaluation.report import write_report
 from mpo_ray.evaluation.terminal import print_summary
 from mpo_ray.records import REFERENCE

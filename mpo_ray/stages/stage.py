@@ -105,6 +105,7 @@ def run_stage(context: Context, stage: Stage) -> bool:
         return False
     context.console.print(f"[bold]{stage.title}[/bold]")
     started = time.monotonic()
+    context.run.begin_stage(stage.name)
     notes = stage.work(context)
     seconds = time.monotonic() - started
     context.run.complete(stage.name, inputs, outputs=stage.outputs(context), seconds=seconds, notes=notes)

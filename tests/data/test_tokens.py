@@ -21,7 +21,7 @@ def test_chat_messages_are_rendered_with_the_template_and_one_start_token() -> N
 
 
 def test_chat_messages_without_a_template_are_refused() -> None:
-    with pytest.raises(ValueError, match="the film.*no chat template"):
+    with pytest.raises(ValueError, match=r"the film.*no chat template"):
         render_prompt(tiny_tokenizer(chat_template=False), CHAT)
 
 

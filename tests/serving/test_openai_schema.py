@@ -1,0 +1,423 @@
+"""Every field is honoured or refused by name; answers have OpenAI's form. No Ray, no HTTP socket."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import pickle
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import ValidationError
+
+from mpo_ray.policies.artefact import write_artefact
+from mpo_ray.policies.mixture import MixtureForCausalLM
+from mpo_ray.serving.decode_loop import DecodeLoop, Delta, Generation
+from mpo_ray.serving.endpoint import Served, create_app, parse_model_id
+from mpo_ray.serving.openai_schema import NOT_IMPLEMENTED, ApiError, ChatRequest, CompletionRequest
+from mpo_ray.serving.text_stream import TextStream
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+OBJECTIVES = ("helpful", "harmless")
+
+
+class Recorder:
+    """Stands for the replicas: keeps what it was asked for and answers each with two words."""
+
+    def __init__(self) -> None:
+        self.asked: list[Generation] = []
+
+    async def __call__(self, generations: Sequence[Generation]) -> AsyncGenerator[Delta]:
+        self.asked = list(generations)
+        for index in range(len(generations)):
+            yield Delta(index, "good", 1)
+            yield Delta(index, " film", 1, "stop")
+
+
+def ask(
+    path: str,
+    body: dict[str, Any] | None,
+    *,
+    recorder: Recorder | None = None,
+    key: str | None = None,
+    sent: str | None = None,
+    tokenizer: Any = None,
+) -> httpx.Response:
+    """One request to an endpoint in this process."""
+    digest = None if key is None else hashlib.sha256(key.encode()).hexdigest()
+    served = Served("run", OBJECTIVES, context=16, max_tokens=12, key_digest=digest)
+    app = create_app(served, tokenizer or tiny_tokenizer(), recorder or Recorder())
+
+    async def send() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+            headers = {} if sent is None else {"Authorization": sent}
+            return await client.request("GET" if body is None else "POST", path, json=body, headers=headers)
+
+    return asyncio.run(send())
+
+
+def completion(**fields: Any) -> dict[str, Any]:
+    return {"model": "run", "prompt": "the film", **fields}
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"model": "run", "messages": [{"role": "user", "content": "good"}], **fields}
+
+
+def test_what_is_asked_is_what_is_decoded() -> None:
+    """Each field reaches the decoder; a field left out, or null, has its documented default."""
+    recorder = Recorder()
+    fields = {"max_tokens": 5, "temperature": 0.3, "top_p": 0.8, "seed": 3, "stop": "bad", "user": "me"}
+    assert ask("/v1/completions", completion(**fields), recorder=recorder).status_code == 200
+    assert recorder.asked == [Generation((1, 7, 9), 5, 0.3, 0.8, 3, ("bad",), None)]
+    nothing = dict.fromkeys(["max_tokens", "temperature", "top_p", "seed", "stop", "n", "stream", "mixture"])
+    assert ask("/v1/completions", completion(**nothing), recorder=recorder).status_code == 200
+    assert recorder.asked == [Generation((1, 7, 9), 12, 1.0, 1.0, None, (), None)]
+    assert ask("/v1/chat/completions", chat(max_completion_tokens=4, n=2, seed=5), recorder=recorder).status_code == 200
+    assert [(one.prompt_ids, one.max_new_tokens, one.seed) for one in recorder.asked] == [
+        ((1, 4, 11, 5), 4, s) for s in (5, 6)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids"),
+    [
+        ("the film", [(1, 7, 9)]),
+        (["the", "a film"], [(1, 7), (1, 8, 9)]),
+        ([7, 9], [(7, 9)]),
+        ([[7], [8, 9]], [(7,), (8, 9)]),
+    ],
+)
+def test_a_prompt_is_text_or_token_ids_or_a_list_of_either(prompt: Any, ids: list[tuple[int, ...]]) -> None:
+    recorder = Recorder()
+    assert ask("/v1/completions", completion(prompt=prompt), recorder=recorder).status_code == 200
+    assert [one.prompt_ids for one in recorder.asked] == ids
+
+
+def test_seeds_of_all_choices_differ() -> None:
+    recorder = Recorder()
+    ask("/v1/completions", completion(prompt=["the", "a", "film"], n=4, seed=10), recorder=recorder)
+    assert sorted(one.seed for one in recorder.asked if one.seed is not None) == list(range(10, 22))
+
+
+def test_weights_come_from_the_body_or_the_model_id() -> None:
+    recorder = Recorder()
+    for fields, expected in [
+        ({}, None),
+        ({"mixture": {"weights": {"harmless": 1}}}, {"helpful": 0.0, "harmless": 1.0}),
+        ({"model": "run@helpful=0.7,harmless=0.3"}, {"helpful": 0.7, "harmless": 0.3}),
+        ({"model": "run/harmless", "mixture": {"mode": "token"}}, {"helpful": 0.0, "harmless": 1.0}),
+    ]:
+        assert ask("/v1/completions", completion(**fields), recorder=recorder).status_code == 200
+        assert recorder.asked[0].weights == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "complaint"),
+    [
+        ({"temperatur": 1}, "temperatur", "unknown field"),
+        ({"logprobs": 3}, None, "logprobs is not implemented by this endpoint; leave it out (got 3)"),
+        ({"presence_penalty": 0.5}, None, "presence_penalty is not implemented"),
+        ({"echo": True}, None, "echo is not implemented"),
+        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"stop": ""}, None, "an empty string would end every completion"),
+        ({"stop": ["a"] * 5}, "stop", "at most 4"),
+        ({"stream_options": {"include_usage": True}}, None, "only allowed with stream"),
+        ({"max_completion_tokens": 3}, "max_completion_tokens", "unknown field"),
+        ({"max_tokens": 13}, "max_tokens", "above this endpoint's limit of 12"),
+        ({"mixture": {"mode": "exact"}}, "mixture.mode", "is not available yet"),
+        ({"mixture": {"particles": 16}}, "mixture.particles", "unknown field"),
+        ({"mixture": {"weights": {"kind": 1}}}, "mixture.weights", "unknown objective 'kind'"),
+        ({"mixture": {"weights": {"helpful": -1, "harmless": 2}}}, "mixture.weights", "is -1.0"),
+        ({"mixture": {"weights": {"helpful": 0.5}}}, "mixture.weights", "sum to 0.5, not 1"),
+        ({"model": "run/helpful", "mixture": {"weights": {"helpful": 1}}}, "mixture.weights", "both give weights"),
+        ({"model": "run@helpful"}, "model", "'helpful' is not objective=weight"),
+        ({"model": "run@helpful=0.5"}, "model", "sum to 0.5"),
+        ({"prompt": []}, "prompt", "at least 1 item"),
+        ({"prompt": [7, 25]}, "prompt", "token id 25 is not in the vocabulary"),
+        ({"prompt": ["the"] * 100, "n": 2}, "n", "more than 128 choices"),
+    ],
+)
+def test_a_wrong_field_is_refused_by_name(fields: dict[str, Any], param: str | None, complaint: str) -> None:
+    answer = ask("/v1/completions", completion(**fields))
+    error = answer.json()["error"]
+    assert answer.status_code == 400, error
+    assert error["type"] == "invalid_request_error"
+    assert complaint in error["message"]
+    assert param is None or error["param"].startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"messages": []}, "at least 1 item"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "'system', 'user' or 'assistant'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        ({"max_tokens": 2, "max_completion_tokens": 2}, "not both"),
+        ({"tools": [{"type": "function"}]}, "tools is not implemented"),
+    ],
+)
+def test_a_wrong_chat_is_refused(fields: dict[str, Any], complaint: str) -> None:
+    answer = ask("/v1/chat/completions", chat(**fields))
+    assert answer.status_code == 400
+    assert complaint in answer.json()["error"]["message"]
+
+
+def test_fields_without_effect_are_accepted_with_the_value_that_asks_for_nothing() -> None:
+    for key, values in NOT_IMPLEMENTED.items():
+        for value in values:
+            CompletionRequest.model_validate(completion(**{key: value}))
+        with pytest.raises(ValidationError, match=f"{key} is not implemented"):
+            ChatRequest.model_validate(chat(**{key: "something"}))
+
+
+def test_prompt_and_completion_must_fit_the_context() -> None:
+    """16 tokens: a prompt of 15 leaves one, of 16 none; what is asked for must fit as well."""
+    recorder = Recorder()
+    assert ask("/v1/completions", completion(prompt=[7] * 15), recorder=recorder).status_code == 200
+    assert recorder.asked[0].max_new_tokens == 1
+    for fields in ({"prompt": [7] * 16}, {"prompt": [7] * 10, "max_tokens": 7}):
+        error = ask("/v1/completions", completion(**fields)).json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert "context is 16 tokens" in error["message"]
+
+
+def test_unknown_models_routes_and_methods_are_json_errors() -> None:
+    answer = ask("/v1/completions", completion(model="other"))
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "model_not_found"
+    assert ask("/v1/models/other", None).status_code == 404
+    assert ask("/v1/nothing", None).json()["error"]["message"] == "GET /v1/nothing: Not Found"
+    assert ask("/v1/completions", None).status_code == 405
+    assert "error" in ask("/v1/completions", None).json()
+
+
+def test_chat_needs_a_chat_template() -> None:
+    answer = ask("/v1/chat/completions", chat(), tokenizer=tiny_tokenizer(chat_template=False))
+    assert answer.status_code == 400
+    assert "no chat template; use /v1/completions" in answer.json()["error"]["message"]
+
+
+def test_the_key_is_checked_before_anything_else() -> None:
+    """401 in JSON, for a wrong body too; health and version are open."""
+    for sent in (None, "secret", "Bearer", "Bearer ", "Bearer other", "Basic secret"):
+        answer = ask("/v1/completions", {"wrong": 1}, key="secret", sent=sent)
+        assert answer.status_code == 401, sent
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+        assert answer.headers["www-authenticate"] == "Bearer"
+    assert ask("/v1/completions", completion(), key="secret", sent="Bearer secret").status_code == 200
+    assert ask("/v1/models", None, key="secret").status_code == 401
+    assert ask("/health", None, key="secret").status_code == 200
+
+
+def test_a_refusal_by_the_replicas_is_an_answer_even_for_a_stream() -> None:
+    """Before the first piece the status can still say so; after it the stream does."""
+
+    async def overloaded(generations: Sequence[Generation]) -> AsyncGenerator[Delta]:
+        raise ApiError(429, "too many", code="overloaded")
+        yield Delta(0, "", 0)
+
+    async def failing(generations: Sequence[Generation]) -> AsyncGenerator[Delta]:
+        yield Delta(0, "good", 1)
+        raise RuntimeError("gone")
+
+    for stream in (False, True):
+        answer = ask("/v1/completions", completion(stream=stream), recorder=overloaded)  # type: ignore[arg-type]
+        assert answer.status_code == 429
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        assert "retry-after" in answer.headers
+    events = ask("/v1/completions", completion(stream=True), recorder=failing).text  # type: ignore[arg-type]
+    assert "decoding failed: RuntimeError" in events
+    assert "[DONE]" not in events
+
+
+def test_a_stream_is_server_sent_events() -> None:
+    answer = ask("/v1/chat/completions", chat(stream=True, n=2, stream_options={"include_usage": True}))
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *events, done = [event.removeprefix("data: ") for event in answer.text.strip().split("\n\n")]
+    assert done == "[DONE]"
+    chunks = [json.loads(event) for event in events]
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    for index in range(2):
+        mine = [c["choices"][0] for c in chunks if c["choices"] and c["choices"][0]["index"] == index]
+        assert mine[0]["delta"]["role"] == "assistant"
+        assert "".join(choice["delta"].get("content", "") for choice in mine) == "good film"
+        assert [choice["finish_reason"] for choice in mine] == [None, None, "stop"]
+    assert chunks[-1]["usage"] == {"prompt_tokens": 4, "completion_tokens": 4, "total_tokens": 8}
+
+
+def test_model_ids() -> None:
+    assert parse_model_id("run", "run", OBJECTIVES) is None
+    assert parse_model_id("run@harmless=1", "run", OBJECTIVES) == {"helpful": 0.0, "harmless": 1.0}
+    with pytest.raises(ApiError) as caught:
+        parse_model_id("run/kind", "run", OBJECTIVES)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (copy.status, copy.body()) == (404, caught.value.body())
+
+
+class Bytes:
+    """A tokenizer of bytes: one id per byte of UTF-8."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize("text", ["plain words", "naïve café ☕ 你好 👩‍🚀!", "", "ends in half: ☕"])
+def test_the_pieces_of_a_text_stream_are_the_text(text: str) -> None:
+    """No piece holds half a character, and together they are the text; cut in mid-character it ends in U+FFFD."""
+    stream = TextStream(Bytes())
+    pieces = [stream.push(byte) for byte in text.encode()]
+    assert all("\ufffd" not in piece for piece in pieces)
+    assert "".join(pieces) + stream.finish() == text
+    half = TextStream(Bytes())
+    assert "".join(half.push(byte) for byte in "☕".encode()[:2]) + half.finish() == "\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected", "stopped"),
+    [
+        (["stop"], "one two ", True),
+        (["two", "one"], "", True),
+        (["xyz"], "one two stop st", False),
+        (["st."], "one two stop st", False),
+    ],
+)
+def test_text_ends_before_the_first_stop_string(stop: list[str], expected: str, stopped: bool) -> None:
+    """Also where it comes in pieces, and what only began like one is given back at the end."""
+    stream = TextStream(Bytes(), stop)
+    text = ""
+    for byte in b"one two stop st":
+        text += stream.push(byte)
+        if stream.stopped:
+            break
+    assert text + stream.finish() == expected
+    assert stream.stopped is stopped
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> MixtureForCausalLM:
+    root = tmp_path_factory.mktemp("mixture")
+    tokenizer = tiny_tokenizer()
+    write_artefact(
+        root / "mixture",
+        objectives={name: tiny_llama(root / name, tokenizer, seed) for seed, name in enumerate(OBJECTIVES)},
+        reference=tiny_llama(root / "reference", tokenizer, seed=9, max_position_embeddings=4096),
+        copy_reference=False,
+        weights={"helpful": 0.5, "harmless": 0.5},
+        fit={},
+    )
+    return MixtureForCausalLM.from_pretrained(root / "mixture")
+
+
+def with_loop(mixture: MixtureForCausalLM, work: Callable[[DecodeLoop], Coroutine[Any, Any, None]]) -> None:
+    decoding = DecodeLoop(mixture, tiny_tokenizer())
+    decoding._eos_ids = []  # these random models never end by themselves
+    try:
+        asyncio.run(work(decoding))
+    finally:
+        decoding.close()
+
+
+def greedy(num_tokens: int, **changes: Any) -> Generation:
+    values = {
+        "prompt_ids": (1, 7),
+        "max_new_tokens": num_tokens,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "seed": None,
+        "stop": (),
+    }
+    return Generation(**{**values, "weights": None, **changes})
+
+
+def test_completions_of_different_weights_take_turns(mixture: MixtureForCausalLM) -> None:
+    """Each is as if it were alone, and a short one ends before a long one that began earlier."""
+
+    async def work(decoding: DecodeLoop) -> None:
+        kinds = [{"helpful": 1.0, "harmless": 0.0}, {"helpful": 0.0, "harmless": 1.0}, None]
+        generations = [greedy(n, weights=weights) for n, weights in zip((30, 20, 10), kinds, strict=True)]
+
+        async def texts(some: list[Generation]) -> tuple[list[str], list[int]]:
+            made, ended = [""] * len(some), []
+            async for delta in decoding.generate(some):
+                made[delta.index] += delta.text
+                ended += [delta.index] if delta.finish_reason else []
+            return made, ended
+
+        together, ended = await texts(generations)
+        assert ended == [2, 1, 0]
+        assert together == [(await texts([one]))[0][0] for one in generations]
+        assert len(set(together)) == 3
+
+    with_loop(mixture, work)
+
+
+def test_a_cancelled_completion_is_not_decoded_further(mixture: MixtureForCausalLM) -> None:
+    """Leaving the iterator after 3 tokens of 3000 frees the thread within a few tokens' time."""
+
+    async def work(decoding: DecodeLoop) -> None:
+        deltas = decoding.generate([greedy(3000), greedy(3000)])
+        for _ in range(3):
+            await anext(deltas)
+        assert decoding.num_active == 2
+        await deltas.aclose()
+        end = time.monotonic() + 2
+        while decoding.num_active and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        assert decoding.num_active == 0
+
+    with_loop(mixture, work)
+
+
+def test_an_error_in_decoding_reaches_the_caller_and_the_thread_lives_on(mixture: MixtureForCausalLM) -> None:
+    async def work(decoding: DecodeLoop) -> None:
+        with pytest.raises(IndexError):
+            async for _ in decoding.generate([greedy(3, prompt_ids=(999,))]):
+                pass
+        assert [delta.num_tokens async for delta in decoding.generate([greedy(2)])] == [1, 1, 0]
+
+    with_loop(mixture, work)
+
+
+def test_the_event_loop_is_free_while_tokens_are_decoded(mixture: MixtureForCausalLM) -> None:
+    """Something else on the loop gets its turn between tokens."""
+
+    async def work(decoding: DecodeLoop) -> None:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0)
+
+        ticking = asyncio.create_task(tick())
+        tokens = [delta async for delta in decoding.generate([greedy(30)])]
+        ticking.cancel()
+        assert ticks > len(tokens)
+
+    with_loop(mixture, work)
+
+
+def test_request_models_survive_what_the_wire_may_bring() -> None:
+    for body in (b"", b"{", b"[]", b"null", b'{"model": NaN}'):
+        app = create_app(Served("run", OBJECTIVES, 16, 12, None), tiny_tokenizer(), Recorder())
+
+        async def send(app: Any = app, body: bytes = body) -> httpx.Response:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+                return await client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+
+        answer = asyncio.run(send())
+        assert answer.status_code == 400, body
+        assert answer.json()["error"]["message"]
+
+
+def test_the_artefacts_path_may_be_a_string(mixture: MixtureForCausalLM) -> None:
+    assert Path(mixture.name_or_path).is_dir()
