@@ -20,7 +20,7 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 from rich.console import Console
 
 from mpo_ray.config import RunConfig, Serve
-from mpo_ray.run import Run
+from mpo_ray.run import Run, StageError
 from mpo_ray.run_file import load_config
 
 if TYPE_CHECKING:
@@ -56,11 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options) or 0)
-    except (ValueError, OSError) as error:
-        # What a user can cause is a ValueError that says what to do; a traceback would hide it.
+    except (ValueError, OSError, StageError) as error:
+        # What a user can cause says what to do; a traceback would hide it. A Ray worker's error carries its own.
+        text = str(getattr(error, "cause", None) or error)
         if options.json:
-            print(json.dumps({"error": str(error)}))
-        print(f"mpo-ray {options.verb}: {error}", file=sys.stderr)
+            print(json.dumps({"error": text}))
+        print(f"mpo-ray {options.verb}: {text}", file=sys.stderr)
         return 1
 
 

@@ -37,6 +37,10 @@ class RunError(ValueError):
     """The run directory cannot be used as asked: another config began it, an output is missing, or it is read-only."""
 
 
+class StageError(RuntimeError):
+    """A stage could not be finished. What was complete stays, and the same command goes on from there."""
+
+
 class Run:
     """One run directory. `root` is an absolute local path or an fsspec URL; `local` is a directory on this machine."""
 

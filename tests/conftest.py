@@ -39,3 +39,13 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a whole small run, made by the command, that nothing has disturbed."""
+    from tests import tiny_run
+
+    storage = tmp_path_factory.mktemp("runs")
+    tiny_run.run(tiny_run.command("run", storage, "unbroken", "--json"))
+    return storage / "unbroken"

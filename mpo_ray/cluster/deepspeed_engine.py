@@ -130,14 +130,12 @@ def check_checkpoint(directory: Path, *, world_size: int) -> None:
         if not listing.exists():
             raise CheckpointError(
                 f"the checkpoint {directory} has no part of worker {rank}: it was written by fewer than {world_size} "
-                "workers or is incomplete. Use the number of workers that wrote it, or delete the directory to go on "
-                "from the checkpoint before it."
+                "workers or is incomplete. Train with the number of workers that wrote it."
             )
         for name, expected in json.loads(listing.read_text()).items():
             path = directory / TAG / name
             if not path.exists() or file_digest(str(path)) != expected:
                 size = f"{os.path.getsize(path)} bytes" if path.exists() else "missing"
                 raise CheckpointError(
-                    f"the checkpoint {directory} is damaged: {path.name} ({size}) is not what was written. Delete the "
-                    "directory to go on from the checkpoint before it."
+                    f"the checkpoint {directory} is damaged: {path.name} ({size}) is not what was written."
                 )

@@ -17,11 +17,12 @@ from mpo_ray.cluster.progress import ProgressBoard, bars
 from mpo_ray.cluster.train_worker import train_worker
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.config import Workers
+from mpo_ray.run import Run, StageError
 
 POLL_S = 0.5
 
 
-class TrainingError(RuntimeError):
+class TrainingError(StageError):
     """A training run failed more often than `max_failures` allows."""
 
 
@@ -47,8 +48,8 @@ def train_all(jobs: Sequence[TrainingJob], console: Console) -> None:
                 if error is not None:
                     failed[job.name] = error
     if failed:
-        causes = "\n".join(f"{name}: {cause}" for name, cause in failed.items())
-        raise TrainingError(f"training failed; the same command goes on from the last checkpoints.\n{causes}")
+        causes = "\n".join(f"  {name}: {cause}" for name, cause in failed.items())
+        raise TrainingError(f"training failed; the same command goes on from the last checkpoints:\n{causes}")
 
 
 def num_side_by_side(workers: Workers) -> int:
@@ -88,5 +89,8 @@ def _fit(job: TrainingJob) -> str | None:
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        return str(error)
+        log = f"{job.directory}/error.txt"
+        Run.at(job.run_root).write_text(log, str(error))
+        first = str(next(iter(getattr(error, "worker_failures", {}).values()), error))
+        return f"{first.strip().splitlines()[-1]} (all of it: {job.run_root}/{log})"
     return None

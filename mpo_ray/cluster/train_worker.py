@@ -13,7 +13,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine, prepare_sharded_loading
+from mpo_ray.cluster.deepspeed_engine import CheckpointError, DeepSpeedEngine, prepare_sharded_loading
 from mpo_ray.cluster.progress import ProgressBoard
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.config import PolicyTraining, SupervisedTraining
@@ -50,7 +50,7 @@ def train_worker(values: dict[str, Any]) -> None:
     task.engine = engine
     del sharded
 
-    start, history = _restore(engine)
+    start, history = _restore(engine, job)
     board = ProgressBoard.find(job.board) if engine.rank == 0 and job.board else None
     for step, loss in train(
         engine,
@@ -197,12 +197,18 @@ def _pair(row: dict[str, Any]) -> Pair:
     )
 
 
-def _restore(engine: DeepSpeedEngine) -> tuple[int, list[dict[str, float]]]:
+def _restore(engine: DeepSpeedEngine, job: TrainingJob) -> tuple[int, list[dict[str, float]]]:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return 0, []
     with checkpoint.as_directory() as directory:
-        step = engine.load(Path(directory))
+        try:
+            step = engine.load(Path(directory))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} Or delete {job.run_root}/{job.directory} to train {job.name!r} again from the start; "
+                "everything else in the run is kept."
+            ) from error
         return step, json.loads((Path(directory) / "history.json").read_text())
 
 

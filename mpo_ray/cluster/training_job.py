@@ -22,3 +22,8 @@ class TrainingJob(Strict):
     output: str
     seed: int
     board: str | None = None
+
+    @property
+    def directory(self) -> str:
+        """Node of the run that holds the checkpoints."""
+        return f"training/{self.name}-{self.identity}"

@@ -89,9 +89,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, path: str | Path, *, name: s
     config.inference_mode = True
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="`is_gradient_checkpointing`", category=FutureWarning
-            )  # peft's own
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # compared by name below
             if isinstance(model, PeftModel):
                 adapted = model

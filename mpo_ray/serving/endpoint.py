@@ -132,12 +132,9 @@ def create_app(served: Served, tokenizer: Any, generate: Generate) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:]) or None
-        message = str(first["msg"]).removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = "unknown field; it would have no effect, so leave it out"
-        return _error(ApiError(400, f"{place}: {message}" if place else message, place))
+        problems = [_describe(problem) for problem in error.errors()]
+        text = "; ".join(dict.fromkeys(f"{place}: {message}" if place else message for place, message in problems))
+        return _error(ApiError(400, text, problems[0][0] or None))
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
@@ -255,6 +252,14 @@ def _event(body: dict[str, Any]) -> str:
 
 def _model_body(model: str, created: int) -> dict[str, Any]:
     return {"id": model, "object": "model", "created": created, "owned_by": "mpo_ray"}
+
+
+def _describe(problem: Mapping[str, Any]) -> tuple[str, str]:
+    """The field that a pydantic error is about, without the names of the types that were tried, and what is wrong."""
+    place = [part for part in problem["loc"][1:] if isinstance(part, int) or (part.isidentifier() and part != "str")]
+    if problem["type"] == "extra_forbidden":
+        return ".".join(map(str, place)), "unknown field; it would have no effect, so leave it out"
+    return ".".join(map(str, place)), str(problem["msg"]).removeprefix("Value error, ")
 
 
 def _error(error: ApiError) -> Response:

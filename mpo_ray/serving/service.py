@@ -50,6 +50,10 @@ class _Replica:
             async for delta in deltas:
                 yield delta
 
+    def num_decoding(self) -> int:
+        """Completions that are being decoded now."""
+        return self._decoding.num_active
+
     def check_health(self) -> None:
         if not self._decoding.is_alive:
             raise RuntimeError("the decoding thread has ended")
@@ -98,14 +102,8 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
     return build_app(arguments.artefact, arguments.serve, arguments.name)
 
 
-def build_app(
-    artefact: str, serve: Serve, name: str, *, default_weights: Mapping[str, float] | None = None
-) -> ray_serve.Application:
-    """The application that serves the artefact (a directory that every node sees) under the model id `name`.
-
-    default_weights: λ for requests that bring none, instead of the artefact's. Deploying again with other ones swaps
-    them in the running replicas.
-    """
+def build_app(artefact: str, serve: Serve, name: str) -> ray_serve.Application:
+    """The application that serves the artefact (a directory that every node sees) under the model id `name`."""
     artefact = str(Path(artefact).absolute())  # replicas have their own working directory
     replica = ray_serve.deployment(
         _Replica,
@@ -116,7 +114,6 @@ def build_app(
             "max_replicas": serve.max_replicas,
             "target_ongoing_requests": serve.target_ongoing_requests,
         },
-        user_config=None if default_weights is None else {"weights": dict(default_weights)},
         max_ongoing_requests=max(1, round(2 * serve.target_ongoing_requests)),
         max_queued_requests=serve.max_queued_requests,
         graceful_shutdown_timeout_s=GRACE,

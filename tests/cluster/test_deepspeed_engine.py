@@ -127,7 +127,7 @@ def test_a_truncated_checkpoint_is_refused_by_name(base: str, tmp_path: Path) ->
     engine.save(tmp_path, step=0)
     victim = max((tmp_path / "state").iterdir(), key=lambda path: path.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=rf"damaged: {victim.name} \(100 bytes\).*[Dd]elete"):
+    with pytest.raises(CheckpointError, match=rf"damaged: {victim.name} \(100 bytes\)"):
         engine.load(tmp_path)
 
 

@@ -8,7 +8,6 @@ import json
 import pickle
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -417,7 +416,3 @@ def test_request_models_survive_what_the_wire_may_bring() -> None:
         answer = asyncio.run(send())
         assert answer.status_code == 400, body
         assert answer.json()["error"]["message"]
-
-
-def test_the_artefacts_path_may_be_a_string(mixture: MixtureForCausalLM) -> None:
-    assert Path(mixture.name_or_path).is_dir()

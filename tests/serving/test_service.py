@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpo_ray.config import ConfigError, Serve
 from mpo_ray.policies.artefact import write_artefact
-from mpo_ray.serving.service import build, build_app, serve_endpoint
+from mpo_ray.serving.service import BuildArguments, build, serve_endpoint
 from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
 
 NAME = "tiny"
@@ -165,17 +166,59 @@ def test_health_and_version_need_no_key(url: str) -> None:
         connection.close()
 
 
-def test_user_config_swaps_the_default_weights(
-    client: openai.OpenAI, artefact: Path, config: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The replica stays; requests without weights of their own follow."""
-    monkeypatch.setenv("TINY_KEY", KEY)
+def test_a_config_file_deploys_and_its_user_config_swaps_the_weights_in_place(url: str, artefact: Path) -> None:
+    """What `serve deploy` does with serve_apps/mixture.yaml: then only the weights change, no process does."""
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    root = Path(__file__).parents[2]
+    content = yaml.safe_load((root / "serve_apps" / "mixture.yaml").read_text(encoding="utf-8"))
+    (application,) = content["applications"]
+    application |= {
+        "name": "from_file",
+        "route_prefix": "/from_file",
+        "runtime_env": {"env_vars": {"PYTHONPATH": str(root)}},
+        "args": {**application["args"], "artefact": str(artefact), "name": NAME},
+    }
+    connected = _get_global_client()
+
+    def deploy(weights: dict[str, float]) -> set[int]:
+        """Processes of the decoding replicas, once the application runs with these weights."""
+        application["deployments"] = [{"name": "MixtureReplica", "user_config": {"weights": weights}}]
+        connected.deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}), _blocking=True)
+        deployed = connected.get_serve_details()["applications"]["from_file"]["deployments"]["MixtureReplica"]
+        return {replica["pid"] for replica in deployed["replicas"]}
+
+    def greedy() -> str:
+        made = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=12, temperature=0)
+        return made.choices[0].text
+
     shifted = {"helpful": 0.1, "harmless": 0.9}
-    ray_serve.run(build_app(str(artefact), config, NAME, default_weights=shifted), name=NAME, route_prefix="/")
-    expected = generated(artefact, PROMPT, shifted)
-    made = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=12, temperature=0)
-    assert made.choices[0].text == expected
-    ray_serve.run(build_app(str(artefact), config, NAME, default_weights=WEIGHTS), name=NAME, route_prefix="/")
+    with openai.OpenAI(base_url=f"{url}/from_file/v1", api_key="none", max_retries=0) as client:
+        first = deploy(WEIGHTS)
+        assert greedy() == generated(artefact, PROMPT)
+        assert deploy(shifted) == first
+        end = time.monotonic() + 30
+        while greedy() != generated(artefact, PROMPT, shifted) and time.monotonic() < end:
+            time.sleep(0.2)
+        assert greedy() == generated(artefact, PROMPT, shifted)
+    ray_serve.delete("from_file")
+
+
+def test_a_disconnected_client_is_not_decoded_for(client: openai.OpenAI, url: str) -> None:
+    """Closing a stream ends its 128 completions long before their 50 tokens."""
+    replica = ray_serve.get_deployment_handle("MixtureReplica", NAME)
+    prompts = [[1, 7, 9]] * 4
+    stream = client.completions.create(
+        model=NAME, prompt=prompts, n=32, max_tokens=50, stream=True, extra_headers={"Connection": "close"}
+    )
+    next(stream)
+    assert replica.num_decoding.remote().result() > 64
+    stream.close()
+    end = time.monotonic() + 3
+    while (left := replica.num_decoding.remote().result()) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert left == 0
 
 
 def test_overload_is_refused_with_429_in_json(url: str) -> None:
@@ -196,18 +239,11 @@ def test_overload_is_refused_with_429_in_json(url: str) -> None:
     assert "too many requests are waiting" in str(refused[0])
 
 
-def test_the_serve_config_file_builds(artefact: Path) -> None:
-    """serve_apps/mixture.yaml: Serve's own schema takes it, our builder takes its args, and it listens on loopback."""
-    from ray.serve.schema import ServeDeploySchema
-
+def test_the_serve_config_file_listens_on_loopback_and_its_arguments_are_known() -> None:
     path = Path(__file__).parents[2] / "serve_apps" / "mixture.yaml"
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    schema = ServeDeploySchema.model_validate(content)
-    assert schema.http_options.host == "127.0.0.1"
-    application = content["applications"][0]
-    assert application["import_path"] == "serve_apps.mixture:build"
-    built = build({**application["args"], "artefact": str(artefact)})
-    assert type(built).__name__ == "Application"
+    assert content["http_options"]["host"] == "127.0.0.1"
+    assert BuildArguments.model_validate(content["applications"][0]["args"]).serve.max_replicas == 4
 
 
 def test_builder_arguments_are_checked(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

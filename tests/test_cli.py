@@ -1,0 +1,151 @@
+"""What a user can do wrong at the command line, and what it says; nothing expensive starts first."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mpo_ray.cli import main
+from tests import tiny_run
+from tests.tiny import WORDS, tiny_llama, tiny_tokenizer
+
+PAIRS = [{"prompt": f"the film {w}", "chosen": "good", "rejected": "bad"} for w in WORDS]
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    """A config of one objective on local files and a tiny local model."""
+    model = tiny_llama(tmp_path / "model", tiny_tokenizer(), seed=0)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"name: mine\nstorage: {tmp_path / 'runs'}\nreference: {{model: {model}}}\n"
+        f"objectives:\n  good: {{preferences: {{path: {tmp_path / 'pairs.jsonl'}}}}}\n"
+        "samples: {max_new_tokens: 8}\nevaluation: {max_new_tokens: 8}\ndata: {heldout_share: 0.3}\n"
+    )
+    return path
+
+
+def _check(run_file: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
+    status = main(["check", str(run_file), *more])
+    return status, capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("ray_cluster")
+class TestCheck:
+    def test_a_sound_config_passes_and_no_run_is_begun(
+        self, run_file: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        status, out = _check(run_file, capsys)
+        assert status == 0, out
+        assert "nothing would stop this run" in out
+        assert not (run_file.parent / "runs" / "mine" / "config.yaml").exists()
+
+    def test_every_problem_is_reported_not_only_the_first(
+        self, run_file: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (run_file.parent / "model" / "model.safetensors").rename(run_file.parent / "model" / "pytorch_model.bin")
+        with (run_file.parent / "pairs.jsonl").open("a") as file:
+            file.write('{"prompt": "the film", "chosen": "good"}\n')
+        status, out = _check(run_file, capsys, "--set", "scoring.gpus_per_actor=1", "--set", "seed=1")
+        assert status == 1
+        assert "problem  reference model" in out
+        assert "pytorch_model.bin" in out
+        assert "problem  resources: scoring: each needs 1 CPU and 1 GPU" in out
+        assert "problem  data: objective 'good': 1 of 19 rows are bad" in out
+        assert "3 problem(s)" in out
+
+    def test_a_reward_that_cannot_be_imported_is_named(
+        self, run_file: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        status, out = _check(run_file, capsys, "--set", "objectives.good.reward=no_such_module:score")
+        assert status == 1
+        assert "objectives.good.reward: 'no_such_module' cannot be imported" in out
+
+    def test_prompts_longer_than_the_context_are_found(
+        self, run_file: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with (run_file.parent / "pairs.jsonl").open("a") as file:
+            file.write(json.dumps({"prompt": "film " * 70, "chosen": "good", "rejected": "bad"}) + "\n")
+        status, out = _check(run_file, capsys)
+        assert status == 1
+        assert "1 of 19 pairs are longer than" in out
+        assert "the model's context 64" in out
+
+    def test_unwritable_storage_is_found(self, run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (run_file.parent / "runs").write_text("a file in the way")
+        status, out = _check(run_file, capsys)
+        assert status == 1
+        assert "problem  run name and storage" in out
+        assert "cannot be written" in out
+
+    def test_the_conflict_report_is_printed(self, run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        other = f"objectives.bad={{preferences: {{path: {run_file.parent}/pairs.jsonl}}}}"
+        status = main(["check", str(run_file), "--set", other, "--json"])
+        result = json.loads(capsys.readouterr().out)
+        assert status == 0
+        [pair] = result["conflict"]
+        assert (pair["first"], pair["second"], pair["disagreement"]) == ("good", "bad", 0.0)
+        assert "do not conflict" in pair["sentence"]
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_one(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(run_file), "--set", "policies.betta=0.1"]) == 1
+    assert "policies.betta: unknown key; did you mean 'beta'?" in capsys.readouterr().err
+
+
+def test_a_missing_run_file_is_an_error_in_json_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(tmp_path / "none.yaml"), "--json"]) == 1
+    assert "no such run file" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_serving_something_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(tmp_path)]) == 1
+    assert "is not a run directory" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+class TestGenerate:
+    def test_it_answers_from_a_run_and_with_other_weights(
+        self, finished_run: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        given = ["generate", str(finished_run), "--prompt", "review the old hotel in oslo", "--json"]
+        greedy = [*given, "--temperature", "0", "--max-tokens", "12"]
+        answers = []
+        for weights in ("positive=1", "concise=1"):
+            assert main([*greedy, "--weights", weights]) == 0
+            answers.append(json.loads(capsys.readouterr().out)["text"])
+        assert answers[0] != answers[1]
+
+    @pytest.mark.parametrize(
+        ("weights", "message"),
+        [
+            ("positive=0.7,concise=0.7", "sum to 1.4, not 1"),
+            ("positive=1.5,concise=-0.5", "at least 0"),
+            ("polite=1", "unknown objective 'polite'"),
+            ("positive", "write NAME=VALUE"),
+        ],
+    )
+    def test_wrong_weights_are_refused(
+        self, finished_run: Path, capsys: pytest.CaptureFixture[str], weights: str, message: str
+    ) -> None:
+        assert main(["generate", str(finished_run), "--prompt", "x", "--weights", weights]) == 1
+        assert message in capsys.readouterr().err
+
+    def test_a_damaged_policy_is_refused_by_name(
+        self, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shutil.copytree(finished_run / "mixture", tmp_path / "mixture")
+        weights = tmp_path / "mixture" / "policies" / "concise" / "adapter_model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.unlink()
+        weights.write_bytes(content)
+        assert main(["generate", str(tmp_path / "mixture"), "--prompt", "x"]) == 1
+        assert "adapter_model.safetensors: the file is damaged or was altered" in capsys.readouterr().err
+
+
+def test_the_quickstart_names_no_file_outside_the_repository() -> None:
+    assert "${" not in tiny_run.CONFIG.read_text()
+    assert ".." not in tiny_run.CONFIG.read_text()

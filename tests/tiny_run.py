@@ -1,0 +1,55 @@
+"""The quickstart, as small as it goes: the overrides, and the command that a user types, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "quickstart.yaml"
+OVERRIDES = (
+    "embedded.num_texts=400",
+    "embedded.num_pairs=300",
+    "embedded.num_prompts=24",
+    "reference.sft.epochs=1",
+    "policies.epochs=2",
+    "policies.checkpoint_every=3",
+    "policies.batch_size=32",
+    "policies.micro_batch_size=32",
+    "samples.num_prompts=16",
+    "samples.samples_per_prompt=4",
+    "samples.max_new_tokens=32",
+    "scoring.prompts_per_part=2",
+    "fit.steps=200",
+    "evaluation.num_prompts=16",
+    "evaluation.completions_per_prompt=1",
+    "evaluation.max_new_tokens=32",
+    "evaluation.bootstrap_draws=100",
+)
+
+
+def overrides(storage: Path, name: str) -> list[str]:
+    return [*OVERRIDES, f"storage={storage}", f"name={name}"]
+
+
+def command(verb: str, storage: Path, name: str, *extra: str) -> list[str]:
+    """The argument list of `mpo-ray VERB configs/quickstart.yaml` with the small overrides."""
+    given = [argument for item in overrides(storage, name) for argument in ("--set", item)]
+    return [sys.executable, "-m", "mpo_ray", verb, str(CONFIG), *given, *extra]
+
+
+def environment() -> dict[str, str]:
+    """A user's environment, but for a Ray that some other test may have announced."""
+    return {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+
+
+def run(arguments: Sequence[str]) -> Any:
+    """Run to the end and return what `--json` printed; a failure shows the command's own output."""
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=550)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
