@@ -1,60 +1,40 @@
-"""Progress of work on other machines: an actor that workers report to, and a driver that shows what it holds."""
+"""Progress of work on other machines: what workers report through a Ray queue, and bars that show it."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
-import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import ray
+from ray.util.queue import Queue
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 PLAIN_INTERVAL_S = 10.0
 
 
-class _Board:
-    """The actor: task → (steps done, steps in all, latest figures)."""
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How far a task has come: `done` of `total`, and its latest figures."""
 
-    def __init__(self) -> None:
-        self._tasks: dict[str, tuple[int, int, dict[str, float]]] = {}
-
-    def update(self, task: str, done: int, total: int, figures: dict[str, float]) -> None:
-        self._tasks[task] = (done, total, figures)
-
-    def read(self) -> dict[str, tuple[int, int, dict[str, float]]]:
-        return self._tasks
+    task: str
+    done: int
+    total: int
+    figures: dict[str, float]
 
 
-class ProgressBoard:
-    """A handle on the actor, for the driver that made it and for workers that know its name."""
+def reports_of(queue: Queue) -> list[Report]:
+    """What has been reported to a queue since it was last asked."""
+    waiting = queue.qsize()
+    return [Report(*values) for values in queue.get_nowait_batch(waiting)] if waiting else []
 
-    def __init__(self, name: str, actor: Any) -> None:
-        self.name = name
-        self._actor = actor
 
-    @classmethod
-    def create(cls) -> ProgressBoard:
-        name = f"mpo_ray-progress-{uuid.uuid4().hex[:8]}"
-        return cls(name, ray.remote(num_cpus=0)(_Board).options(name=name, namespace="mpo_ray").remote())
-
-    @classmethod
-    def find(cls, name: str) -> ProgressBoard | None:
-        """The board of this name, None if its driver is gone."""
-        try:
-            return cls(name, ray.get_actor(name, namespace="mpo_ray"))
-        except ValueError:
-            return None
-
-    def update(self, task: str, done: int, total: int, **figures: float) -> None:
-        self._actor.update.remote(task, done, total, figures)
-
-    def read(self) -> dict[str, tuple[int, int, dict[str, float]]]:
-        values: dict[str, tuple[int, int, dict[str, float]]] = ray.get(self._actor.read.remote())
-        return values
+def report(queue: Queue, task: str, done: int, total: int, **figures: float) -> None:
+    """Report from a worker, without waiting. Plain values, so that the queue's process needs none of our modules."""
+    queue.actor.put_nowait.remote((task, done, total, figures))
 
 
 class Bars:

@@ -25,11 +25,11 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         return
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # the bars are ours
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     joined = address or os.environ.get("RAY_ADDRESS")
     if joined:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's Train page
         ray.init(address=joined, log_to_driver=False, logging_level=logging.WARNING)
     else:
         ray.init(

@@ -11,9 +11,10 @@ import ray
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.queue import Queue
 from rich.console import Console
 
-from mpo_ray.cluster.progress import ProgressBoard, bars
+from mpo_ray.cluster.progress import bars, reports_of
 from mpo_ray.cluster.train_worker import train_worker
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.config import Workers
@@ -31,22 +32,22 @@ def train_all(jobs: Sequence[TrainingJob], console: Console) -> None:
 
     Raises TrainingError with the worker's own error. What the other jobs finished stays.
     """
-    board = ProgressBoard.create()
-    waiting = [job.model_copy(update={"board": board.name}) for job in jobs]
+    progress = Queue(actor_options={"num_cpus": 0})
     failed: dict[str, str] = {}
     room = max(1, min((num_side_by_side(job.training.workers) for job in jobs), default=1))
     # `fit` blocks, and keeps its workers itself: a thread for each run is all that the driver needs.
     with bars(console) as shown, ThreadPoolExecutor(max_workers=room) as threads:
-        running = {threads.submit(_fit, job): job for job in waiting}
+        running = {threads.submit(_fit, job, progress): job for job in jobs}
         while running:
             done, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
-            for task, (at, total, figures) in board.read().items():
-                shown.show(task, at, total, figures)
+            for report in reports_of(progress):
+                shown.show(report.task, report.done, report.total, report.figures)
             for future in done:
                 job = running.pop(future)
                 error = future.result()
                 if error is not None:
                     failed[job.name] = error
+    progress.shutdown()
     if failed:
         causes = "\n".join(f"  {name}: {cause}" for name, cause in failed.items())
         raise TrainingError(f"training failed; the same command goes on from the last checkpoints:\n{causes}")
@@ -63,7 +64,7 @@ def num_side_by_side(workers: Workers) -> int:
     )
 
 
-def _fit(job: TrainingJob) -> str | None:
+def _fit(job: TrainingJob, progress: Queue) -> str | None:
     """Run one TorchTrainer; returns its error as text, None if it ended well."""
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     workers = job.training.workers
@@ -72,7 +73,7 @@ def _fit(job: TrainingJob) -> str | None:
         resources["GPU"] = workers.gpus_per_worker
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config=job.model_dump(mode="json"),
+        train_loop_config={"job": job.model_dump(mode="json"), "progress": progress},
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             use_gpu=workers.gpus_per_worker > 0,

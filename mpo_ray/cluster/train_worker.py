@@ -14,7 +14,7 @@ import ray.train.torch
 import torch
 
 from mpo_ray.cluster.deepspeed_engine import CheckpointError, DeepSpeedEngine, prepare_sharded_loading
-from mpo_ray.cluster.progress import ProgressBoard
+from mpo_ray.cluster.progress import report
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.config import PolicyTraining, SupervisedTraining
 from mpo_ray.policies.loading import load_model, load_tokenizer
@@ -29,8 +29,8 @@ LOG_EVERY = 10
 
 
 def train_worker(values: dict[str, Any]) -> None:
-    """The function that Ray Train runs on every worker. `values`: a TrainingJob as JSON values."""
-    job = TrainingJob.model_validate(values)
+    """The function that Ray Train runs on every worker. values: `job`, a TrainingJob, and `progress`, a Ray queue."""
+    job = TrainingJob.model_validate(values["job"])
     training = job.training
     context = ray.train.get_context()
     torch.set_num_threads(max(1, int(training.workers.cpus_per_worker)))
@@ -51,7 +51,6 @@ def train_worker(values: dict[str, Any]) -> None:
     del sharded
 
     start, history = _restore(engine, job)
-    board = ProgressBoard.find(job.board) if engine.rank == 0 and job.board else None
     for step, loss in train(
         engine,
         task.loss,
@@ -65,8 +64,8 @@ def train_worker(values: dict[str, Any]) -> None:
         if step % LOG_EVERY == 0 or step == total:
             mean = float(engine.mean(torch.tensor(loss, dtype=torch.float64)))
             history.append({"step": step, "loss": mean})
-            if board is not None:
-                board.update(job.name, step, total, loss=mean)
+            if engine.rank == 0:
+                report(values["progress"], job.name, step, total, loss=mean)
         if step % training.checkpoint_every == 0 and step < total:
             evaluated = {f"heldout_{name}": value for name, value in task.evaluate().items()}
             history.append({"step": step, **evaluated})

@@ -9,7 +9,6 @@ class TrainingJob(Strict):
     """`name` with `identity` names the Ray Train run, so that other inputs never resume it.
 
     model: directory or hub id to start from; *_parts: Parquet files of the run; output: node of the run to publish.
-    board: name of the progress board's actor, if any.
     """
 
     name: str
@@ -21,7 +20,6 @@ class TrainingJob(Strict):
     heldout_parts: list[str]
     output: str
     seed: int
-    board: str | None = None
 
     @property
     def directory(self) -> str:
