@@ -18,6 +18,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been s
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from mpo_ray.config import RunConfig, Serve
 from mpo_ray.run import Run, StageError
@@ -54,6 +55,7 @@ HELP = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status, 0 only if the result is there."""
     options = _parser().parse_args(arguments)
+    transformers_logging.disable_progress_bar()  # it shows every file that is read
     try:
         return int(options.run(options) or 0)
     except (ValueError, OSError, StageError) as error:

@@ -1,8 +1,8 @@
-"""Drawing one sequence token by token from a causal language model, as a stream that can be stopped."""
+"""Drawing one sequence token by token from a causal language model: whoever stops asking stops the decoding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,8 @@ def stream_tokens(
     eos_ids: Sequence[int],
     generator: torch.Generator,
     weights: Tensor | None = None,
-    cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[int]:
-    """Yield the tokens of one completion, its end token included; it stops before a token where `cancelled()` is true.
+    """Yield the tokens of one completion, its end token included. Each is decoded when it is asked for and not before.
 
     temperature: 0.0 is greedy; top_p: the smallest set of tokens with this probability is kept, 1.0 keeps all
     weights: (K,) λ for a mixture, else the model's own; generator: lives on the CPU
@@ -30,8 +29,6 @@ def stream_tokens(
     extra = {} if weights is None else {"mixture_weights": weights[None]}
     cache = None
     for _ in range(max_new_tokens):
-        if cancelled():
-            return
         with torch.no_grad():
             output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
         cache = output.past_key_values

@@ -110,7 +110,6 @@ class DecodeLoop:
         else:
             generator.manual_seed(generation.seed)
         text = TextStream(self._tokenizer, generation.stop)
-        cancelled = threading.Event()
         weights = generation.weights or self._model.config.weights
         tokens = stream_tokens(
             self._model,
@@ -121,9 +120,8 @@ class DecodeLoop:
             eos_ids=self._eos_ids,
             generator=generator,
             weights=torch.tensor([weights[name] for name in self._model.objectives]),
-            cancelled=cancelled.is_set,
         )
-        return _Active(index, tokens, text, self._eos_ids, asyncio.get_running_loop(), queue, cancelled)
+        return _Active(index, tokens, text, self._eos_ids, asyncio.get_running_loop(), queue)
 
     def _run(self) -> None:
         while True:

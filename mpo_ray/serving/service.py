@@ -144,7 +144,9 @@ def serve_endpoint(artefact: str, serve: Serve, name: str, *, blocking: bool) ->
         try:
             _wait_for_signal()
         finally:
-            ray_serve.shutdown()
+            ray_serve.delete(name)
+            if not ray_serve.status().applications:  # on a shared cluster others may be served
+                ray_serve.shutdown()
     return url
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import mpo_ray  # noqa: F401 - registers the mixture with transformers
 from mpo_ray.policies.artefact import write_artefact
@@ -133,6 +133,31 @@ def test_rows_of_a_padded_batch_are_the_single_rows(artefact, model) -> None:
         ids = tokenizer(text, return_tensors="pt").input_ids
         alone = model.generate(ids, max_new_tokens=10, do_sample=False)[0, ids.shape[1] :]
         assert together[row, : len(alone)].tolist() == alone.tolist()
+
+
+def test_padding_does_not_shift_absolute_positions(tmp_path: Path) -> None:
+    """A model with learned positions, unlike rotary ones, sees a shift: padded rows are still the single rows."""
+    tokenizer = tiny_tokenizer()
+    for seed, name in enumerate(("reference", "positive")):
+        torch.manual_seed(seed)
+        config = GPT2Config(
+            vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3
+        )
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    write_artefact(
+        tmp_path / "artefact",
+        objectives={"positive": tmp_path / "positive"},
+        reference=tmp_path / "reference",
+        copy_reference=False,
+        weights={"positive": 1.0},
+        fit={},
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "artefact")
+    padded = torch.tensor([[0, 0, 0, 1, 7, 9]])
+    output = model.generate(padded, attention_mask=(padded != 0).long(), max_new_tokens=8, do_sample=False)[0, 6:]
+    alone = model.generate(torch.tensor([[1, 7, 9]]), max_new_tokens=8, do_sample=False)[0, 3:]
+    assert output.tolist() == alone.tolist()
 
 
 def test_greedy_generation_is_the_explicit_loop(artefact, model, policies) -> None:
