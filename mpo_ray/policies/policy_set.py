@@ -13,9 +13,9 @@ import torch
 from peft import PeftModel
 
 from mpo_ray.data.tokens import collate
-from mpo_ray.maths.sequence_logprob import sequence_logprob
 from mpo_ray.policies.loading import add_adapter, is_adapter, load_model
 from mpo_ray.records import REFERENCE
+from mpo_ray.training.completion_model import CompletionModel
 
 #: (prompt ids, completion ids)
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -27,9 +27,11 @@ class PolicySet:
     def __init__(self, reference: str, policies: Mapping[str, str], *, precision: str = "fp32") -> None:
         base: Any = load_model(reference, precision=precision)
         self._full: dict[str, Any] = {}
-        for name, path in policies.items():
+        self._adapters: dict[str, str] = {}
+        for index, (name, path) in enumerate(policies.items()):
             if is_adapter(path):
-                base = add_adapter(base, path, name=name)
+                self._adapters[name] = f"policy_{index}"  # an objective's name may be one that torch's modules use
+                base = add_adapter(base, path, name=self._adapters[name])
             else:
                 self._full[name] = load_model(path, precision=precision).to(_device())
         self._base = base.to(_device()).eval()
@@ -45,7 +47,7 @@ class PolicySet:
             with self._base.disable_adapter():
                 yield self._base
         else:
-            self._base.set_adapter(name)
+            self._base.set_adapter(self._adapters[name])
             yield self._base
 
     def logprobs(self, name: str, sequences: Sequences, *, batch_size: int, pad_id: int) -> list[float]:
@@ -57,20 +59,13 @@ class PolicySet:
 @torch.no_grad()
 def sequence_logprobs(model: Any, sequences: Sequences, *, batch_size: int, pad_id: int) -> list[float]:
     """log π(completion | prompt) of every sequence, nats: batches of like length, each sequence at its own place."""
+    completions = CompletionModel(model)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
     values = [0.0] * len(sequences)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = collate([sequences[i] for i in rows], pad_id=pad_id).to(model.device)
-        first = max(int(batch.completion_mask.int().argmax(dim=1).min()) - 1, 0)
-        logits = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            logits_to_keep=batch.input_ids.shape[1] - first,
-            use_cache=False,
-        ).logits
-        sums = sequence_logprob(logits, batch.input_ids[:, first:], batch.completion_mask[:, first:])
-        for i, value in zip(rows, sums.double().tolist(), strict=True):
+        for i, value in zip(rows, completions(batch).double().tolist(), strict=True):
             values[i] = value
     return values
 
