@@ -44,8 +44,9 @@ def command(verb: str, storage: Path, name: str, *extra: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """A user's environment, but for a Ray that some other test may have announced."""
-    return {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    """A user's environment with this virtual environment active, without a Ray that another test has announced."""
+    kept = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return {**kept, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"}
 
 
 def run(arguments: Sequence[str]) -> Any:
