@@ -52,7 +52,9 @@ def prompt_token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
 
     A string that has no tokens becomes the start token, or the end token where there is none (an unconditional text).
     """
-    ids = list(tokenizer(render_prompt(tokenizer, prompt), add_special_tokens=isinstance(prompt, str))["input_ids"])
+    text = render_prompt(tokenizer, prompt)
+    # Lengths are checked where rows are accepted (limits.py), so the tokenizer need not warn of them.
+    ids = list(tokenizer(text, add_special_tokens=isinstance(prompt, str), verbose=False)["input_ids"])
     if tokenizer.eos_token_id is not None and ids[-1:] == [tokenizer.eos_token_id]:
         ids = ids[:-1]  # some tokenizers end every text
     if not ids:
@@ -63,7 +65,7 @@ def prompt_token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 def response_token_ids(tokenizer: Any, response: str) -> list[int]:
     """Ids of a response and the end token."""
-    return [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return [*tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
 
 
 def collate(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, pad_id: int) -> TokenBatch:

@@ -20,7 +20,9 @@ from ray import serve as ray_serve
 from ray.serve.exceptions import BackPressureError
 from transformers import AutoModelForCausalLM
 
+from mpo_ray.cluster.preflight import check_serving
 from mpo_ray.config import ConfigError, Serve, Strict
+from mpo_ray.policies.artefact import check_artefact
 from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.serving.decode_loop import DecodeLoop, Delta, Generation
@@ -131,10 +133,13 @@ def serve_endpoint(artefact: str, serve: Serve, name: str, *, blocking: bool) ->
     """Start the endpoint on `host:port` and return its URL; with `blocking`, serve until SIGINT or SIGTERM.
 
     Port 0 takes a free port. Joins the Ray cluster that was initialised, else the one at RAY_ADDRESS, else starts one.
+    Refuses a damaged artefact (ModelError) and replicas that no node could hold (PlacementError) before it starts any.
     """
+    check_artefact(Path(artefact), MixtureConfig.from_pretrained(artefact))
     app = build_app(artefact, serve, name)
     if not ray.is_initialized():
         ray.init()
+    check_serving(serve)
     port = serve.port or _free_port(serve.host)
     ray_serve.start(proxy_location="HeadOnly", http_options={"host": serve.host, "port": port})
     url = f"http://{serve.host}:{port}"

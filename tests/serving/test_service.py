@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,10 @@ import yaml
 from ray import serve as ray_serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mpo_ray.cluster.preflight import PlacementError
 from mpo_ray.config import ConfigError, Serve
 from mpo_ray.policies.artefact import write_artefact
+from mpo_ray.policies.loading import ModelError
 from mpo_ray.serving.service import BuildArguments, build, serve_endpoint
 from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
 
@@ -252,3 +255,17 @@ def test_builder_arguments_are_checked(artefact: Path, monkeypatch: pytest.Monke
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(ConfigError, match="NO_SUCH_KEY holds no key"):
         build({"artefact": str(artefact), "name": "x", "serve": {"api_key_env": "NO_SUCH_KEY"}})
+
+
+def test_replicas_that_no_node_can_hold_are_refused_before_any_starts(ray_cluster: None, artefact: Path) -> None:
+    with pytest.raises(PlacementError, match=r"serve\.min_replicas: each needs 1 CPU and 3 GPU, but no node has that"):
+        serve_endpoint(str(artefact), Serve(port=0, gpus_per_replica=3), "large", blocking=False)
+
+
+def test_a_damaged_artefact_is_refused_before_any_replica_starts(artefact: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "mixture"
+    shutil.copytree(artefact, copy)
+    weights = copy / "policies" / "harmless" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ModelError, match=r"harmless/adapter_model\.safetensors: the file is damaged"):
+        serve_endpoint(str(copy), Serve(port=0), "damaged", blocking=False)
