@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 import torch
+from peft import LoraConfig, get_peft_model
 
 from mpo_ray.cluster.deepspeed_engine import CheckpointError, DeepSpeedEngine, prepare_sharded_loading
 from mpo_ray.cluster.progress import report
 from mpo_ray.cluster.training_job import TrainingJob
-from mpo_ray.config import PolicyTraining, SupervisedTraining
+from mpo_ray.config import PolicyTraining, SupervisedTraining, Training
 from mpo_ray.policies.loading import load_model, load_tokenizer
 from mpo_ray.run import Run
 from mpo_ray.training.completion_model import CompletionModel
@@ -34,15 +35,10 @@ def train_worker(values: dict[str, Any]) -> None:
     training = job.training
     context = ray.train.get_context()
     torch.set_num_threads(max(1, int(training.workers.cpus_per_worker)))
-    torch.manual_seed(job.seed)  # before the adapters are initialised
     run = Run.at(job.run_root)
 
     sharded = prepare_sharded_loading(training, world_size=context.get_world_size())  # in force while it is referenced
-    model = load_model(job.model, precision=training.precision)
-    if isinstance(training, PolicyTraining) and training.lora is not None:
-        model = _with_lora(model, training, seed=job.seed)
-    if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = load_trainable(job.model, training, seed=job.seed)
     tokenizer = load_tokenizer(job.model)
     task = (_PreferenceTask if isinstance(training, PolicyTraining) else _SupervisedTask)(run, job, tokenizer)
     total = num_steps(len(task.train), batch_size=training.batch_size, epochs=training.epochs)
@@ -163,11 +159,14 @@ def _even_batches(num_examples: int, engine: DeepSpeedEngine, size: int) -> list
     return batches
 
 
-def _with_lora(model: Any, training: PolicyTraining, *, seed: int) -> Any:
-    from peft import LoraConfig, get_peft_model
-
+def load_trainable(path: str, training: Training, *, seed: int) -> Any:
+    """Open the model that a run trains: all its weights, or LoRA adapters whose start the seed alone decides."""
+    model: Any = load_model(path, precision=training.precision)
+    if training.gradient_checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if not isinstance(training, PolicyTraining) or training.lora is None:
+        return model
     lora = training.lora
-    assert lora is not None
     torch.manual_seed(seed)
     return get_peft_model(
         model,

@@ -11,43 +11,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: Logits that `token_logprobs` looks at together: 64 MiB of float32.
+MOST_LOGITS_AT_ONCE = 2**24
 
-def token_logprobs(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Compute log π(y_t | y_<t) of every input token but the first   (design 2.1)
+
+def prediction_mask(completion_mask: Tensor) -> Tensor:
+    """Where the logits predict a completion's token: one position before it. (B, T) bool → (B, T) bool."""
+    mask = torch.zeros_like(completion_mask)
+    mask[:, :-1] = completion_mask[:, 1:]
+    return mask
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """Compute log π(y_t | y_<t) of given tokens   (design 2.1)
 
     log π(y_t | y_<t) = logit(y_t) − logsumexp_v logit(v)
 
-    logits: (B, T, V), unnormalised, any float type
-    input_ids: (B, T) token ids
-    Returns (B, T−1) float32, nats; column t is the token at position t + 1. Forward and backward take one text at a
-    time, so that no second copy of the batch's logits is made or kept: the gradient alone is as large as they are.
+    logits: (N, V), unnormalised, any float type; row n is the distribution of token n
+    token_ids: (N,)
+    Returns (N,) float32, nats. Forward and backward take some rows at a time, so that no second copy of the logits is
+    made or kept: the gradient alone is as large as they are.
     """
-    return _TokenLogprobs.apply(logits, input_ids)  # type: ignore[no-any-return, no-untyped-call]
+    return _TokenLogprobs.apply(logits, token_ids)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _TokenLogprobs(torch.autograd.Function):
     """`token_logprobs`, with ∂ log π(y_t) / ∂ logit(v) = [v = y_t] − π(v)."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, input_ids: Tensor) -> Tensor:
-        chosen = torch.empty(logits.shape[0], logits.shape[1] - 1, dtype=torch.float32, device=logits.device)
+    def forward(ctx: Any, logits: Tensor, token_ids: Tensor) -> Tensor:
+        chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1).float()
         normalizers = torch.empty_like(chosen)
-        for row, (row_logits, row_ids) in enumerate(zip(logits, input_ids, strict=True)):
-            predictions = row_logits[:-1].float()
-            normalizers[row] = predictions.logsumexp(-1)
-            chosen[row] = predictions.gather(-1, row_ids[1:].unsqueeze(-1)).squeeze(-1)
-        ctx.save_for_backward(logits, input_ids, normalizers)
+        for rows in _blocks(logits):
+            normalizers[rows] = logits[rows].float().logsumexp(-1)
+        ctx.save_for_backward(logits, token_ids, normalizers)
         return chosen - normalizers
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        logits, input_ids, normalizers = ctx.saved_tensors
-        result = torch.zeros_like(logits)
-        for row, gradient in enumerate(gradients[0].unsqueeze(-1)):
-            probabilities = (logits[row, :-1].float() - normalizers[row].unsqueeze(-1)).exp_()
-            slope = probabilities.mul_(-gradient).scatter_add_(-1, input_ids[row, 1:].unsqueeze(-1), gradient)
-            result[row, :-1] = slope
+        logits, token_ids, normalizers = ctx.saved_tensors
+        gradient = gradients[0].unsqueeze(-1)
+        result = torch.empty_like(logits)
+        for rows in _blocks(logits):
+            probabilities = (logits[rows].float() - normalizers[rows].unsqueeze(-1)).exp_()
+            slope = probabilities.mul_(-gradient[rows])
+            result[rows] = slope.scatter_add_(-1, token_ids[rows].unsqueeze(-1), gradient[rows])
         return result, None
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    size = max(1, MOST_LOGITS_AT_ONCE // logits.shape[-1])
+    return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
 def sequence_logprob(
@@ -55,15 +69,15 @@ def sequence_logprob(
 ) -> Tensor:
     """Compute log π(y | x) = Σ_t log π(y_t | x, y_<t) of the completion in every row   (design 2.1)
 
-    logits: (B, T, V), unnormalised
+    logits: (N, V), unnormalised: the predictions of the N completion tokens, row after row (at `prediction_mask`)
     input_ids: (B, T) prompt, completion and padding
     completion_mask: (B, T) bool, true where the input token belongs to the completion, its end token included
     length_normalized: the mean over the completion's tokens instead of the sum
     Returns (B,) float32, nats (nats per token where length-normalised). An empty completion has log-probability 0.
     """
-    mask = completion_mask[:, 1:]
-    total = token_logprobs(logits, input_ids).masked_fill(~mask, 0.0).sum(-1)
-    return total / mask.sum(-1).clamp(min=1) if length_normalized else total
+    logprobs = token_logprobs(logits, input_ids[completion_mask])
+    total = logprobs.new_zeros(input_ids.shape).masked_scatter(completion_mask, logprobs).sum(-1)
+    return total / completion_mask.sum(-1).clamp(min=1) if length_normalized else total
 
 
 def sequence_kl(logits: Tensor, reference_logits: Tensor, completion_mask: Tensor) -> Tensor:

@@ -8,14 +8,12 @@ import pyarrow as pa
 
 from mpo_ray.cluster.evaluate import CandidateEvaluator
 from mpo_ray.cluster.parts import Part, process_parts
-from mpo_ray.evaluation.metrics import Metrics, evaluate_completions
+from mpo_ray.evaluation.metrics import MPO, UNIFORM, Metrics, evaluate_completions
 from mpo_ray.evaluation.report import write_report
 from mpo_ray.evaluation.terminal import print_summary
-from mpo_ray.records import REFERENCE
+from mpo_ray.records import REFERENCE, digest
 from mpo_ray.stages.stage import Context, Stage, content
 from mpo_ray.stages.training import ACTOR_PLACEMENT
-
-UNIFORM, MPO = "uniform", "mpo"
 
 
 def candidates(objectives: list[str], fitted: dict[str, float]) -> dict[str, list[float] | None]:
@@ -35,9 +33,9 @@ def evaluate(context: Context) -> dict[str, Any]:
         Part(
             source,
             f"evaluation/parts/{name}-{index:05d}.parquet",
-            {"candidate": name, "weights": weights, "seed": (config.seed * 1009 + number + 1) * 1_000_003 + index},
+            {"candidate": name, "weights": weights, "seed": int(digest([config.seed, name, index])[:12], 16)},
         )
-        for number, (name, weights) in enumerate(candidates(objectives, run.read_json("fit.json")["weights"]).items())
+        for name, weights in candidates(objectives, run.read_json("fit.json")["weights"]).items()
         for index, source in enumerate(prompts)
     ]
     evaluation = config.evaluation

@@ -13,7 +13,7 @@ from mpo_ray.data.scores import read_log_ratios
 from mpo_ray.maths import partition
 from mpo_ray.maths.mirror_descent import batch_stochastic_mirror_descent
 from mpo_ray.policies.artefact import write_artefact
-from mpo_ray.records import check_weights
+from mpo_ray.records import check_weights, digest
 from mpo_ray.stages.stage import Context, Stage, content
 from mpo_ray.stages.training import ACTOR_PLACEMENT
 
@@ -25,7 +25,7 @@ def sample(context: Context) -> dict[str, Any]:
     config = context.config
     context.run.begin("samples", context.inputs(SAMPLES))
     parts = [
-        Part(source, f"samples/{source.rpartition('/')[2]}", {"seed": config.seed * 1_000_003 + index})
+        Part(source, f"samples/{source.rpartition('/')[2]}", {"seed": int(digest([config.seed, index])[:12], 16)})
         for index, source in enumerate(context.run.parts("prompts/fit"))
     ]
     process_parts(

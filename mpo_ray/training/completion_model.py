@@ -8,27 +8,28 @@ import torch
 from torch import nn
 
 from mpo_ray.data.tokens import TokenBatch
-from mpo_ray.maths.sequence_logprob import sequence_logprob
+from mpo_ray.maths.sequence_logprob import prediction_mask, sequence_logprob
+from mpo_ray.training.packed_attention import enable_packing, packed_inputs
 
 
 class CompletionModel(nn.Module):
-    """Wraps a causal LM (PEFT or plain). The engine owns this module, so that its forward is what is sharded."""
+    """Wraps a causal LM (PEFT or plain). The engine owns this module, so that its forward is what is sharded.
+
+    The head is applied only where a completion's token is predicted. Where the architecture allows it exactly, padding
+    is left out of every layer as well.
+    """
 
     def __init__(self, causal_lm: Any) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self.packs = enable_packing(causal_lm)
 
     def forward(self, batch: TokenBatch, *, length_normalized: bool = False) -> torch.Tensor:
-        """log π(completion | prompt), nats: summed, or averaged over tokens if `length_normalized`. Returns (B,).
-
-        The head is applied from the earliest completion's first token on: prompts need no logits.
-        """
-        starts = batch.completion_mask.int().argmax(dim=1)
-        first = max(int(starts.min()) - 1, 0)
-        kept = batch.input_ids.shape[1] - first
-        logits = self.causal_lm(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=kept, use_cache=False
-        ).logits
-        return sequence_logprob(
-            logits, batch.input_ids[:, first:], batch.completion_mask[:, first:], length_normalized=length_normalized
-        )
+        """log π(completion | prompt), nats: summed, or averaged over tokens if `length_normalized`. Returns (B,)."""
+        kept = prediction_mask(batch.completion_mask)
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if self.packs:
+            places, inputs = packed_inputs(batch.input_ids, batch.attention_mask)
+            kept = kept.flatten()[places].unsqueeze(0)
+        logits = self.causal_lm(**inputs, logits_to_keep=kept, use_cache=False).logits
+        return sequence_logprob(logits, batch.input_ids, batch.completion_mask, length_normalized=length_normalized)

@@ -29,6 +29,8 @@ def train(
     engine.model.train()
     for step in range(start_step, total_steps):
         batch = batch_indices(step, num_examples=len(lengths), batch_size=batch_size, seed=seed)
+        # Dropout too is a function of seed, step and worker, so that a resumed run repeats it.
+        torch.manual_seed(int(np.random.SeedSequence([seed, step, engine.rank]).generate_state(1)[0]))
         total, passes = 0.0, 0
         for examples in micro_batches(
             batch, lengths, size=micro_batch_size, rank=engine.rank, world_size=engine.world_size

@@ -15,6 +15,7 @@ from mpo_ray.cluster.deepspeed_engine import (
     deepspeed_config,
     prepare_sharded_loading,
 )
+from mpo_ray.cluster.train_worker import load_trainable
 from mpo_ray.config import PolicyTraining
 from mpo_ray.policies.loading import load_model
 from mpo_ray.training.completion_model import CompletionModel
@@ -43,13 +44,20 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def _training(**changes: object) -> PolicyTraining:
-    values = {"batch_size": 4, "micro_batch_size": 2, "learning_rate": 0.01, "warmup_share": 0.5, "weight_decay": 0.1}
+    values = {
+        "lora": None,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "learning_rate": 0.01,
+        "warmup_share": 0.5,
+        "weight_decay": 0.1,
+    }
     return PolicyTraining.model_validate({**values, "max_grad_norm": 0.5, **changes})
 
 
 def _engine(base: str, training: PolicyTraining) -> DeepSpeedEngine:
     sharded = prepare_sharded_loading(training, world_size=1)
-    model = CompletionModel(load_model(base, precision=training.precision))
+    model = CompletionModel(load_trainable(base, training, seed=0))
     del sharded
     return DeepSpeedEngine(model, training, total_steps=STEPS, device=torch.device("cpu"))
 
@@ -105,14 +113,38 @@ def test_every_zero_stage_takes_the_steps_of_plain_adamw(base: str, stage: int) 
     assert losses[0] - losses[-1] > 0.1  # and they lead somewhere
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_activation_checkpointing_changes_memory_and_not_the_steps(base: str, stage: int) -> None:
+    lora = {"zero_stage": stage, "lora": {"rank": 4}}
+    kept, recomputed = (
+        _losses(_engine(base, _training(**lora, gradient_checkpointing=on)), 0, STEPS) for on in (False, True)
+    )
+    assert recomputed == pytest.approx(kept, abs=1e-5)
+    assert kept[0] - kept[-1] > 0.01
+
+
+def test_the_seed_decides_how_adapters_start(base: str) -> None:
+    """Whatever the global generator did before."""
+    training = _training(lora={"rank": 4})
+
+    def adapters(seed: int) -> list[torch.Tensor]:
+        torch.rand(3)
+        return [p for n, p in load_trainable(base, training, seed=seed).named_parameters() if "lora_A" in n]
+
+    assert all(torch.equal(a, b) for a, b in zip(adapters(1), adapters(1), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(adapters(1), adapters(2), strict=True))
+
+
 def test_bf16_learns_too(base: str) -> None:
     losses = _losses(_engine(base, _training(precision="bf16", zero_stage=1)), 0, STEPS)
     assert losses[0] - losses[-1] > 0.1
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_a_restored_engine_goes_on_as_the_unbroken_one(base: str, tmp_path: Path, stage: int) -> None:
-    training = _training(zero_stage=stage)
+@pytest.mark.parametrize(
+    "changes", [{}, {"zero_stage": 1}, {"zero_stage": 3}, {"zero_stage": 1, "lora": {"rank": 4, "dropout": 0.5}}]
+)
+def test_a_restored_engine_goes_on_as_the_unbroken_one(base: str, tmp_path: Path, changes: dict) -> None:
+    training = _training(**changes)
     engine = _engine(base, training)
     _losses(engine, 0, 3)
     engine.save(tmp_path, step=3)

@@ -38,7 +38,9 @@ def main(storage: Path) -> None:
     run_single(Context(config, run, Console(stderr=True)), "embedded", "data", "pairs")
 
     _train(run, config, "concise")
-    _train(run, config, "detailed", lora=None, loss="ipo", zero_stage=3, learning_rate=1e-4)
+    _train(
+        run, config, "detailed", lora=None, loss="ipo", zero_stage=3, learning_rate=1e-4, gradient_checkpointing=True
+    )
     [checkpoint] = run.local.glob("training/concise-*/checkpoint_2*")
     victim = checkpoint / "state" / "mp_rank_00_model_states.pt"
     victim.write_bytes(victim.read_bytes()[:100])

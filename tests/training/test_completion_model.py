@@ -1,4 +1,4 @@
-"""A causal LM's log-probability of a completion, with and without padding in its layers: the chain rule, by the model."""
+"""The log-probability of a completion under a causal LM, with padding in its layers and without: the chain rule."""
 
 from __future__ import annotations
 
@@ -128,6 +128,7 @@ def test_neither_neighbours_nor_padding_change_a_completions_logprob(name: str) 
     torch.testing.assert_close(together, other_padding)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_gradients_are_those_of_the_padded_batch(checkpointing: bool) -> None:
     """∂ Σ log π / ∂ θ, activations kept or computed anew."""

@@ -1,0 +1,53 @@
+"""The benchmarks run, on next to nothing, and both sides of each compute the same numbers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+
+
+def _run(name: str, *options: str, shared: Path) -> str:
+    """The script's output; it exits with an error where the two sides disagree."""
+    done = subprocess.run(
+        [sys.executable, str(PROJECT / "benchmarks" / name), *options],
+        env={**os.environ, "MPO_RAY_SHARED": str(shared), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _ratio(output: str) -> float:
+    found = re.search(r"^ratio of the medians, .*: ([\d.]+) \(goal", output, re.MULTILINE)
+    assert found, output
+    return float(found[1])
+
+
+@pytest.mark.slow
+def test_our_dpo_step_and_trls_give_the_same_losses(shared: Path) -> None:
+    """Two steps, the second with updated weights; timings of so few mean nothing and are not judged."""
+    pytest.importorskip("trl", reason="trl is in the extra `bench`: pip install 'mpo_ray[bench]'")
+    output = _run("dpo_throughput.py", "--steps=1", "--repeats=3", "--batch-size=4", shared=shared)
+    assert _ratio(output) > 0
+    assert len(re.findall(r"^ +\d+ +\d\.\d{5} +\d\.\d{5} ", output, re.MULTILINE)) == 3
+
+
+@pytest.mark.slow
+def test_the_scoring_stage_and_the_bare_models_give_the_same_scores(shared: Path) -> None:
+    options = ("--parts=2", "--part-size=8", "--policies=2", "--batch-size=4", "--repeats=1")
+    assert _ratio(_run("score_throughput.py", *options, shared=shared)) > 0
+
+
+@pytest.mark.parametrize("name", ["dpo_throughput.py", "score_throughput.py"])
+def test_without_the_testbed_a_benchmark_names_what_is_missing(name: str, tmp_path: Path) -> None:
+    output = _run(name, shared=tmp_path)
+    assert output == f"skipped: the testbed is not at {tmp_path / 'testbed' / 'imdb'}; set MPO_RAY_SHARED\n"
