@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,18 +113,12 @@ def run_job(*verbs: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from mpo_ray.cluster.preflight import check_placement, check_storage_everywhere
-    from mpo_ray.cluster.session import ray_session
     from mpo_ray.stages.evaluating import show_summary
     from mpo_ray.stages.pipeline import run_pipeline
 
-    config = _config(options)
-    run = Run.open(config, update=options.update)
-    with ray_session(options.address):
-        check_placement(config)
-        check_storage_everywhere(run)
-        context = _context(config, run)
+    with _opened(options) as context:
         run_pipeline(context)
+    run = context.run
     if options.json:
         print(json.dumps(_result(run)))
     else:
@@ -132,13 +127,11 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _stage(options: argparse.Namespace) -> int:
-    from mpo_ray.cluster.session import ray_session
     from mpo_ray.stages.pipeline import run_single
 
-    config = _config(options)
-    run = Run.open(config, update=options.update)
-    with ray_session(options.address):
-        run_single(_context(config, run), *STAGE_VERBS[options.verb])
+    with _opened(options) as context:
+        run_single(context, *STAGE_VERBS[options.verb])
+    run = context.run
     record = run.manifest()["stages"][STAGE_VERBS[options.verb][-1]]
     if options.json:
         print(json.dumps({"run": run.root, **record}))
@@ -211,10 +204,23 @@ def _console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def _context(config: RunConfig, run: Run) -> Context:
+@contextmanager
+def _opened(options: argparse.Namespace) -> Iterator[Context]:
+    """The run of a config on a Ray cluster, after what can be checked at once: resources, storage, models, rewards."""
+    from mpo_ray.cluster.preflight import check_placement, check_storage_everywhere
+    from mpo_ray.cluster.session import ray_session
+    from mpo_ray.stages.check import check_model, check_rewards
     from mpo_ray.stages.stage import Context
 
-    return Context(config, run, _console())
+    config = _config(options)
+    run = Run.open(config, update=options.update)
+    context = Context(config, run, _console())
+    check_model(context)
+    check_rewards(context)
+    with ray_session(options.address):
+        check_placement(config)
+        check_storage_everywhere(run)
+        yield context
 
 
 def _result(run: Run) -> dict[str, object]:

@@ -100,6 +100,23 @@ def test_a_missing_run_file_is_an_error_in_json_too(tmp_path: Path, capsys: pyte
     assert "no such run file" in json.loads(capsys.readouterr().out)["error"]
 
 
+def test_a_reward_model_without_safetensors_stops_a_run_before_anything_starts(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "config.json").write_text("{}")
+    (tmp_path / "reward" / "pytorch_model.bin").write_bytes(b"pickle")
+    assert main(["run", str(run_file), "--set", f"objectives.good.reward={tmp_path}/reward"]) == 1
+    assert "has no model.safetensors but pytorch_model.bin" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "mine" / "manifest.json").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_verb_that_the_config_has_no_use_for_says_so(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reference", str(run_file)]) == 1
+    assert "reference.sft is not set" in capsys.readouterr().err
+
+
 def test_serving_something_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tmp_path)]) == 1
     assert "is not a run directory" in capsys.readouterr().err

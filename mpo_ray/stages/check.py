@@ -15,7 +15,7 @@ from mpo_ray.evaluation.rewards import IMPLICIT, is_callable_spec, load_reward
 from mpo_ray.policies.loading import check_model_files, load_tokenizer
 from mpo_ray.run import Run
 from mpo_ray.stages.data import prepare_data, write_embedded
-from mpo_ray.stages.stage import Context
+from mpo_ray.stages.stage import EMBEDDED, Context
 
 
 @dataclass
@@ -61,19 +61,22 @@ def check_run(config: RunConfig, console: Console, *, update: bool = False) -> F
         context = Context(config, Run(scratch, config.name), console)
         if context.uses_embedded():
             write_embedded(context)
-        look("reference model", lambda: _check_model(context))
-        look("rewards", lambda: _check_rewards(context))
+        look("reference model", lambda: check_model(context))
+        look("rewards", lambda: check_rewards(context))
         look("data", lambda: findings.counts.update(prepare_data(context)))
         findings.conflict = context.run.read_json("comparisons/conflict.json")
     return findings
 
 
-def _check_model(context: Context) -> None:
-    check_model_files(context.given_model())
-    load_tokenizer(context.given_model())
+def check_model(context: Context) -> None:
+    """Refuse a reference that could not be opened. Raises ModelError."""
+    if context.config.reference.model != EMBEDDED:
+        check_model_files(context.given_model())
+        load_tokenizer(context.given_model())
 
 
-def _check_rewards(context: Context) -> None:
+def check_rewards(context: Context) -> None:
+    """Refuse a reward that could not be imported or opened, long before scoring needs it."""
     for name, spec in context.rewards().items():
         if is_callable_spec(spec):
             load_reward(spec, objective=name)

@@ -32,6 +32,10 @@ def run_pipeline(context: Context) -> None:
 def run_single(context: Context, *names: str) -> None:
     """Do the stages of these names; those before them must be complete. Raises RunError that says which is not."""
     wanted = [stage for stage in stages_of(context) if stage.name in names]
+    if not wanted:
+        raise RunError(
+            f"this config has no stage {names[0]!r}: the reference is used as it is (reference.sft is not set)."
+        )
     needed = {name for stage in wanted for name in _before(stage)} - set(names)
     for stage in stages_of(context):
         if stage.name in needed and not context.run.is_complete(stage.name, context.inputs(stage)):
