@@ -1,7 +1,7 @@
-"""Peak memory of a command and all it starts: python benchmarks/peak_memory.py mpo-ray run configs/quickstart.yaml.
+"""Peak memory of a command and all it starts: python benchmarks/peak_memory.py mpo-ray run configs/quickstart.yaml
 
-Prints two sums over all processes, looked at every second: proportional set sizes, in which a page that n processes share
-counts 1/n for each, and resident set sizes, in which it counts whole for each.
+Prints two sums over all processes, looked at every second: proportional set sizes, in which a page that n processes
+share counts 1/n for each, and resident set sizes, in which it counts whole for each.
 """
 
 from __future__ import annotations
