@@ -44,7 +44,23 @@ def deepspeed_config(training: Training, *, world_size: int) -> dict[str, Any]:
 
 def prepare_sharded_loading(training: Training, *, world_size: int) -> HfDeepSpeedConfig | None:
     """For ZeRO 3: make `from_pretrained` load straight into shards. Keep the result alive until the engine exists."""
-    return HfDeepSpeedConfig(deepspeed_config(training, world_size=world_size)) if training.zero_stage == 3 else None
+    if training.zero_stage != 3:
+        return None
+    _join_process_group()  # else DeepSpeed takes each worker for the only one
+    return HfDeepSpeedConfig(deepspeed_config(training, world_size=world_size))
+
+
+def _join_process_group() -> None:
+    """Have DeepSpeed use the process group that is there.
+
+    On CPU, DeepSpeed compiles a shared-memory all-reduce at first use. Gloo serves, across nodes too, and needs no
+    compiler.
+    """
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
 
 
 class DeepSpeedEngine:
@@ -53,10 +69,7 @@ class DeepSpeedEngine:
     def __init__(self, model: CompletionModel, training: Training, *, total_steps: int, device: torch.device) -> None:
         import deepspeed
 
-        # On CPU, DeepSpeed compiles a shared-memory all-reduce at first use. Gloo serves, across nodes too, and needs
-        # no compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        _join_process_group()
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.device = device
