@@ -110,7 +110,8 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         return model.to(device) if device is not None else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(
+        """Refused: the artefact holds files that are not in memory, such as its fit. Raises ModelError."""
+        raise ModelError(
             "A mixture is saved by copying its directory; mpo_ray.policies.artefact.write_artefact makes a new one."
         )
 

@@ -300,7 +300,14 @@ def test_the_artefact_holds_what_the_design_lists(artefact: Path) -> None:
 def test_a_moved_artefact_still_opens(artefact: Path, tmp_path: Path) -> None:
     """Nothing inside it names the place where it was written."""
     shutil.copytree(artefact, tmp_path / "moved")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "moved")
+    moved = AutoModelForCausalLM.from_pretrained(tmp_path / "moved")
+    original = AutoModelForCausalLM.from_pretrained(artefact)
+    assert torch.equal(next_logprobs(moved, [1, 8, 9]), next_logprobs(original, [1, 8, 9]))
+
+
+def test_saving_a_mixture_from_memory_is_refused_with_what_to_do(artefact: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"copying its directory; .*write_artefact"):
+        AutoModelForCausalLM.from_pretrained(artefact).save_pretrained(tmp_path / "saved")
 
 
 def unlinked_copy(material: Path, directory: Path, kind: str = "lora") -> Path:
