@@ -159,27 +159,80 @@ class Actors(Strict):
 
 
 class Samples(Strict):
-    """y_tj ~ π_ref for the fit: temperature 1, no truncation of the distribution."""
+    """Responses for the fit and its predictions: temperature 1, no truncation of the distribution."""
 
     prompts: Source | None = Field(None, description="the training comparisons' prompts if absent")
     num_prompts: PositiveInt = 256
+    proposals: Literal["reference", "policies", "all"] = Field(
+        "all", description="who draws: π_ref (the paper's estimator), the K policies, or both (equation 6a)"
+    )
     samples_per_prompt: Annotated[int, Field(ge=2)] = Field(
-        8, description="m; with m = 1 F is linear in λ and always runs to a vertex"
+        4, description="m, from each proposal; with one response a prompt F is linear in λ and always runs to a vertex"
     )
     max_new_tokens: PositiveInt = 128
 
 
+class MirrorSteps(Strict):
+    """Equation (5): stochastic mirror descent on the table."""
+
+    steps: PositiveInt = Field(2000, description="T")
+    step_scale: PositiveFloat = Field(1.0, description="c of η = c/√T, 1/nats")
+    prompts_per_step: PositiveInt | Literal["all"] = Field(
+        1, description="1 is the paper's; more is a mini-batch; `all` is mirror descent on the whole table"
+    )
+
+
+class DecodedSteps(Strict):
+    """Equation (6b): mirror descent on the gains of what is decoded with λ."""
+
+    steps: PositiveInt = 10
+    step_scale: PositiveFloat = Field(6.0, description="c of η_t = c/√t, per unit of gain")
+    gain: Literal["win_rate", "reward", "implicit"] = Field(
+        "win_rate",
+        description="against the reference: the win rate, the reward in its standard deviations, or ℓ_k in nats",
+    )
+    num_prompts: PositiveInt = Field(96, description="of the fit's prompts, in each step")
+    completions_per_prompt: PositiveInt = 4
+
+
 class Fit(Strict):
-    method: Literal["bsmd", "fixed"] = "bsmd"
-    steps: PositiveInt = Field(2000, description="T of equation (5)")
-    step_scale: PositiveFloat = Field(1.0, description="c of η = c/√T")
+    """How λ is found. `exact` and `bsmd` minimise F on the score table, `decoded` plays the game that users see."""
+
+    method: Literal["decoded", "exact", "bsmd", "fixed"] = "decoded"
+    estimator: Literal["balanced", "paper"] = Field(
+        "balanced", description="`paper` takes only the samples of π_ref; `balanced` all, by equation (6a)"
+    )
+    bsmd: MirrorSteps = MirrorSteps()
+    decoded: DecodedSteps = DecodedSteps()
     weights: dict[str, float] | None = Field(None, description="λ for method `fixed`")
+    bootstrap_draws: Annotated[int, Field(ge=0)] = Field(200, description="for the intervals of λ and F; 0 for none")
+    confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+    grid: PositiveInt = Field(10, description="steps along an edge of the simplex, for the predicted trade-off")
 
     @model_validator(mode="after")
     def _weights_go_with_fixed(self) -> Fit:
         if (self.weights is not None) != (self.method == "fixed"):
             raise ValueError(f"weights go with method `fixed` and only with it; method is {self.method!r}")
         return self
+
+
+class Judge(Strict):
+    """A language model behind an OpenAI-compatible URL that compares completions with the reference's."""
+
+    url: str = Field(description="base URL, such as http://127.0.0.1:8000/v1")
+    model: str
+    api_key_env: str | None = Field(None, description="environment variable that holds the key")
+    template: str | None = Field(None, description="file with the prompt template (Jinja); the project's own if absent")
+    criteria: dict[str, str] = Field({}, description="objective → what the judge is told of it; its name if absent")
+    num_prompts: PositiveInt = Field(64, description="of the evaluation's prompts; one completion of each is judged")
+    max_tokens: PositiveInt = 256
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    concurrency: PositiveInt = 8
+    retries: Annotated[int, Field(ge=0)] = 4
+    timeout_s: PositiveFloat = 60.0
+    price_per_million_input: Annotated[float, Field(ge=0.0)] = 0.0
+    price_per_million_output: Annotated[float, Field(ge=0.0)] = 0.0
+    cost_cap: PositiveFloat | None = Field(None, description="stop before this is exceeded; unit of the prices")
 
 
 class Evaluation(Strict):
@@ -190,6 +243,13 @@ class Evaluation(Strict):
     temperature: Annotated[float, Field(ge=0.0)] = 1.0
     bootstrap_draws: PositiveInt = 1000
     confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+    soups: bool = Field(True, description="Rewarded Soups: averages of the parameters, uniform and at the fitted λ")
+    fits: bool = Field(False, description="the mixtures of the fits that were not chosen, beside the chosen one's")
+    mixtures: dict[str, dict[str, float]] = Field({}, description="name → λ: further mixtures to compare")
+    models: dict[str, str] = Field({}, description="name → directory or hub id: other people's models to compare")
+    grid: PositiveInt | None = Field(None, description="steps along an edge of the simplex, for the decoded front")
+    grid_prompts: PositiveInt = Field(64, description="prompts for each point of the grid")
+    judge: Judge | None = None
 
 
 class Serve(Strict):
