@@ -91,14 +91,14 @@ def fit_table(context: Context, scores: pa.Table) -> dict[str, Any]:
     else:
         descent = batch_stochastic_mirror_descent(
             log_ratios,
-            step_scale=config.step_scale,
-            num_steps=config.steps,
+            step_scale=config.bsmd.step_scale,
+            num_steps=config.bsmd.steps,
             rng=np.random.default_rng(context.config.seed),
         )
         weights = dict(zip(objectives, descent.average.tolist(), strict=True))
-        shown = np.unique(np.linspace(0, config.steps, TRACE_POINTS).astype(int))
+        shown = np.unique(np.linspace(0, config.bsmd.steps, TRACE_POINTS).astype(int))
         found = {
-            "steps": config.steps,
+            "steps": config.bsmd.steps,
             "step_size": descent.step_size,
             "trace": [[int(step), *descent.iterates[step].tolist()] for step in shown],
         }
