@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> Run:
 def _process(run: Run, refused: int | None = None) -> None:
     process_parts(
         run,
-        [Part(f"in/part-{i}.parquet", f"out/part-{i}.parquet", {"plus": 10 * i}) for i in range(6)],
+        [Part(f"in/part-{i}.parquet", f"out/part-{i}.parquet", f"of {i}", {"plus": 10 * i}) for i in range(6)],
         Doubler,
         {"notes": str(run.local / "notes"), "refused": refused},
         actors=Actors(num_actors=1),
