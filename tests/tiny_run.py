@@ -22,6 +22,7 @@ OVERRIDES = (
     "policies.batch_size=32",
     "policies.micro_batch_size=32",
     "samples.num_prompts=16",
+    "samples.proposals=all",
     "samples.samples_per_prompt=4",
     "samples.max_new_tokens=32",
     "scoring.prompts_per_part=2",
