@@ -45,7 +45,7 @@ HELP = {
     "data": "read, check and split the preferences",
     "reference": "fine-tune the reference model",
     "train": "train one policy per objective",
-    "sample": "draw responses of the reference for the fit",
+    "sample": "draw responses of the reference and the policies for the fit",
     "score": "score the samples under every policy and reward",
     "fit": "fit the mixture weights",
     "export": "write the mixture artefact",

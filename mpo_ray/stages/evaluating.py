@@ -27,12 +27,12 @@ def evaluate(context: Context) -> dict[str, Any]:
     """Completions, rewards and KL of every candidate, then win rates and intervals."""
     config, run = context.config, context.run
     objectives = list(config.objectives)
-    run.begin("evaluation/parts", context.inputs(EVALUATION))
     prompts = run.parts("prompts/evaluation")
     parts = [
         Part(
             source,
             f"evaluation/parts/{name}-{index:05d}.parquet",
+            context.inputs(EVALUATION),
             {"candidate": name, "weights": weights, "seed": int(digest([config.seed, name, index])[:12], 16)},
         )
         for name, weights in candidates(objectives, run.read_json("fit.json")["weights"]).items()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from mpo_ray.run import RunError
 from mpo_ray.stages.data import DATA_STAGE, EMBEDDED_STAGE
 from mpo_ray.stages.evaluating import EVALUATION, REPORT
-from mpo_ray.stages.fitting import FIT, MIXTURE, SAMPLES, SCORES
+from mpo_ray.stages.fitting import FIT, MIXTURE
+from mpo_ray.stages.sampling import SAMPLES, SCORES
 from mpo_ray.stages.stage import STAGES, Context, Stage, run_stage
 from mpo_ray.stages.training import PAIRS, POLICIES, REFERENCE
 
