@@ -68,7 +68,9 @@ class SampleTable:
 
     def prompt_rows(self, prompts: slice) -> NDArray[np.int64]:
         """(rows of these prompts,) the number of each row's prompt within the slice."""
-        return np.repeat(np.arange(prompts.stop - prompts.start), np.diff(self.starts[prompts.start : prompts.stop + 1]))
+        return np.repeat(
+            np.arange(prompts.stop - prompts.start), np.diff(self.starts[prompts.start : prompts.stop + 1])
+        )
 
 
 def log_proposal(log_ratios: Array, counts: Array) -> Array:
