@@ -57,11 +57,11 @@ class SampleTable:
         """(P,) responses of each prompt."""
         return np.diff(self.starts)
 
-    def blocks(self) -> Iterator[tuple[slice, slice]]:
-        """Yield (prompts, rows) of consecutive whole prompts, about BLOCK_ROWS rows at a time."""
+    def blocks(self, num_rows: int = BLOCK_ROWS) -> Iterator[tuple[slice, slice]]:
+        """Yield (prompts, rows) of consecutive whole prompts, at most `num_rows` rows or one prompt at a time."""
         first = 0
         while first < self.num_prompts:
-            last = int(np.searchsorted(self.starts, self.starts[first] + BLOCK_ROWS, side="right")) - 1
+            last = int(np.searchsorted(self.starts, self.starts[first] + num_rows, side="right")) - 1
             last = max(last, first + 1)
             yield slice(first, last), slice(int(self.starts[first]), int(self.starts[last]))
             first = last
