@@ -85,7 +85,7 @@ class ChatClient:
         self._retries = retries
         self._limit_name = "max_tokens"
         self._stopped = threading.Event()
-        self._pause = pause or self._stopped.wait
+        self._pause = self._stopped.wait if pause is None else pause
         self.num_answers = 0
         _check_url(url)
         if not (self._key.isascii() and self._key.isprintable()):
@@ -116,8 +116,9 @@ class ChatClient:
         failure = _Failure("", "")
         for attempt in range(self._retries + 1):
             if attempt:
-                backoff = FIRST_WAIT_S * 2 ** (attempt - 1)
-                self._pause(min(LONGEST_WAIT_S, max(backoff, failure.retry_after) * random.uniform(1.0, 1.5)))  # noqa: S311
+                backoff = min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S)
+                jitter = random.uniform(0.0, 0.5)  # noqa: S311
+                self._pause(max(backoff * (1.0 + jitter), failure.retry_after + jitter))
             if self._stopped.is_set():
                 raise JudgeError(f"{self._who}: stopped.")
             outcome = self._attempt(text)

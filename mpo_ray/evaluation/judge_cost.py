@@ -54,6 +54,7 @@ class Budget:
         self.cap = cap
         self.spent = spent
         self._promised: list[float] = []
+        self._waiting: list[object] = []
         self._ratio = 1.0
         self._stopped = False
         self._changed = threading.Condition()
@@ -66,8 +67,8 @@ class Budget:
     def promise(self, text: str) -> Iterator[Promise]:
         """Set a request's estimate aside for the block; it is given back if the block does not settle it.
 
-        Waits while other requests are under way, as they may turn out cheaper than promised. Raises CapReachedError if
-        the request might exceed the cap, and from then on for every request.
+        Waits, in the order of the calls, while other requests are under way that may turn out cheaper than promised.
+        Raises CapReachedError if the request might exceed the cap, and from then on for every request.
         """
         promise = Promise(self, text, self._reserve(text))
         try:
@@ -79,16 +80,22 @@ class Budget:
 
     def _reserve(self, text: str) -> float:
         with self._changed:
-            while not self._stopped:
-                price = self.estimate(text)
-                if self.cap is None or self.spent + sum(self._promised) + price <= self.cap:
-                    self._promised.append(price)
-                    return price
-                self._stopped = not self._promised
-                if not self._stopped:
-                    self._changed.wait()
-            self._changed.notify_all()
-            raise CapReachedError
+            turn = object()
+            self._waiting.append(turn)
+            try:
+                while not self._stopped:
+                    if self._waiting[0] is turn:
+                        price = self.estimate(text)
+                        if self.cap is None or self.spent + sum(self._promised) + price <= self.cap:
+                            self._promised.append(price)
+                            return price
+                        self._stopped = not self._promised
+                    if not self._stopped:
+                        self._changed.wait()
+                raise CapReachedError
+            finally:
+                self._waiting.remove(turn)
+                self._changed.notify_all()
 
     def _settle(self, promise: Promise, usage: tuple[int, int] | None) -> float:
         with self._changed:
