@@ -35,11 +35,11 @@ class PairReference:
             ids = [response_token_ids(self._tokenizer, r[side]) for r in rows]
             columns[f"{side}_ids"] = ids
             columns[f"log_ref_{side}"] = self._policies.logprobs(
-                REFERENCE,
+                [REFERENCE],
                 list(zip(prompts, ids, strict=True)),
                 batch_size=self._actors.batch_size,
                 pad_id=self._tokenizer.pad_token_id,
-            )
+            )[REFERENCE]
         columns["weight"] = [r["weight"] for r in rows]
         return pa.table(columns)
 
@@ -65,8 +65,8 @@ class ReferenceSampler:
                 seed=int(values["seed"]),
             )
         log_ref = self._policies.logprobs(
-            REFERENCE, sequences(samples), batch_size=self._actors.batch_size, pad_id=self._tokenizer.pad_token_id
-        )
+            [REFERENCE], sequences(samples), batch_size=self._actors.batch_size, pad_id=self._tokenizer.pad_token_id
+        )[REFERENCE]
         samples = samples.append_column("proposal", pa.array([REFERENCE] * samples.num_rows))
         return samples.append_column("log_ref", pa.array(log_ref, pa.float64()))
 
@@ -154,13 +154,11 @@ def log_ratios(
     policies: PolicySet, names: list[str], table: pa.Table, actors: Actors, pad_id: int
 ) -> dict[str, list[float]]:
     """ℓ_k = log π_k − log π_ref of every row and objective, nats; log π_ref is the table's own where it has it."""
-    rows = sequences(table)
-
-    def logprobs(name: str) -> list[float]:
-        return policies.logprobs(name, rows, batch_size=actors.batch_size, pad_id=pad_id)
-
-    reference = table["log_ref"].to_pylist() if "log_ref" in table.column_names else logprobs(REFERENCE)
-    return {name: [a - b for a, b in zip(logprobs(name), reference, strict=True)] for name in names}
+    known = "log_ref" in table.column_names
+    wanted = names if known else [REFERENCE, *names]
+    logprobs = policies.logprobs(wanted, sequences(table), batch_size=actors.batch_size, pad_id=pad_id)
+    reference = table["log_ref"].to_pylist() if known else logprobs[REFERENCE]
+    return {name: [a - b for a, b in zip(logprobs[name], reference, strict=True)] for name in names}
 
 
 def load_rewards(specs: Mapping[str, str], actors: Actors) -> dict[str, Reward | None]:
