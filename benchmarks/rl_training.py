@@ -1,7 +1,7 @@
-"""One policy by TRL's online RL, on all objectives at once: MaxMin-RLHF or MORLHF, the baselines that MPO is meant to spare.
+"""One policy by TRL's online RL, on all objectives at once: MaxMin-RLHF or MORLHF, the baselines that MPO spares.
 
-Both maximise J(π) = R(π) − β KL(π‖π_ref) with RLOO, whose reward carries the log-ratio of the whole sequence, so that β
-is the β of design 2.1; the LoRA, the prompts and π_ref are those of a run of `mpo-ray run`. With r̃_k the normalised rewards:
+Both maximise J(π) = R(π) − β KL(π‖π_ref) by RLOO, whose reward carries the log-ratio of the whole sequence, so that β
+is the β of design 2.1. The LoRA, the prompts and π_ref are those of a run. With normalised rewards r̃_k:
 
     MORLHF       R(π) = (1/K) Σ_k E_π[r̃_k]
     MaxMin-RLHF  R(π) = min_k E_π[r̃_k]: every update maximises the r̃_k whose expectation is lowest at the time, as
@@ -9,7 +9,8 @@ is the β of design 2.1; the LoRA, the prompts and π_ref are those of a run of 
                  are a running average over batches.
 
 r̃_k is by default the run's own reward, standardised on completions of π_ref (mean 0, standard deviation 1): it is what
-the evaluation looks at, and no policy needs to be trained for it. `implicit` takes β ℓ_k of the run's policies, equation (1).
+the evaluation looks at, and no policy needs to be trained for it. `implicit` takes β ℓ_k of the run's policies, which
+equation (1) normalises.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from rich.console import Console
+from rl_objectives import Floats, WorstObjective, moments, plateaued
 
 from mpo_ray.config import RunConfig
 from mpo_ray.data.prompts import select_prompts
@@ -43,59 +45,23 @@ from mpo_ray.policies.loading import load_model, load_tokenizer
 from mpo_ray.policies.policy_set import PolicySet
 from mpo_ray.records import REFERENCE, Prompt, decode_prompt
 from mpo_ray.run import Run
+from mpo_ray.stages.stage import Context
 
 MAXMIN = "MaxMin-RLHF"
 MORLHF = "MORLHF"
 METHODS = (MAXMIN, MORLHF)
 STANDARDISED = "standardised"
-#: Weight of the newest batch in the running average of each objective's expected reward.
-NEWEST = 0.3
-
-Floats = NDArray[np.float64]
 #: (prompts, responses as text, responses as token ids) → (B, K) rewards in the order of the objectives.
 Rewards = Callable[[Sequence[Prompt], Sequence[str], Sequence[Sequence[int]]], Floats]
 
 
-# ---- the objectives: pure --------------------------------------------------------------------------------------
-
-
-class WorstObjective:
-    """argmin_k of a running average of E_π[r̃_k]: which objective MaxMin-RLHF maximises next."""
-
-    def __init__(self, newest: float = NEWEST) -> None:
-        self._newest = newest
-        self.expected: Floats | None = None
-
-    def __call__(self, rewards: Floats) -> int:
-        """rewards: (B, K) r̃ of the batch that π has just drawn. Returns k; the first of equals."""
-        mean = rewards.mean(axis=0)
-        previous = mean if self.expected is None else self.expected
-        self.expected = previous + self._newest * (mean - previous)
-        return int(self.expected.argmin())
-
-
-def moments(rewards: Floats, objectives: Sequence[str]) -> tuple[Floats, Floats]:
-    """Mean and standard deviation (K,) of rewards (N, K) of completions of π_ref. Raises ValueError for a constant one."""
-    mean, deviation = rewards.mean(axis=0), rewards.std(axis=0)
-    for name, value in zip(objectives, deviation, strict=True):
-        if not value > 0.0:
-            raise ValueError(
-                f"the reward of objective {name!r} is the same for all {len(rewards)} completions of the reference; it "
-                "cannot be standardised. Take the objective out, or use --reward implicit."
-            )
-    return mean, deviation
-
-
-def plateaued(values: Sequence[float], window: int) -> bool:
-    """Whether the mean of the last `window` values is within one standard error of that of the `window` before it."""
-    if len(values) < 2 * window:
-        return False
-    before, last = np.asarray(values[-2 * window : -window]), np.asarray(values[-window:])
-    error = np.sqrt((before.var(ddof=1) + last.var(ddof=1)) / window)
-    return bool(last.mean() - before.mean() < error)
-
-
 # ---- rewards and prompts of a run ------------------------------------------------------------------------------
+
+
+def open_context(directory: str) -> Context:
+    """A run as its stages see it. Raises ValueError where there is none."""
+    run = Run.at(directory)
+    return Context(RunConfig.model_validate(run.read_config()), run, Console(stderr=True))
 
 
 def training_prompts(run: Run, objectives: Sequence[str]) -> list[Prompt]:
@@ -107,12 +73,14 @@ def training_prompts(run: Run, objectives: Sequence[str]) -> list[Prompt]:
     return list(found.values())
 
 
-def run_rewards(run: Run, config: RunConfig, tokenizer: Any) -> Rewards:
+def run_rewards(context: Context, tokenizer: Any) -> Rewards:
     """The rewards that the run's evaluation uses, in their own units."""
-    specs = {name: objective.reward for name, objective in config.objectives.items()}
+    specs = context.rewards()
     if IMPLICIT in specs.values():
-        raise ValueError("the run judges an objective by its own policy (reward: implicit); use --reward implicit here.")
-    size = config.scoring.batch_size
+        raise ValueError(
+            "the run judges an objective by its own policy (reward: implicit); use --reward implicit here."
+        )
+    size = context.config.scoring.batch_size
     functions = [load_reward(spec, objective=name, batch_size=size) for name, spec in specs.items()]
 
     def rewards(prompts: Sequence[Prompt], responses: Sequence[str], ids: Sequence[Sequence[int]]) -> Floats:
@@ -127,10 +95,10 @@ def standardised(rewards: Rewards, mean: Floats, deviation: Floats) -> Rewards:
     return lambda prompts, responses, ids: (rewards(prompts, responses, ids) - mean) / deviation
 
 
-def implicit(run: Run, config: RunConfig, tokenizer: Any) -> Rewards:
+def implicit(context: Context, tokenizer: Any) -> Rewards:
     """r̃_k = β ℓ_k of the run's policies, nats times β: equation (1), normalised by construction."""
-    paths = {name: str(run.fetch(f"policies/{name}")) for name in config.objectives}
-    policies = PolicySet(config.reference.model, paths, precision=config.scoring.precision)
+    config, paths = context.config, context.policies()
+    policies = PolicySet(context.reference(), paths, precision=config.scoring.precision)
 
     def rewards(prompts: Sequence[Prompt], responses: Sequence[str], ids: Sequence[Sequence[int]]) -> Floats:
         rows = [(prompt_token_ids(tokenizer, p), list(i)) for p, i in zip(prompts, ids, strict=True)]
@@ -146,18 +114,18 @@ def implicit(run: Run, config: RunConfig, tokenizer: Any) -> Rewards:
 
 
 def reference_rewards(
-    rewards: Rewards, config: RunConfig, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int
+    rewards: Rewards, reference: str, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int, seed: int
 ) -> tuple[Floats, int]:
     """Rewards (N, K) of one completion of π_ref for every prompt, and how many tokens that took."""
     drawn = sample_completions(
-        load_model(config.reference.model),
+        load_model(reference),
         [prompt_token_ids(tokenizer, prompt) for prompt in prompts],
         num_completions=1,
         max_new_tokens=max_new_tokens,
         temperature=1.0,
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
-        seed=config.seed,
+        seed=seed,
     )
     ids = [completion.ids for (completion,) in drawn]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -196,25 +164,24 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     """Train one policy, save it in `options.out`, and return its cost and learning curve."""
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
     from trl import RLOOConfig, RLOOTrainer
 
     started = time.monotonic()
-    run = Run.at(options.run)
-    config = RunConfig.model_validate(run.read_config())
-    objectives = list(config.objectives)
+    context = open_context(options.run)
+    config, base, objectives = context.config, context.reference(), list(context.config.objectives)
     beta = config.policies.beta if options.beta is None else options.beta
     max_new_tokens = options.max_new_tokens or config.samples.max_new_tokens
-    tokenizer = load_tokenizer(config.reference.model)
+    tokenizer = load_tokenizer(base)
     tokenizer.padding_side = "left"
-    prompts = training_prompts(run, objectives)
+    prompts = training_prompts(context.run, objectives)
     tokens = 0
     if options.reward == IMPLICIT:
-        rewards = implicit(run, config, tokenizer)
+        rewards = implicit(context, tokenizer)
     else:
-        raw = run_rewards(run, config, tokenizer)
+        raw = run_rewards(context, tokenizer)
         some = select_prompts(prompts, options.reference_samples, config.seed)
-        of_reference, tokens = reference_rewards(raw, config, tokenizer, some, max_new_tokens)
+        of_reference, tokens = reference_rewards(raw, base, tokenizer, some, max_new_tokens, config.seed)
         rewards = standardised(raw, *moments(of_reference, objectives))
     reward = TrainingReward(options.method, rewards)
     curve: list[dict[str, Any]] = []
@@ -250,7 +217,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
     lora = config.policies.lora
     trainer = RLOOTrainer(
-        model=load_model(config.reference.model),
+        model=load_model(base),
         reward_funcs=reward,
         args=RLOOConfig(
             output_dir=str(options.out),
@@ -288,6 +255,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             task_type="CAUSAL_LM",
         ),
     )
+    trainer.remove_callback(PrinterCallback)  # Curve prints what matters
     trainer.train()
     trainer.save_model(str(options.out))
     return {
