@@ -62,13 +62,13 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": s
 COLUMNS = ("candidate", "prompt_id", "completion_id", "num_tokens", "finished", "kl")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", help="directory of a finished run")
     parser.add_argument("--out", type=Path, help="RUN/rl if absent")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add_training_options(parser)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.run is None:
         print(HOW_TO, file=sys.stderr)
         return 2
@@ -134,7 +134,7 @@ def trained_policy(method: str, run: Run, out: Path, options: argparse.Namespace
     child = subprocess.run(
         command,
         env={"OMP_NUM_THREADS": str(options.threads), **KEEP_MEMORY, **os.environ},
-        stdout=sys.stderr,
+        stdout=2,  # progress is not the result: to where errors go
         check=False,
     )
     if child.returncode:
