@@ -119,7 +119,7 @@ def open_run(directory: str) -> Context:
 def trained_policy(method: str, run: Run, out: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Train in a process of its own, unless `out` holds a policy trained with the same settings."""
     names = ("reward", "beta", "steps", "seconds", "window", "batch_size", "group_size", "learning_rate")
-    names += ("max_new_tokens", "reference_samples", "threads")
+    names += ("max_new_tokens", "reference_samples", "pairs", "threads")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     settings = {"run": run.root, "method": method, **given}
     record = out / "training.json"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 #: Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+BELOW = ("#000000", "#D55E00")
 SMOOTHED_OVER = 10
 
 
@@ -40,7 +41,7 @@ def write_curves(path: Path, trained: Mapping[str, Mapping[str, Any]]) -> None:
             "J = R − β KL": [row["goal"] for row in curve],
             "KL to the reference, nats": [row["kl"] for row in curve],
         }
-        for axis, shown, colours in ((upper, lines, COLOURS), (lower, below, COLOURS[::-1])):
+        for axis, shown, colours in ((upper, lines, COLOURS), (lower, below, BELOW)):
             for (name, values), colour in zip(shown.items(), colours, strict=False):
                 array = np.asarray(values, dtype=np.float64)
                 axis.plot(spent, array, color=colour, alpha=0.25, linewidth=0.8)

@@ -43,6 +43,27 @@ def moments(rewards: Floats, objectives: Sequence[str]) -> tuple[Floats, Floats]
     return mean, deviation
 
 
+def log_odds_per_unit(differences: Floats) -> float:
+    """argmax_s Σ_i log σ(s d_i): what one unit of a reward is worth in log-odds of being preferred (Bradley–Terry).
+
+    differences: (N,) reward of the chosen minus that of the rejected completion. This is the unit of the rewards that
+    DPO fits, and so the one in which the β of a run is meant. Raises ValueError where no finite s > 0 is the maximum.
+    """
+    if not (differences < 0).any() or not differences.sum() > 0:
+        raise ValueError(
+            f"{int((differences < 0).sum())} of {len(differences)} pairs prefer the response of lower reward, and the "
+            f"mean difference is {differences.mean():.3g}: they do not say what a unit of reward is worth. Give --beta."
+        )
+    scale = 0.0
+    for _ in range(100):  # Newton's method: the sum is concave in s
+        wrong = 1.0 / (1.0 + np.exp(np.clip(scale * differences, -500, 500)))
+        step = float((wrong * differences).sum() / (wrong * (1 - wrong) * differences**2).sum())
+        scale += step
+        if abs(step) < 1e-9 * scale:
+            break
+    return scale
+
+
 def plateaued(values: Sequence[float], window: int) -> bool:
     """Whether the mean of the last `window` values is within one standard error of that of the `window` before it."""
     if len(values) < 2 * window:

@@ -10,7 +10,9 @@ is the β of design 2.1. The LoRA, the prompts and π_ref are those of a run. Wi
 
 r̃_k is by default the run's own reward, standardised on completions of π_ref (mean 0, standard deviation 1): it is what
 the evaluation looks at, and no policy needs to be trained for it. `implicit` takes β ℓ_k of the run's policies, which
-equation (1) normalises.
+equation (1) normalises. The β of a run belongs to rewards in log-odds, the unit of DPO; a standard deviation is worth c
+of them on average over the objectives, which the run's pairs tell, so β / c goes with standardised rewards: the same J,
+divided by c.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 from rich.console import Console
-from rl_objectives import Floats, WorstObjective, moments, plateaued
+from rl_objectives import Floats, WorstObjective, log_odds_per_unit, moments, plateaued
 
 from mpo_ray.config import RunConfig
 from mpo_ray.data.prompts import select_prompts
@@ -71,6 +73,19 @@ def training_prompts(run: Run, objectives: Sequence[str]) -> list[Prompt]:
     tables = [run.read_table(part).select(["prompt_id", "prompt", "is_chat"]).to_pylist() for part in parts]
     found = {row["prompt_id"]: decode_prompt(row["prompt"], row["is_chat"]) for rows in tables for row in rows}
     return list(found.values())
+
+
+def worth_of_deviation(context: Context, tokenizer: Any, deviation: Floats, num_pairs: int) -> float:
+    """c: the log-odds that a standard deviation is worth by the run's training pairs; mean over objectives."""
+    worths = []
+    for (name, spec), sigma in zip(context.rewards().items(), deviation, strict=True):
+        reward = load_reward(spec, objective=name, batch_size=context.config.scoring.batch_size)
+        part = next(p for p in context.run.parts(f"comparisons/{name}") if "/train-" in p)
+        rows = context.run.read_table(part).slice(0, num_pairs).to_pylist()
+        prompts = [render_prompt(tokenizer, decode_prompt(row["prompt"], row["is_chat"])) for row in rows]
+        chosen, rejected = (reward(prompts, [row[side] for row in rows]) for side in ("chosen", "rejected"))
+        worths.append(sigma * log_odds_per_unit(np.subtract(chosen, rejected)))
+    return float(np.mean(worths))
 
 
 def run_rewards(context: Context, tokenizer: Any) -> Rewards:
@@ -170,19 +185,22 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     context = open_context(options.run)
     config, base, objectives = context.config, context.reference(), list(context.config.objectives)
-    beta = config.policies.beta if options.beta is None else options.beta
     max_new_tokens = options.max_new_tokens or config.samples.max_new_tokens
     tokenizer = load_tokenizer(base)
     tokenizer.padding_side = "left"
     prompts = training_prompts(context.run, objectives)
-    tokens = 0
+    tokens, worth = 0, 1.0
     if options.reward == IMPLICIT:
         rewards = implicit(context, tokenizer)
     else:
         raw = run_rewards(context, tokenizer)
         some = select_prompts(prompts, options.reference_samples, config.seed)
         of_reference, tokens = reference_rewards(raw, base, tokenizer, some, max_new_tokens, config.seed)
-        rewards = standardised(raw, *moments(of_reference, objectives))
+        mean, deviation = moments(of_reference, objectives)
+        rewards = standardised(raw, mean, deviation)
+        if options.beta is None:
+            worth = worth_of_deviation(context, tokenizer, deviation, options.pairs)
+    beta = config.policies.beta / worth if options.beta is None else options.beta
     reward = TrainingReward(options.method, rewards)
     curve: list[dict[str, Any]] = []
 
@@ -228,7 +246,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             max_completion_length=max_new_tokens,
             temperature=1.0,
             learning_rate=options.learning_rate,
-            lr_scheduler_type="constant_with_warmup",
+            lr_scheduler_type="linear",
             warmup_steps=5,
             max_grad_norm=1.0,
             seed=config.seed,
@@ -278,15 +296,18 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """The options that say how to train; the same for both methods."""
     parser.add_argument("--reward", choices=(STANDARDISED, IMPLICIT), default=STANDARDISED)
-    parser.add_argument("--beta", type=float, help="KL strength, per unit of normalised reward; the run's if absent")
-    parser.add_argument("--steps", type=int, default=300, help="updates at most")
+    parser.add_argument(
+        "--beta", type=float, help="KL strength, per unit of normalised reward; the run's, in its unit, if absent"
+    )
+    parser.add_argument("--steps", type=int, default=150, help="updates at most; the learning rate falls to 0 by then")
     parser.add_argument("--seconds", type=float, help="wall time at most, of each training")
-    parser.add_argument("--window", type=int, default=25, help="updates over which a plateau is looked for")
-    parser.add_argument("--batch-size", type=int, default=128, help="completions per update")
+    parser.add_argument("--window", type=int, default=50, help="updates over which a plateau is looked for")
+    parser.add_argument("--batch-size", type=int, default=64, help="completions per update")
     parser.add_argument("--group-size", type=int, default=8, help="completions per prompt")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--max-new-tokens", type=int, help="as the run's samples if absent")
     parser.add_argument("--reference-samples", type=int, default=512, help="completions for the standardisation")
+    parser.add_argument("--pairs", type=int, default=400, help="per objective, for the unit of β")
     parser.add_argument("--threads", type=int, default=1)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from rl_objectives import WorstObjective, moments, plateaued
+from rl_objectives import WorstObjective, log_odds_per_unit, moments, plateaued
 from rl_training import MAXMIN, MORLHF, TrainingReward
 
 
@@ -68,3 +68,21 @@ def test_a_rising_curve_has_no_plateau_and_a_flat_one_has() -> None:
     assert not any(plateaued(rising[:n].tolist(), 20) for n in range(101))
     assert any(plateaued(flat[:n].tolist(), 20) for n in range(101))
     assert not plateaued(flat[:39].tolist(), 20)
+
+
+def test_the_worth_of_a_reward_is_found_from_pairs_that_were_drawn_with_it() -> None:
+    """P(chosen ≻ rejected) = σ(s Δ): the estimate is s for many pairs, and solves Σ σ(−s d) d = 0."""
+    rng, scale = np.random.default_rng(2), 1.7
+    delta = rng.normal(0.0, 1.5, 20_000)
+    differences = np.where(rng.random(20_000) < 1 / (1 + np.exp(-scale * delta)), delta, -delta)
+    found = log_odds_per_unit(differences)
+    assert found == pytest.approx(scale, rel=0.05)
+    assert (differences / (1 + np.exp(found * differences))).sum() == pytest.approx(0.0, abs=1e-6)
+    assert log_odds_per_unit(10 * differences) == pytest.approx(found / 10)
+
+
+def test_pairs_that_never_or_mostly_contradict_a_reward_do_not_say_what_it_is_worth() -> None:
+    with pytest.raises(ValueError, match=r"^0 of 3 pairs prefer .* Give --beta\."):
+        log_odds_per_unit(np.array([1.0, 2.0, 0.5]))
+    with pytest.raises(ValueError, match=r"^2 of 3 pairs prefer .* Give --beta\."):
+        log_odds_per_unit(np.array([-1.0, -2.0, 0.5]))
