@@ -84,21 +84,6 @@ def describe(
     points |= dict(zip(names, np.eye(len(names)), strict=True))
     balance = {name: expectation(table, point, table.log_ratios).mean(axis=0) for name, point in points.items()}
     certificate = gap(slope, weights)
-    intervals = None
-    if settings.bootstrap_draws and table.num_prompts > 1:
-        bounds = bootstrap_fit(
-            table,
-            weights if method == "exact" else solve(table).weights[0],
-            draws=settings.bootstrap_draws,
-            confidence=settings.confidence,
-            rng=np.random.default_rng(seed),
-        )
-        intervals = {
-            "confidence": settings.confidence,
-            "draws": settings.bootstrap_draws,
-            "weights": _named(names, bounds.weights),
-            "objective_value": bounds.objective.tolist(),
-        }
     return {
         "method": method,
         "estimator": estimator,
@@ -112,16 +97,39 @@ def describe(
         "objective_value": objective(table, weights),
         "gradient": _named(names, slope),
         "gap": certificate,
-        "intervals": intervals,
+        "intervals": _intervals(table, names, weights, settings, seed) if method in ("exact", "bsmd") else None,
         "jackknife_bias": jackknife_bias(table, weights),
         "effective_sample_size": {"min": float(sizes.min()), "median": float(np.median(sizes))},
         "balance": {name: _named(names, values) for name, values in balance.items()},
         "gains": _named(names, balance[MPO] - balance[REFERENCE]),
-        "binding": [name for name, value in zip(names, slope, strict=True) if value - slope.min() <= 1e-6 + certificate],
+        "binding": [
+            name for name, value in zip(names, slope, strict=True) if value - slope.min() <= 1e-6 + certificate
+        ],
         "leave_one_out": leave_one_out(table, names),
         "trace": found.trace,
         "decoded": None,
         "warnings": [],
+    }
+
+
+def _intervals(
+    table: SampleTable, names: Sequence[str], weights: Array, settings: Fit, seed: int
+) -> dict[str, Any] | None:
+    """Of the table's optimum, which is what both methods estimate."""
+    if not settings.bootstrap_draws or table.num_prompts < 2:
+        return None
+    bounds = bootstrap_fit(
+        table,
+        solve(table, start=weights).weights[0],
+        draws=settings.bootstrap_draws,
+        confidence=settings.confidence,
+        rng=np.random.default_rng(seed),
+    )
+    return {
+        "confidence": settings.confidence,
+        "draws": settings.bootstrap_draws,
+        "weights": _named(names, bounds.weights),
+        "objective_value": bounds.objective.tolist(),
     }
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from math import comb
 from typing import Any
 
 import numpy as np
 
 from mpo_ray.data.scores import ScoreTable
-from mpo_ray.fitting.table_fit import REFERENCE, Estimator
+from mpo_ray.fitting.table_fit import Estimator
 from mpo_ray.maths.fit_uncertainty import ENOUGH
 from mpo_ray.maths.prediction import Prediction, predict, win_values
 from mpo_ray.maths.sample_table import SampleTable
@@ -24,10 +25,10 @@ def simplex_grid(num_objectives: int, steps: int) -> Array:
     """Every λ whose entries are multiples of 1/steps, (G, K); with fewer steps where that makes over MOST_POINTS."""
     while steps > 1 and comb(steps + num_objectives - 1, num_objectives - 1) > MOST_POINTS:
         steps -= 1
-    cuts = np.stack(np.meshgrid(*[np.arange(steps + 1)] * (num_objectives - 1), indexing="ij"), axis=-1)
-    rest = cuts.reshape(-1, num_objectives - 1) if num_objectives > 1 else np.zeros((1, 0))
-    inside = rest[rest.sum(axis=1) <= steps]
-    return np.hstack([inside, steps - inside.sum(axis=1, keepdims=True)]) / steps if num_objectives > 1 else np.ones((1, 1))
+    # Stars and bars: the places of K − 1 bars among `steps` stars cut them into K numbers.
+    bars = list(combinations(range(steps + num_objectives - 1), num_objectives - 1))
+    ends = np.array([[-1, *places, steps + num_objectives - 1] for places in bars])
+    return np.asarray((np.diff(ends, axis=1) - 1) / steps)
 
 
 def predict_trade_off(
@@ -107,6 +108,3 @@ def best_minimum(trade_off: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def minimum_win_rate(point: Mapping[str, Any]) -> float:
     return float(min(value[0] for value in point["win_rates"].values()))
-
-
-__all__ = ["MOST_POINTS", "REFERENCE", "best_minimum", "minimum_win_rate", "predict_trade_off", "simplex_grid"]

@@ -87,8 +87,8 @@ def _worse_than_predicted(trade_off: Mapping[str, Any]) -> list[str]:
     weights = ", ".join(f"{name} {value:.2f}" for name, value in best["weights"].items())
     return [
         "These weights balance the normalised rewards β ℓ_k, not what the rewards of the run file measure: their "
-        f"predicted minimum win rate is {minimum_win_rate(own):.2f}, that of {weights} is {minimum_win_rate(best):.2f}. "
-        "`fit.method: decoded` fits the win rates themselves."
+        f"predicted minimum win rate is {minimum_win_rate(own):.2f}, that of {weights} is "
+        f"{minimum_win_rate(best):.2f}. `fit.method: decoded` fits the win rates themselves."
     ]
 
 
@@ -102,8 +102,8 @@ def _lengths(trade_off: Mapping[str, Any]) -> list[str]:
         return []
     short, long = min(lengths, key=lengths.__getitem__), max(lengths, key=lengths.__getitem__)
     return [
-        f"The policies differ in length ({short} {lengths[short]:.0f}, {long} {lengths[long]:.0f} tokens). Such a policy "
-        "acts through the end of a response, which a product of next-token distributions cannot foresee: what is "
-        "decoded will differ from the mixture that these weights were fitted for. `fit.method: decoded` fits what is "
+        f"The policies differ in length ({short} {lengths[short]:.0f}, {long} {lengths[long]:.0f} tokens). Such a "
+        "policy acts through the end of a response, which a product of next-token distributions cannot foresee: what "
+        "is decoded will differ from the mixture that these weights were fitted for. `fit.method: decoded` fits what is "
         "decoded."
     ]
