@@ -1,4 +1,4 @@
-"""Gains of completions over the reference's samples of the same prompts: what the decoded fit plays for (design 2.2)."""
+"""What objectives gain under some completions, against the reference's samples of the same prompts (design 2.2)."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class Gains:
                 "deviations. Check the reward, or set fit.decoded.gain to win_rate."
             )
         self._deviations = spread
-        units = {"win_rate": 1.0, "reward": 1.0, "implicit": float(spread.max())}
-        self.unit = units[kind] / (1.0 if kind == "win_rate" else WIN_RATE_PER_DEVIATION)
+        deviation = {"reward": 1.0, "implicit": float(spread.max())}
+        self.unit = 1.0 if kind == "win_rate" else deviation[kind] / WIN_RATE_PER_DEVIATION
 
     def of(self, completions: pa.Table) -> Estimates:
         """Gains of completions that have the columns of the score table; prompts count alike, and are the sample."""

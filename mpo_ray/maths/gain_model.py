@@ -1,6 +1,6 @@
 """A model of the gains g(λ) between the points where they were observed, and its max–min.
 
-A Gaussian process per objective: a linear trend over the simplex plus a smooth bend. Knows nothing of who observed what.
+A Gaussian process per objective: a linear trend over the simplex plus a smooth bend. Knows nothing of who observed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class GainModel:
         for name in ("points", "gains", "errors"):
             if getattr(self, name).shape != self.points.shape or not np.isfinite(getattr(self, name)).all():
                 raise ValueError(
-                    f"{name} of observed gains must be finite and of shape {self.points.shape} (points, objectives); "
+                    f"the {name} of an observed game must be finite and of shape {self.points.shape} (points, objectives); "
                     f"got shape {getattr(self, name).shape}."
                 )
 
@@ -53,7 +53,7 @@ class GainModel:
     @cached_property
     def _coefficients(self) -> Array:
         """(N, K) of the posterior mean: g_k(λ) = Σ_n c(λ, λ_n) a_nk."""
-        return np.einsum("kij,jk->ik", self._precision, self.gains)
+        return np.asarray(np.einsum("kij,jk->ik", self._precision, self.gains))
 
     def redrawn(self, rng: np.random.Generator) -> GainModel:
         """The same points with other noise: gains ĝ + ε, ε ∼ N(0, error²)."""
@@ -69,7 +69,7 @@ class GainModel:
         """Standard deviation of g(λ) given what was observed, (S, K) at weights (S, K)."""
         across = _covariance(weights, self.points)
         known = np.einsum("sn,knm,sm->sk", across, self._precision, across)
-        return np.sqrt(np.maximum(np.diag(_covariance(weights, weights))[:, None] - known, 0.0))
+        return np.asarray(np.sqrt(np.maximum(np.diag(_covariance(weights, weights))[:, None] - known, 0.0)))
 
     def slope(self, weights: Array, shares: Array) -> Array:
         """∂/∂λ Σ_k p_k E[g_k(λ)], (S, K) at weights (S, K) and shares p (S, K)."""
