@@ -48,7 +48,7 @@ class Crew:
         """
         queue = []
         for task in tasks:
-            if self._run.inputs_of(task.target) == task.inputs:
+            if self._run.exists(task.target) and self._run.inputs_of(task.target) == task.inputs:
                 yield task
             else:
                 queue.append(task)

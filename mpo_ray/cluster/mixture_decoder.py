@@ -75,11 +75,8 @@ class MixtureDecoder:
             for name, column in ratios.items():
                 rows = rows.append_column(f"log_ratio_{name}", pa.array(column, pa.float64()))
         rows = with_rewards(rows, self._rewards, self._tokenizer, ratios, self._beta)
-        return (
-            rows.append_column("num_tokens", pa.array(lengths, pa.int32()))
-            .append_column("log_z", pa.array(totals, pa.float64()))
-            .drop_columns(["prompt_ids", "response_ids"])
-        )
+        rows = rows.append_column("num_tokens", pa.array(lengths, pa.int32()))
+        return rows.append_column("log_z", pa.array(totals, pa.float64()))
 
 
 @contextmanager

@@ -143,7 +143,7 @@ def test_noisy_gains_cost_little_and_less_than_the_average_does(num_objectives: 
 
 
 def test_a_policy_that_harms_its_own_objective_gets_no_weight() -> None:
-    """g_1 falls with λ_1: the game alone gives λ_1 nearly all, as objective 1 is the worst; the answer gives it none."""
+    """g_1 falls with λ_1: the game alone gives λ_1 nearly all, as objective 1 is worst; the answer gives it none."""
     game = win_rates(np.array([[-0.4, -0.05, -0.05], [0.0, 0.8, -0.3], [0.0, -0.3, 0.8]]))
     for seed in range(3):
         seen = played(game, 3, error=ERROR, seed=seed)
