@@ -104,6 +104,6 @@ def _lengths(trade_off: Mapping[str, Any]) -> list[str]:
     return [
         f"The policies differ in length ({short} {lengths[short]:.0f}, {long} {lengths[long]:.0f} tokens). Such a "
         "policy acts through the end of a response, which a product of next-token distributions cannot foresee: what "
-        "is decoded will differ from the mixture that these weights were fitted for. `fit.method: decoded` fits what is "
-        "decoded."
+        "is decoded will differ from the mixture that these weights were fitted for. `fit.method: decoded` fits what "
+        "is decoded."
     ]
