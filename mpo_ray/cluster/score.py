@@ -184,7 +184,7 @@ def logprobs(
     policies: PolicySet, names: list[str], rows: Sequences, actors: Actors, pad_id: int
 ) -> dict[str, list[float]]:
     """log π of every completion under each of the named models, nats."""
-    return {name: policies.logprobs(name, rows, batch_size=actors.batch_size, pad_id=pad_id) for name in names}
+    return policies.logprobs(names, rows, batch_size=actors.batch_size, pad_id=pad_id)
 
 
 def load_rewards(specs: Mapping[str, str], actors: Actors) -> dict[str, Reward | None]:

@@ -91,6 +91,7 @@ def report(context: Context) -> None:
                 **{f"version of {name}": v for name, v in run.manifest().get("versions", {}).items()},
             },
             training=trained,
+            judge=run.read_json("evaluation/judge.json") if config.evaluation.judge else None,
         )
 
 
@@ -108,7 +109,7 @@ EVALUATION = Stage(
     after=("mixture",),
     outputs=lambda context: ["evaluation/completions.parquet", "evaluation/metrics.json"],
     depends_on=lambda context: [
-        context.config.evaluation.model_dump(exclude={"prompts", "num_prompts"}),
+        context.config.evaluation.model_dump(exclude={"prompts", "num_prompts", "judge"}),
         context.config.scoring.model_dump(exclude=ACTOR_PLACEMENT),
         {name: content(spec) for name, spec in context.rewards().items()},
         context.config.seed,
@@ -118,7 +119,7 @@ EVALUATION = Stage(
 REPORT = Stage(
     name="report",
     title="Report",
-    after=("evaluation",),
+    after=("judge",),
     outputs=lambda context: ["report"],
     depends_on=lambda context: None,
     work=report,
