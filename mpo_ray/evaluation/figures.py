@@ -1,5 +1,7 @@
 """The report's pictures. A candidate has one colour and one marker in all of them; a policy's is its objective's.
 
+A soup has the colour and marker of the mixture at the same weights, and is drawn hollow.
+
 The colours are told apart by readers with the common forms of colour blindness (Okabe and Ito's palette).
 """
 
@@ -14,13 +16,22 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from mpo_ray.evaluation.metrics import MPO, UNIFORM, Estimate, Metrics
-from mpo_ray.records import REFERENCE
+from mpo_ray.evaluation.estimates import Estimate
+from mpo_ray.evaluation.metrics import Metrics
+from mpo_ray.evaluation.pareto import Pareto
+from mpo_ray.records import GRID_PREFIX, MPO, REFERENCE, SOUP_MPO, SOUP_UNIFORM, UNIFORM
 
 Floats = NDArray[np.float64]
 
 POLICIES = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#332288", "#999933", "#88CCEE", "#882255"]
-FIXED = {REFERENCE: ("#6B6B6B", "X"), UNIFORM: ("#56B4E9", "D"), MPO: ("#D55E00", "*")}
+FIXED = {
+    REFERENCE: ("#6B6B6B", "X"),
+    UNIFORM: ("#56B4E9", "D"),
+    SOUP_UNIFORM: ("#56B4E9", "D"),
+    SOUP_MPO: ("#D55E00", "*"),
+    MPO: ("#D55E00", "*"),
+}
+HOLLOW = (SOUP_UNIFORM, SOUP_MPO)
 MARKERS = ["o", "s", "^", "v", "P", "<", ">", "h"]
 DPI = 120
 
@@ -32,11 +43,19 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def style(candidate: str, objectives: Sequence[str]) -> tuple[str, str]:
-    """Colour and marker of a candidate, the same in every picture."""
+#: How the points of a grid are drawn, by kind: label, colour, marker, line, fill.
+FAMILIES = {
+    "mixture": ("mixtures, grid of λ", "#D55E00", "o", "-", "#D55E00"),
+    "soup": ("soups, grid of λ", "#444444", "s", "--", "white"),
+}
+
+
+def style(candidate: str, objectives: Sequence[str], others: Sequence[str] = ()) -> tuple[str, str]:
+    """Colour and marker of a candidate, the same in every picture; `others` are those that are no policy."""
     if candidate in FIXED:
         return FIXED[candidate]
-    number = list(objectives).index(candidate) if candidate in objectives else len(objectives)
+    names = [*objectives, *(name for name in others if name not in objectives and name not in FIXED)]
+    number = names.index(candidate) if candidate in names else len(names)
     return POLICIES[number % len(POLICIES)], MARKERS[number % len(MARKERS)]
 
 
@@ -90,19 +109,22 @@ def win_rate_figure(metrics: Metrics) -> Figure:
     """Win rates against the reference with intervals, grouped by objective, and the minimum as a group of its own."""
     names = [name for name in metrics.candidates if name != REFERENCE]
     groups = [*metrics.objectives, "minimum"]
-    figure, axes = _axes(max(7.2, 1.9 * len(groups)), 3.9)
+    figure, axes = _axes(max(7.2, (0.6 + 0.22 * len(names)) * len(groups)), 3.9)
     width = 0.8 / len(names)
     axes.axvspan(len(groups) - 1.5, len(groups) - 0.5, color="#F1EEE8", zorder=0)
     for n, name in enumerate(names):
         candidate = metrics.candidates[name]
         estimates = [*(candidate.win_rates[o] for o in metrics.objectives), candidate.minimum_win_rate]
         places = np.arange(len(groups)) + (n - (len(names) - 1) / 2) * width
+        colour = style(name, metrics.objectives, list(metrics.candidates))[0]
         axes.bar(
             places,
             [e.value for e in estimates],
             0.9 * width,
             yerr=_bars(estimates),
-            color=style(name, metrics.objectives)[0],
+            color="white" if name in HOLLOW else colour,
+            edgecolor=colour,
+            hatch="/////" if name in HOLLOW else None,
             error_kw={"elinewidth": 1.1, "ecolor": "#333333", "capsize": 2.0},
             label=metrics.label(name),
             zorder=2,
@@ -123,24 +145,63 @@ def trade_off_figure(metrics: Metrics) -> Figure:
 
     Raises ValueError for a single objective.
     """
-    pairs = list(combinations(metrics.objectives, 2))
-    if not pairs:
-        raise ValueError(f"A trade-off needs at least two objectives; there is only {metrics.objectives[0]!r}.")
-    columns = min(3, len(pairs))
-    rows = -(-len(pairs) // columns)
-    figure = Figure(figsize=(max(5.0, 3.4 * columns), 3.1 * rows + 0.5), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, (first, second) in zip(panels, pairs, strict=False):
-        _plain(axes)
-        axes.locator_params(nbins=5)
+    figure, panels = _panels(metrics.objectives, height=3.1)
+    for (first, second), axes in panels.items():
         for name, candidate in metrics.candidates.items():
             _point(axes, name, metrics, candidate.rewards[first], candidate.rewards[second])
         axes.set_xlabel(f"mean reward: {first}")
         axes.set_ylabel(f"mean reward: {second}")
-    for axes in panels[len(pairs) :]:
-        axes.remove()
-    _legend(figure, panels[0])
+    _legend(figure, figure.axes[0])
     return figure
+
+
+def pareto_figure(metrics: Metrics, pareto: Pareto) -> Figure:
+    """Win rates of two objectives at a time: the grids of mixtures and of soups, and the named candidates on top.
+
+    Neighbours on a grid are joined; crosses are the named candidates' intervals; a ring marks the front, which is that
+    of all objectives together. All points are on the prompts of `pareto`. Raises ValueError for a single objective.
+    """
+    figure, panels = _panels(metrics.objectives, height=3.4)
+    for (first, second), axes in panels.items():
+        places = {n: (p.win_rates[first].value, p.win_rates[second].value) for n, p in pareto.points.items()}
+        for kind in FAMILIES:
+            _grid(axes, kind, pareto, places)
+        for name in metrics.candidates:
+            rates = pareto.points[name].win_rates
+            _point(axes, name, metrics, rates[first], rates[second])
+        axes.plot(
+            *zip(*(places[name] for name in pareto.front), strict=True),
+            marker="o",
+            markersize=15,
+            markerfacecolor="none",
+            markeredgecolor="black",
+            markeredgewidth=0.9,
+            linestyle="none",
+            label="on the front",
+            zorder=5,
+        )
+        axes.set_xlabel(f"win rate: {first}")
+        axes.set_ylabel(f"win rate: {second}")
+    _legend(figure, figure.axes[0])
+    return figure
+
+
+def _grid(axes: Any, kind: str, pareto: Pareto, places: Mapping[str, tuple[float, float]]) -> None:
+    """The points of one kind on the grid, joined where one step of weight leads from one to the other."""
+    label, colour, marker, line, fill = FAMILIES[kind]
+    points = {n: p for n, p in pareto.points.items() if n.startswith(GRID_PREFIX) and p.kind == kind}
+    if not points:
+        return
+    weights = np.array([list((p.weights or {}).values()) for p in points.values()])
+    x, y = np.array([places[name] for name in points]).T
+    moved = np.abs(weights[:, None] - weights[None]).sum(axis=2)
+    step = moved[moved > 1e-9].min()
+    thin = {"linewidth": 1.0, "alpha": 0.8} if weights.shape[1] == 2 else {"linewidth": 0.7, "alpha": 0.3}
+    for i, j in np.argwhere(np.triu(np.isclose(moved, step))):
+        axes.plot(x[[i, j]], y[[i, j]], color=colour, linestyle=line, zorder=1, **thin)
+    axes.plot(
+        x, y, marker, color=colour, markerfacecolor=fill, markersize=4.5, markeredgewidth=0.9, label=label, zorder=2
+    )
 
 
 def kl_figure(metrics: Metrics) -> Figure:
@@ -168,7 +229,8 @@ def training_figure(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Figu
 
 
 def _point(axes: Any, name: str, metrics: Metrics, x: Estimate, y: Estimate) -> None:
-    colour, marker = style(name, metrics.objectives)
+    colour, marker = style(name, metrics.objectives, list(metrics.candidates))
+    is_star = marker == "*"
     axes.errorbar(
         [x.value],
         [y.value],
@@ -176,9 +238,10 @@ def _point(axes: Any, name: str, metrics: Metrics, x: Estimate, y: Estimate) -> 
         yerr=_bars([y]),
         color=colour,
         marker=marker,
-        markersize=13 if name == MPO else 8,
-        markeredgecolor="white",
-        markeredgewidth=0.5,
+        markersize=13 if is_star else 8,
+        markerfacecolor="white" if name in HOLLOW else colour,
+        markeredgecolor=colour if name in HOLLOW else "white",
+        markeredgewidth=1.3 if name in HOLLOW else 0.5,
         elinewidth=1.2,
         linestyle="none",
         label=metrics.label(name),
@@ -191,6 +254,23 @@ def _bars(estimates: Sequence[Estimate]) -> Floats:
     below = [0.0 if e.low is None else max(0.0, e.value - e.low) for e in estimates]
     above = [0.0 if e.high is None else max(0.0, e.high - e.value) for e in estimates]
     return np.array([below, above])
+
+
+def _panels(objectives: Sequence[str], *, height: float) -> tuple[Figure, dict[tuple[str, str], Any]]:
+    """A figure with a panel for every pair of objectives, three in a row."""
+    pairs = list(combinations(objectives, 2))
+    if not pairs:
+        raise ValueError(f"A trade-off needs at least two objectives; there is only {objectives[0]!r}.")
+    columns = min(3, len(pairs))
+    rows = -(-len(pairs) // columns)
+    figure = Figure(figsize=(max(6.0, 3.4 * columns), height * rows + 0.7), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels[len(pairs) :]:
+        axes.remove()
+    for axes in panels[: len(pairs)]:
+        _plain(axes)
+        axes.locator_params(nbins=5)
+    return figure, dict(zip(pairs, panels, strict=False))
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Any]:

@@ -9,7 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from mpo_ray.evaluation.metrics import Estimate, Metrics, evaluate_completions, number, verdict, written
+from mpo_ray.evaluation.estimates import Estimate, number, written
+from mpo_ray.evaluation.metrics import Metrics, evaluate_completions
+from mpo_ray.evaluation.verdict import verdict
 from tests.evaluation.world import OBJECTIVES, WORLD, Tendency, completions, evaluated
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from mpo_ray.evaluation.metrics import Metrics, number, verdict
+from mpo_ray.evaluation.estimates import number
+from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.evaluation.report import SHOWN_CHARACTERS, SHOWN_PROMPTS, write_report
+from mpo_ray.evaluation.verdict import verdict
 from mpo_ray.records import encode_prompt
 from tests.evaluation.world import OBJECTIVES, completions, evaluate_completions, evaluated, fit
 

@@ -7,7 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from mpo_ray.evaluation.metrics import Metrics, number, written
+from mpo_ray.evaluation.estimates import number, written
+from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.evaluation.terminal import metrics_table, print_summary
 from tests.evaluation.world import OBJECTIVES, evaluated, fit
 
