@@ -100,9 +100,9 @@ def read_cells(table: pa.Table, objectives: Sequence[str]) -> tuple[dict[str, Ce
     absent = [name for name in columns if name not in table.column_names]
     if absent:
         raise ValueError(f"The completions table has no column {absent[0]!r}; it has {', '.join(table.column_names)}.")
+    candidates = _ordered(table["candidate"].unique().to_pylist(), objectives)
     table = table.select(columns).sort_by([(name, "ascending") for name in columns[:3]])
     rows = {name: column.to_numpy() for name, column in zip(columns, table.columns, strict=True)}
-    candidates = _ordered(rows["candidate"], objectives)
     prompts = np.unique(rows["prompt_id"][rows["candidate"] == REFERENCE])
     arrays = {c: _arrays(c, {n: v[rows["candidate"] == c] for n, v in rows.items()}, prompts) for c in candidates}
     found = {}
@@ -114,8 +114,8 @@ def read_cells(table: pa.Table, objectives: Sequence[str]) -> tuple[dict[str, Ce
     return found, prompts
 
 
-def _ordered(names: NDArray[Any], objectives: Sequence[str]) -> list[str]:
-    present = dict.fromkeys(names.tolist())
+def _ordered(present: list[str], objectives: Sequence[str]) -> list[str]:
+    """Reference, policies, uniform, the others as they come in the table, MPO."""
     if REFERENCE not in present:
         raise ValueError(
             f"The completions table has no candidate {REFERENCE!r}, which win rates are measured against; it has "

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mpo_ray.evaluation.estimates import Estimate
 from mpo_ray.evaluation.metrics import Metrics
-from mpo_ray.evaluation.pareto import Pareto
+from mpo_ray.evaluation.pareto import Pareto, nondominated
 from mpo_ray.records import GRID_PREFIX, MPO, REFERENCE, SOUP_MPO, SOUP_UNIFORM, UNIFORM
 
 Floats = NDArray[np.float64]
@@ -158,28 +158,19 @@ def trade_off_figure(metrics: Metrics) -> Figure:
 def pareto_figure(metrics: Metrics, pareto: Pareto) -> Figure:
     """Win rates of two objectives at a time: the grids of mixtures and of soups, and the named candidates on top.
 
-    Neighbours on a grid are joined; crosses are the named candidates' intervals; a ring marks the front, which is that
-    of all objectives together. All points are on the prompts of `pareto`. Raises ValueError for a single objective.
+    Crosses are the named candidates' intervals. The stair is the front of the panel's two objectives: nothing lies
+    above and to the right of it. With two objectives, neighbours on a grid are joined. All points are on the prompts of
+    `pareto`. Raises ValueError for a single objective.
     """
-    figure, panels = _panels(metrics.objectives, height=3.4)
+    figure, panels = _panels(metrics.objectives, height=3.7)
     for (first, second), axes in panels.items():
         places = {n: (p.win_rates[first].value, p.win_rates[second].value) for n, p in pareto.points.items()}
         for kind in FAMILIES:
             _grid(axes, kind, pareto, places)
         for name in metrics.candidates:
             rates = pareto.points[name].win_rates
-            _point(axes, name, metrics, rates[first], rates[second])
-        axes.plot(
-            *zip(*(places[name] for name in pareto.front), strict=True),
-            marker="o",
-            markersize=15,
-            markerfacecolor="none",
-            markeredgecolor="black",
-            markeredgewidth=0.9,
-            linestyle="none",
-            label="on the front",
-            zorder=5,
-        )
+            _point(axes, name, metrics, rates[first], rates[second], line_width=0.8)
+        _stair(axes, [places[name] for name in nondominated({n: np.array(place) for n, place in places.items()})])
         axes.set_xlabel(f"win rate: {first}")
         axes.set_ylabel(f"win rate: {second}")
     _legend(figure, figure.axes[0])
@@ -187,21 +178,35 @@ def pareto_figure(metrics: Metrics, pareto: Pareto) -> Figure:
 
 
 def _grid(axes: Any, kind: str, pareto: Pareto, places: Mapping[str, tuple[float, float]]) -> None:
-    """The points of one kind on the grid, joined where one step of weight leads from one to the other."""
+    """The points of one kind on the grid, from one end of the simplex to the other where there are two objectives."""
     label, colour, marker, line, fill = FAMILIES[kind]
-    points = {n: p for n, p in pareto.points.items() if n.startswith(GRID_PREFIX) and p.kind == kind}
+    points = [name for name, p in pareto.points.items() if name.startswith(GRID_PREFIX) and p.kind == kind]
     if not points:
         return
-    weights = np.array([list((p.weights or {}).values()) for p in points.values()])
-    x, y = np.array([places[name] for name in points]).T
-    moved = np.abs(weights[:, None] - weights[None]).sum(axis=2)
-    step = moved[moved > 1e-9].min()
-    thin = {"linewidth": 1.0, "alpha": 0.8} if weights.shape[1] == 2 else {"linewidth": 0.7, "alpha": 0.3}
-    for i, j in np.argwhere(np.triu(np.isclose(moved, step))):
-        axes.plot(x[[i, j]], y[[i, j]], color=colour, linestyle=line, zorder=1, **thin)
+    points.sort(key=lambda name: list((pareto.points[name].weights or {}).values()))
+    two = len(pareto.points[points[0]].weights or {}) == 2
     axes.plot(
-        x, y, marker, color=colour, markerfacecolor=fill, markersize=4.5, markeredgewidth=0.9, label=label, zorder=2
+        *np.array([places[name] for name in points]).T,
+        color=colour,
+        marker=marker,
+        markerfacecolor=fill,
+        markersize=4.5,
+        markeredgewidth=0.9,
+        linestyle=line if two else "none",
+        linewidth=0.9,
+        label=label,
+        zorder=2,
     )
+
+
+def _stair(axes: Any, corners: Sequence[tuple[float, float]]) -> None:
+    """The edge of what the corners dominate, out to the edges of the panel."""
+    (left, _), (bottom, _) = axes.get_xlim(), axes.get_ylim()
+    x, y = np.array(sorted(corners)).T
+    stair = np.concatenate([[left], x, x[-1:]]), np.concatenate([y[:1], y, [bottom]])
+    axes.set_xlim(left)
+    axes.set_ylim(bottom)
+    axes.step(*stair, where="pre", color="black", linewidth=1.0, linestyle=":", label="front of the two", zorder=1)
 
 
 def kl_figure(metrics: Metrics) -> Figure:
@@ -228,7 +233,7 @@ def training_figure(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Figu
     return figure
 
 
-def _point(axes: Any, name: str, metrics: Metrics, x: Estimate, y: Estimate) -> None:
+def _point(axes: Any, name: str, metrics: Metrics, x: Estimate, y: Estimate, *, line_width: float = 1.2) -> None:
     colour, marker = style(name, metrics.objectives, list(metrics.candidates))
     is_star = marker == "*"
     axes.errorbar(
@@ -242,7 +247,7 @@ def _point(axes: Any, name: str, metrics: Metrics, x: Estimate, y: Estimate) -> 
         markerfacecolor="white" if name in HOLLOW else colour,
         markeredgecolor=colour if name in HOLLOW else "white",
         markeredgewidth=1.3 if name in HOLLOW else 0.5,
-        elinewidth=1.2,
+        elinewidth=line_width,
         linestyle="none",
         label=metrics.label(name),
         zorder=4 if name == MPO else 3,
@@ -263,7 +268,7 @@ def _panels(objectives: Sequence[str], *, height: float) -> tuple[Figure, dict[t
         raise ValueError(f"A trade-off needs at least two objectives; there is only {objectives[0]!r}.")
     columns = min(3, len(pairs))
     rows = -(-len(pairs) // columns)
-    figure = Figure(figsize=(max(6.0, 3.4 * columns), height * rows + 0.7), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 1.1 * height * columns), height * rows + 0.7), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in panels[len(pairs) :]:
         axes.remove()

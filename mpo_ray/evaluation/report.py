@@ -39,8 +39,8 @@ CAPTIONS = {
     "worst objective of each candidate.",
     "weights": "The mixture's weights.",
     "trade_off": "Mean rewards of two objectives at a time. Up and to the right is better; crosses are the intervals.",
-    "pareto": "Win rates of two objectives at a time. Up and to the right is better; crosses are the intervals, rings "
-    "mark the front: the points that no other point equals on every objective and beats on one.",
+    "pareto": "Win rates of two objectives at a time. Up and to the right is better; crosses are the intervals, "
+    "the stair is the front of the two objectives.",
     "kl": "Distance from the reference against the worst objective's win rate.",
     "training": "Training loss of the single policies.",
 }
@@ -80,7 +80,7 @@ def write_report(
         mpo=MPO,
         verdicts=verdicts,
         pareto=metrics.pareto,
-        on_grid=[name for name in (metrics.pareto.points if metrics.pareto else {}) if name.startswith(GRID_PREFIX)],
+        front=_front(metrics),
         pictures={
             name: {"source": f"data:image/png;base64,{base64.b64encode(png).decode()}", "caption": CAPTIONS[name]}
             for name, png in pictures.items()
@@ -197,6 +197,17 @@ def _flat(value: Mapping[str, Any], place: str = "") -> list[tuple[str, str]]:
 
 def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _front(metrics: Metrics) -> str:
+    """Who is on the front: names, and how many points of the grid."""
+    if metrics.pareto is None:
+        return ""
+    on_grid = [name for name in metrics.pareto.front if name.startswith(GRID_PREFIX)]
+    named = [metrics.label(name) for name in metrics.pareto.front if name not in on_grid]
+    kinds = [metrics.pareto.points[name].kind for name in on_grid]
+    counts = [f"{kinds.count(kind)} {kind}s of the grid" for kind in ("mixture", "soup") if kind in kinds]
+    return ", ".join([*named, *counts])
 
 
 def _p_value(value: float) -> str:

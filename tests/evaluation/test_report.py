@@ -122,7 +122,7 @@ def test_the_page_shows_every_number_of_the_table_and_the_verdict(written):
 
 
 def test_the_page_says_which_mixture_is_decoded(written):
-    assert "Both mixtures are token-level" in Page(written[1]).text
+    assert "All mixtures are token-level" in Page(written[1]).text
 
 
 def test_every_part_is_there(written):
