@@ -57,7 +57,7 @@ def tilted_weights(table: SampleTable, weights: Array) -> Array:
     return np.concatenate([block.tilted[:, 0] for block in _blocks(table, weights[None])])
 
 
-def expectation(table: SampleTable, weights: Array, values: Array) -> Array:
+def expectation(table: SampleTable, weights: Array, values: NDArray[np.floating]) -> Array:
     """Estimate E_{y ∼ π_λ}[v(x, y)] for every prompt: Σ_s w_s v_s   (design 2.2, eq. 6a)
 
     weights: (K,) λ, all 0 for π_ref itself; values: (N, C) one row per response

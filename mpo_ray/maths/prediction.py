@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpo_ray.maths.partition import effective_sample_size, expectation, log_partition
 from mpo_ray.maths.sample_table import SampleTable
@@ -61,7 +62,7 @@ def predict(
     ]
 
 
-def win_values(rewards: Array, drawn_by_reference: Array, starts: Array) -> Array:
+def win_values(rewards: Array, drawn_by_reference: NDArray[np.bool_], starts: NDArray[np.int64]) -> Array:
     """How often each response's reward beats one of π_ref's for the same prompt, ties counting half   (design 2.5)
 
     rewards: (N, K); drawn_by_reference: (N,) bool, the opponents; starts: (P + 1,) rows of each prompt
