@@ -7,7 +7,6 @@ The colours are told apart by readers with the common forms of colour blindness 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from mpo_ray.drawing import COLOURS, MARKERS, legend, plain, single_axes
 from mpo_ray.evaluation.estimates import Estimate
 from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.evaluation.pareto import Pareto, nondominated
@@ -23,7 +23,6 @@ from mpo_ray.records import GRID_PREFIX, MPO, REFERENCE, SOUP_MPO, SOUP_UNIFORM,
 
 Floats = NDArray[np.float64]
 
-POLICIES = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#332288", "#999933", "#88CCEE", "#882255"]
 FIXED = {
     REFERENCE: ("#6B6B6B", "X"),
     UNIFORM: ("#56B4E9", "D"),
@@ -32,15 +31,6 @@ FIXED = {
     MPO: ("#D55E00", "*"),
 }
 HOLLOW = (SOUP_UNIFORM, SOUP_MPO)
-MARKERS = ["o", "s", "^", "v", "P", "<", ">", "h"]
-DPI = 120
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()
 
 
 #: How the points of a grid are drawn, by kind: label, colour, marker, line, fill.
@@ -56,7 +46,7 @@ def style(candidate: str, objectives: Sequence[str], others: Sequence[str] = ())
         return FIXED[candidate]
     names = [*objectives, *(name for name in others if name not in objectives and name not in FIXED)]
     number = names.index(candidate) if candidate in names else len(names)
-    return POLICIES[number % len(POLICIES)], MARKERS[number % len(MARKERS)]
+    return COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
 
 
 def weights_figure(steps: Floats, trace: Floats, average: Floats, objectives: Sequence[str]) -> Figure:
@@ -65,7 +55,7 @@ def weights_figure(steps: Floats, trace: Floats, average: Floats, objectives: Se
     steps: (S,) the steps that were kept; trace: (S, K) the iterates λ at these; average: (K,) the fitted weights
     Between kept steps the running average is the trapezoid rule's.
     """
-    figure, axes = _axes(7.2, 3.6)
+    figure, axes = single_axes(7.2, 3.6)
     running = running_average(steps, trace)
     for k, name in enumerate(objectives):
         colour, _ = style(name, objectives)
@@ -79,13 +69,13 @@ def weights_figure(steps: Floats, trace: Floats, average: Floats, objectives: Se
     axes.set_xlabel("step")
     axes.set_ylabel("weight λ")
     axes.set_title("thin: the iterate; thick: the running average; dot: the fitted weight", fontsize=9, loc="left")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
 def given_weights_figure(weights: Mapping[str, float]) -> Figure:
     """Weights that were given and not fitted, as bars."""
-    figure, axes = _axes(7.2, 0.8 + 0.45 * len(weights))
+    figure, axes = single_axes(7.2, 0.8 + 0.45 * len(weights))
     names = list(weights)
     bars = axes.barh(names, list(weights.values()), color=[style(name, names)[0] for name in names], height=0.6)
     axes.bar_label(bars, fmt="%.3f", padding=4, fontsize=9)
@@ -109,7 +99,7 @@ def win_rate_figure(metrics: Metrics) -> Figure:
     """Win rates against the reference with intervals, grouped by objective, and the minimum as a group of its own."""
     names = [name for name in metrics.candidates if name != REFERENCE]
     groups = [*metrics.objectives, "minimum"]
-    figure, axes = _axes(max(7.2, (0.6 + 0.22 * len(names)) * len(groups)), 3.9)
+    figure, axes = single_axes(max(7.2, (0.6 + 0.22 * len(names)) * len(groups)), 3.9)
     width = 0.8 / len(names)
     axes.axvspan(len(groups) - 1.5, len(groups) - 0.5, color="#F1EEE8", zorder=0)
     for n, name in enumerate(names):
@@ -136,7 +126,7 @@ def win_rate_figure(metrics: Metrics) -> Figure:
     axes.set_ylim(0.0, 1.0)
     axes.set_ylabel("win rate")
     axes.grid(visible=False, axis="x")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -151,7 +141,7 @@ def trade_off_figure(metrics: Metrics) -> Figure:
             _point(axes, name, metrics, candidate.rewards[first], candidate.rewards[second])
         axes.set_xlabel(f"mean reward: {first}")
         axes.set_ylabel(f"mean reward: {second}")
-    _legend(figure, figure.axes[0])
+    legend(figure, figure.axes[0])
     return figure
 
 
@@ -173,7 +163,7 @@ def pareto_figure(metrics: Metrics, pareto: Pareto) -> Figure:
         _stair(axes, [places[name] for name in nondominated({n: np.array(place) for n, place in places.items()})])
         axes.set_xlabel(f"win rate: {first}")
         axes.set_ylabel(f"win rate: {second}")
-    _legend(figure, figure.axes[0])
+    legend(figure, figure.axes[0])
     return figure
 
 
@@ -211,25 +201,25 @@ def _stair(axes: Any, corners: Sequence[tuple[float, float]]) -> None:
 
 def kl_figure(metrics: Metrics) -> Figure:
     """How far from the reference a candidate is, KL in nats per completion, against its minimum win rate."""
-    figure, axes = _axes(7.2, 3.4)
+    figure, axes = single_axes(7.2, 3.4)
     for name, candidate in metrics.candidates.items():
         _point(axes, name, metrics, candidate.kl, candidate.minimum_win_rate)
     axes.axhline(0.5, color="#333333", linewidth=1.0, linestyle="--", zorder=1)
     axes.set_xlabel("KL to the reference, nats per completion")
     axes.set_ylabel("minimum win rate")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
 def training_figure(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     """Training loss of each policy: objective → (step, loss)."""
-    figure, axes = _axes(7.2, 3.0)
+    figure, axes = single_axes(7.2, 3.0)
     for name, points in curves.items():
         steps, losses = zip(*points, strict=True)
         axes.plot(steps, losses, color=style(name, list(curves))[0], linewidth=1.4, label=name)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("training loss")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -273,29 +263,6 @@ def _panels(objectives: Sequence[str], *, height: float) -> tuple[Figure, dict[t
     for axes in panels[len(pairs) :]:
         axes.remove()
     for axes in panels[: len(pairs)]:
-        _plain(axes)
+        plain(axes)
         axes.locator_params(nbins=5)
     return figure, dict(zip(pairs, panels, strict=False))
-
-
-def _axes(width: float, height: float) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    _plain(axes)
-    return figure, axes
-
-
-def _plain(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(visible=True, color="#E3E3E3", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=9)
-
-
-def _legend(figure: Figure, axes: Any) -> None:
-    """One legend above the panels, without a frame, in as many even rows as the figure's width asks for."""
-    handles, labels = axes.get_legend_handles_labels()
-    entry = 0.65 + 0.065 * max(map(len, labels))  # inches, about
-    in_a_row = max(1, int(figure.get_figwidth() / entry))
-    rows = -(-len(labels) // in_a_row)
-    figure.legend(handles, labels, loc="outside upper center", ncols=-(-len(labels) // rows), frameon=False, fontsize=9)

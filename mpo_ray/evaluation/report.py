@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib.figure import Figure
 
+from mpo_ray.drawing import png
 from mpo_ray.evaluation import figures
 from mpo_ray.evaluation.completions import REWARD
 from mpo_ray.evaluation.estimates import number
@@ -69,7 +70,7 @@ def write_report(
     training: objective → `steps`, `heldout` (named numbers) and `history` (a list of {"step", "loss"}), each optional
     """
     directory.mkdir(parents=True, exist_ok=True)
-    pictures = {name: figures.png(figure) for name, figure in _figures(metrics, fit, training).items()}
+    pictures = {name: png(figure) for name, figure in _figures(metrics, fit, training).items()}
     for name, content in pictures.items():
         (directory / f"{name}.png").write_bytes(content)
     _write_json(directory / "metrics.json", metrics.as_json())
@@ -82,8 +83,8 @@ def write_report(
         pareto=metrics.pareto,
         front=_front(metrics),
         pictures={
-            name: {"source": f"data:image/png;base64,{base64.b64encode(png).decode()}", "caption": CAPTIONS[name]}
-            for name, png in pictures.items()
+            name: {"source": f"data:image/png;base64,{base64.b64encode(content).decode()}", "caption": CAPTIONS[name]}
+            for name, content in pictures.items()
         },
         weights=fit["weights"],
         fit=_flat({FIT_NAMES.get(k, k): v for k, v in fit.items() if k not in ("weights", "trace", "objectives")}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -117,6 +118,7 @@ def grid(steps: int) -> tuple[dict[str, Candidate], dict[str, Tendency]]:
     return candidates, world
 
 
+@cache
 def with_front(*, steps: int | None = 4, num_prompts: int = 40, num_points: int = 24) -> Metrics:
     """The metrics of all kinds of candidates, with their front; the grid is on the first prompts only."""
     table = completions(num_prompts=num_prompts, world=ALL_KINDS)

@@ -153,7 +153,7 @@ def test_the_binomial_tail_is_the_sum_of_the_coefficients():
 
 
 def test_the_sign_test_is_exact_two_sided_and_leaves_ties_out():
-    """8 of 9 above 0: p = 2 (C(9,0) + C(9,1)) / 2⁹ = 20/512. Swapping the sides changes nothing; no sign at all is 1."""
+    """8 of 9 above 0: p = 2 (C(9,0) + C(9,1)) / 2⁹ = 20/512. The sides can be swapped; without signs p is 1."""
     differences = np.array([1.0, 2, 3, 4, 5, 6, 7, 8, -1, 0, 0, 0])
     assert sign_test(differences) == SignTest(8, 1, 3, pytest.approx(20 / 512))
     assert sign_test(-differences).p_value == sign_test(differences).p_value
