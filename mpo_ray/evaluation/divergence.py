@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpo_ray.data.tokens import TokenBatch, collate
+from mpo_ray.data.tokens import TokenBatch, collate, shared_prompts
 from mpo_ray.maths.log_linear import log_normalizer
 from mpo_ray.maths.sequence_logprob import prediction_mask, sequence_kl, sum_over_completions
 from mpo_ray.policies.mixture import MixtureForCausalLM
@@ -31,7 +32,8 @@ def divergences(
     kl, log_z = [0.0] * len(sequences), [0.0] * len(sequences)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = collate([sequences[i] for i in rows], pad_id=pad_id).to(reference.device)
+        chosen = [sequences[i] for i in rows]
+        batch = replace(collate(chosen, pad_id=pad_id), prompt_rows=shared_prompts(chosen)).to(reference.device)
         logits = completion_logits(model, batch)
         distances = sequence_kl(logits, completion_logits(reference, batch), batch.completion_mask).tolist()
         dropped = [0.0] * len(rows)

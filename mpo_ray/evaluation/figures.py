@@ -8,28 +8,20 @@ The colours are told apart by readers with the common forms of colour blindness 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from mpo_ray.drawing import COLOURS, MARKERS, legend, plain, single_axes
+from mpo_ray.drawing import COLOURS, FIXED, MARKERS, legend, pair_panels, single_axes
 from mpo_ray.evaluation.estimates import Estimate
 from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.evaluation.pareto import Pareto, nondominated
-from mpo_ray.records import GRID_PREFIX, MPO, REFERENCE, SOUP_MPO, SOUP_UNIFORM, UNIFORM
+from mpo_ray.records import GRID_PREFIX, MPO, REFERENCE, SOUP_MPO, SOUP_UNIFORM
 
 Floats = NDArray[np.float64]
 
-FIXED = {
-    REFERENCE: ("#6B6B6B", "X"),
-    UNIFORM: ("#56B4E9", "D"),
-    SOUP_UNIFORM: ("#56B4E9", "D"),
-    SOUP_MPO: ("#D55E00", "*"),
-    MPO: ("#D55E00", "*"),
-}
 HOLLOW = (SOUP_UNIFORM, SOUP_MPO)
 
 
@@ -135,7 +127,7 @@ def trade_off_figure(metrics: Metrics) -> Figure:
 
     Raises ValueError for a single objective.
     """
-    figure, panels = _panels(metrics.objectives, height=3.1)
+    figure, panels = pair_panels(metrics.objectives, height=3.1)
     for (first, second), axes in panels.items():
         for name, candidate in metrics.candidates.items():
             _point(axes, name, metrics, candidate.rewards[first], candidate.rewards[second])
@@ -152,7 +144,7 @@ def pareto_figure(metrics: Metrics, pareto: Pareto) -> Figure:
     above and to the right of it. With two objectives, neighbours on a grid are joined. All points are on the prompts of
     `pareto`. Raises ValueError for a single objective.
     """
-    figure, panels = _panels(metrics.objectives, height=3.7)
+    figure, panels = pair_panels(metrics.objectives, height=3.7)
     for (first, second), axes in panels.items():
         places = {n: (p.win_rates[first].value, p.win_rates[second].value) for n, p in pareto.points.items()}
         for kind in FAMILIES:
@@ -249,20 +241,3 @@ def _bars(estimates: Sequence[Estimate]) -> Floats:
     below = [0.0 if e.low is None else max(0.0, e.value - e.low) for e in estimates]
     above = [0.0 if e.high is None else max(0.0, e.high - e.value) for e in estimates]
     return np.array([below, above])
-
-
-def _panels(objectives: Sequence[str], *, height: float) -> tuple[Figure, dict[tuple[str, str], Any]]:
-    """A figure with a panel for every pair of objectives, three in a row."""
-    pairs = list(combinations(objectives, 2))
-    if not pairs:
-        raise ValueError(f"A trade-off needs at least two objectives; there is only {objectives[0]!r}.")
-    columns = min(3, len(pairs))
-    rows = -(-len(pairs) // columns)
-    figure = Figure(figsize=(max(6.0, 1.1 * height * columns), height * rows + 0.7), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in panels[len(pairs) :]:
-        axes.remove()
-    for axes in panels[: len(pairs)]:
-        plain(axes)
-        axes.locator_params(nbins=5)
-    return figure, dict(zip(pairs, panels, strict=False))

@@ -15,11 +15,12 @@ from mpo_ray.evaluation.candidates import Candidate, grid_candidates, named_cand
 from mpo_ray.evaluation.metrics import Metrics, evaluate_completions
 from mpo_ray.evaluation.pareto import Pareto, compare_points, families_of
 from mpo_ray.evaluation.report import write_report
+from mpo_ray.evaluation.rewards import IMPLICIT
 from mpo_ray.evaluation.terminal import print_summary
 from mpo_ray.records import digest
 from mpo_ray.run import stage_inputs
 from mpo_ray.stages.check import check_compared_models
-from mpo_ray.stages.stage import STAGES, Context, Stage, content
+from mpo_ray.stages.stage import Context, Stage, content
 from mpo_ray.stages.training import ACTOR_PLACEMENT
 
 PARTS = "evaluation/parts"
@@ -38,7 +39,6 @@ def evaluate(context: Context) -> dict[str, Any]:
     for name, candidate in grid.items():
         first = None if candidate.distribution in known else settings.grid_prompts
         parts[name] = _parts(context, candidate, first=first)
-    run.begin(PARTS, _completions_inputs(context))
     _generate(context, list({part.target: part for own in parts.values() for part in own}.values()))
     table = _table(context, {name: parts[name] for name in named})
     metrics = evaluate_completions(table, objectives, **_resampling(context))
@@ -56,40 +56,37 @@ def evaluate(context: Context) -> dict[str, Any]:
 
 def _parts(context: Context, candidate: Candidate, *, first: int | None = None) -> list[Part]:
     """One part for every file of prompts, or as many as hold the first ones; named by the candidate's distribution."""
-    config = context.config
-    distribution = candidate.distribution
-    identity = [distribution.kind, distribution.weights, distribution.path and content(distribution.path)]
+    config, run = context.config, context.run
+    same = candidate.distribution
+    weights = {name: w for name, w in zip(config.objectives, same.weights or (), strict=False) if w > 0}
+    identity = [same.kind, weights, same.path and content(same.path)]
+    made_from = [*_made_from(context), {name: context.trained_from(f"policies/{name}") for name in weights}]
     size, parts = config.scoring.prompts_per_part, []
-    for index, source in enumerate(context.run.parts("prompts/evaluation")):
-        prompts = size if first is None else min(size, first - index * size)
-        if prompts <= 0:
+    for index, source in enumerate(run.parts("prompts/evaluation")):
+        num_prompts = size if first is None else min(size, first - index * size)
+        if num_prompts <= 0:
             break
-        name = f"{distribution.kind}-{digest([identity, prompts])[:12]}-{index:05d}"
         values = {
-            "candidate": distribution.as_json(),
+            "candidate": same.as_json(),
             "seed": int(digest([config.seed, identity, index])[:12], 16),
-            "num_prompts": prompts,
+            "num_prompts": num_prompts,
         }
-        parts.append(Part(source, f"{PARTS}/{name}.parquet", values))
+        target = f"{PARTS}/{same.kind}-{digest([identity, num_prompts])[:12]}-{index:05d}.parquet"
+        inputs = stage_inputs("completions", identity, values["seed"], num_prompts, run.inputs_of(source), made_from)
+        parts.append(Part(source, target, inputs, values))
     return parts
 
 
-def _completions_inputs(context: Context) -> str:
-    """Digest of what the completions of every candidate depend on: all but who is compared, and the fitted weights.
-
-    So another fit, mixture, model or grid makes the new candidates' completions only.
-    """
-    sampling = context.config.evaluation.model_dump(include={"completions_per_prompt", "max_new_tokens", "temperature"})
-    before = context.inputs(STAGES["policies"])
-    return stage_inputs(PARTS, list(context.config.objectives), sampling, _judged(context), before)
-
-
-def _judged(context: Context) -> list[Any]:
-    return [
-        context.config.scoring.model_dump(exclude=ACTOR_PLACEMENT),
-        {name: content(spec) for name, spec in context.rewards().items()},
-        context.config.seed,
-    ]
+def _made_from(context: Context) -> list[Any]:
+    """What every completion and its columns depend on. Not who else is compared: others' completions are kept."""
+    config = context.config
+    sampling = config.evaluation.model_dump(include={"completions_per_prompt", "max_new_tokens", "temperature"})
+    implicit = [context.trained_from(f"policies/{name}") for name in config.objectives]
+    rewards = {
+        name: [implicit, config.policies.beta] if spec == IMPLICIT else content(spec)
+        for name, spec in context.rewards().items()
+    }
+    return [sampling, config.scoring.precision, rewards, context.reference_inputs()]
 
 
 def _generate(context: Context, parts: list[Part]) -> None:
@@ -160,6 +157,7 @@ def report(context: Context) -> None:
                 **{f"version of {name}": v for name, v in run.manifest().get("versions", {}).items()},
             },
             training=trained,
+            judge=run.read_json("evaluation/judge.json") if config.evaluation.judge else None,
         )
 
 
@@ -179,14 +177,16 @@ EVALUATION = Stage(
     depends_on=lambda context: [
         context.config.evaluation.model_dump(exclude={"prompts", "num_prompts", "models", "judge"}),
         {name: content(path) for name, path in context.compared_models().items()},
-        *_judged(context),
+        context.config.scoring.model_dump(exclude=ACTOR_PLACEMENT),
+        {name: content(spec) for name, spec in context.rewards().items()},
+        context.config.seed,
     ],
     work=evaluate,
 )
 REPORT = Stage(
     name="report",
     title="Report",
-    after=("evaluation",),
+    after=("judge",),
     outputs=lambda context: ["report"],
     depends_on=lambda context: None,
     work=report,
