@@ -115,9 +115,13 @@ def read_lora(path: str | Path) -> LoraFile:
     sides: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         found = _FACTOR.fullmatch(key.removeprefix(PREFIX))
+        if ".lora_embedding_" in key or ".base_layer." in key:
+            raise ModelError(
+                f"{directory}: the adapter changes the embeddings or the output head (tensor {key!r}); policies on one "
+                f"base share these. {_REMEDY}"
+            )
         if found is None or tensor.ndim != 2:
-            where = "an embedding" if "lora_embedding" in key else "something other than a linear layer"
-            raise ModelError(f"{directory}: the tensor {key!r} adapts {where}. {_REMEDY}")
+            raise ModelError(f"{directory}: the tensor {key!r} is no factor of a linear layer. {_REMEDY}")
         sides.setdefault(found["layer"], {})[found["side"]] = tensor
     factors = {}
     for layer, pair in sides.items():
