@@ -21,9 +21,10 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from mpo_ray.config import RunConfig, Serve
+from mpo_ray.config import Fit, RunConfig, Serve
+from mpo_ray.records import check_weights
 from mpo_ray.run import Run, StageError
-from mpo_ray.run_file import load_config
+from mpo_ray.run_file import load_config, parse_settings
 
 if TYPE_CHECKING:
     from mpo_ray.stages.stage import Context
@@ -37,14 +38,14 @@ STAGE_VERBS = {
     "score": ("scores",),
     "fit": ("fit",),
     "export": ("mixture",),
-    "evaluate": ("evaluation",),
+    "evaluate": ("evaluation", "judge"),
     "report": ("report",),
 }
 HELP = {
     "data": "read, check and split the preferences",
     "reference": "fine-tune the reference model",
     "train": "train one policy per objective",
-    "sample": "draw responses of the reference for the fit",
+    "sample": "draw responses of the reference and the policies for the fit",
     "score": "score the samples under every policy and reward",
     "fit": "fit the mixture weights",
     "export": "write the mixture artefact",
@@ -77,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=function)
         sub.add_argument("--json", action="store_true", help="print a machine-readable result")
         if config:
-            sub.add_argument("config", help="run file (YAML)")
+            # A fit may do without a run file: then it has a table.
+            sub.add_argument("config", nargs="?" if verb == "fit" else None, help="run file (YAML)")
             sub.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", dest="overrides")
             sub.add_argument("--update", action="store_true", help="let this config replace the one the run began with")
             sub.add_argument("--address", help="Ray cluster to join; a local Ray is started without one")
@@ -86,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     add("run", _run, "do every stage that is not complete")
     add("check", _check, "look for what would stop a run, before anything is paid for")
     for verb, text in HELP.items():
-        add(verb, _stage, text)
+        if verb != "fit":
+            add(verb, _stage, text)
+    _fit_arguments(add("fit", _fit, HELP["fit"]))
     generate = add("generate", _generate, "answer one prompt from the mixture", config=False)
     generate.add_argument("directory", help="run directory or mixture artefact")
     generate.add_argument("--prompt", required=True)
@@ -99,6 +103,19 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host")
     serve.add_argument("--port", type=int)
     return parser
+
+
+def _fit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--at", metavar="NAME=λ,…", help="predict the trade-off at one λ instead of fitting")
+    table = parser.add_argument_group("a score table of your own, in the place of a run file")
+    table.add_argument("--table", nargs="+", metavar="FILE", help="Parquet, CSV or JSON Lines; globs and URLs too")
+    table.add_argument("--out", metavar="DIR", help="where fit.json, trade_off.json and their pictures go")
+    table.add_argument("--method", choices=("exact", "bsmd", "fixed"), help="default: exact, or fixed with --weights")
+    table.add_argument("--estimator", choices=("balanced", "paper"), default="balanced")
+    table.add_argument("--weights", metavar="NAME=λ,…", help="λ for --method fixed")
+    table.add_argument("--steps", type=int, help="T of --method bsmd")
+    table.add_argument("--bootstrap-draws", type=int, default=200, help="for the intervals; 0 for none")
+    table.add_argument("--seed", type=int, default=0)
 
 
 def run_job(*verbs: str) -> int:
@@ -130,14 +147,79 @@ def _stage(options: argparse.Namespace) -> int:
     from mpo_ray.stages.pipeline import run_single
 
     with _opened(options) as context:
-        run_single(context, *STAGE_VERBS[options.verb])
+        last = run_single(context, *STAGE_VERBS[options.verb])
     run = context.run
-    record = run.manifest()["stages"][STAGE_VERBS[options.verb][-1]]
+    record = run.manifest()["stages"][last]
     if options.json:
         print(json.dumps({"run": run.root, **record}))
     else:
         print("\n".join(f"{run.root}/{node}" for node in record["outputs"]))
     return 0
+
+
+def _fit(options: argparse.Namespace) -> int:
+    if (options.config is None) == (options.table is None):
+        raise ValueError("give a run file, or a score table of your own with --table FILE --out DIR; one of the two.")
+    if options.at is not None:
+        return _predict(options)
+    if options.config is not None:
+        return _stage(options)
+    if options.out is None:
+        raise ValueError("--out DIR is missing: where fit.json, trade_off.json and their pictures go.")
+    from mpo_ray.fitting.standalone import fit_file
+    from mpo_ray.fitting.summary import fit_summary
+
+    result = fit_file(options.table, Path(options.out), _table_settings(options), seed=options.seed)
+    if options.json:
+        print(json.dumps({"out": str(Path(options.out).absolute()), **result}))
+    else:
+        Console(highlight=False, width=None if sys.stdout.isatty() else 100).print(fit_summary(result))
+        print("\n".join(str(path) for path in sorted(Path(options.out).absolute().iterdir())))
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    """The predicted trade-off at the λ of --at, from a run's scores or a table."""
+    from mpo_ray.data.scores import open_scores, scores_from_table
+    from mpo_ray.fitting.standalone import usable_estimator
+    from mpo_ray.fitting.summary import trade_off_table
+    from mpo_ray.fitting.trade_off import predict_trade_off
+
+    if options.table is not None:
+        settings, seed, scores = _table_settings(options), options.seed, open_scores(options.table)
+    else:
+        config = _config(options)
+        run, settings, seed = Run.check(config, update=options.update), config.fit, config.seed
+        if not run.parts("scores"):
+            raise ValueError(f"{run.root} has no scores yet; `mpo-ray run {options.config}` makes them.")
+        scores = scores_from_table(run.read_table("scores"), list(config.objectives), min_objectives=1)
+    weights = check_weights(_weights(options.at, "--at") or {}, list(scores.objectives), where="--at")
+    result = predict_trade_off(
+        scores,
+        [weights],
+        estimator=usable_estimator(scores, settings.estimator),
+        draws=settings.bootstrap_draws,
+        confidence=settings.confidence,
+        seed=seed,
+    )
+    if options.json:
+        print(json.dumps(result))
+    else:
+        Console(highlight=False, width=None if sys.stdout.isatty() else 100).print(trade_off_table(result))
+    return 0
+
+
+def _table_settings(options: argparse.Namespace) -> Fit:
+    """The fit's settings from the command line, checked as a run file's are."""
+    weights = _weights(options.weights, "--weights")
+    given = {
+        "method": options.method or ("exact" if weights is None else "fixed"),
+        "estimator": options.estimator,
+        "weights": weights,
+        "bootstrap_draws": options.bootstrap_draws,
+        **({} if options.steps is None else {"bsmd": {"steps": options.steps}}),
+    }
+    return parse_settings(Fit, given, "fit")
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -160,7 +242,7 @@ def _generate(options: argparse.Namespace) -> int:
     text = answer(
         _artefact(options.directory)[0],
         options.prompt,
-        weights=_weights(options.weights),
+        weights=_weights(options.weights, "--weights"),
         max_tokens=options.max_tokens,
         temperature=options.temperature,
         seed=options.seed,
@@ -187,13 +269,13 @@ def _artefact(directory: str) -> tuple[str, str, Serve]:
     return str(run.fetch("mixture")), stored.name, stored.serve
 
 
-def _weights(text: str | None) -> dict[str, float] | None:
+def _weights(text: str | None, option: str) -> dict[str, float] | None:
     if text is None:
         return None
     try:
         return {name: float(value) for name, value in (item.split("=") for item in text.split(","))}
     except ValueError:
-        raise ValueError(f"--weights {text!r}: write NAME=VALUE,NAME=VALUE,…") from None
+        raise ValueError(f"{option} {text!r}: write NAME=VALUE,NAME=VALUE,…") from None
 
 
 def _config(options: argparse.Namespace) -> RunConfig:
@@ -209,14 +291,17 @@ def _opened(options: argparse.Namespace) -> Iterator[Context]:
     """The run of a config on a Ray cluster, after what can be checked at once: resources, storage, models, rewards."""
     from mpo_ray.cluster.preflight import check_placement, check_storage_everywhere
     from mpo_ray.cluster.session import ray_session
-    from mpo_ray.stages.check import check_model, check_rewards
+    from mpo_ray.stages.check import check_compared_models, check_model, check_rewards
+    from mpo_ray.stages.judging import check_judge_settings
     from mpo_ray.stages.stage import Context
 
     config = _config(options)
     run = Run.open(config, update=options.update)
     context = Context(config, run, _console())
     check_model(context)
+    check_compared_models(context)
     check_rewards(context)
+    check_judge_settings(context)
     with ray_session(options.address):
         check_placement(config)
         check_storage_everywhere(run)

@@ -8,12 +8,14 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from mpo_ray.config import ConfigError, RunConfig
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -47,11 +49,15 @@ def parse_config(raw: object, overrides: Iterable[str] = (), *, where: str = "co
     values = copy.deepcopy(raw)
     for override in overrides:
         _apply(values, override)
-    values = _expand(values, where)
+    return parse_settings(RunConfig, _expand(values, where), where)
+
+
+def parse_settings(model: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
+    """Check values against a part of the schema, or all of it. Raises ConfigError that lists every problem."""
     try:
-        return RunConfig.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        problems = "\n".join("  " + _describe(problem) for problem in error.errors())
+        problems = "\n".join("  " + _describe(problem, model) for problem in error.errors())
         raise ConfigError(f"{where}: {error.error_count()} problem(s):\n{problems}") from None
 
 
@@ -112,12 +118,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
 
 
-def _describe(problem: Mapping[str, Any]) -> str:
+def _describe(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
     """One pydantic error as `place: what is wrong (got value)`, with the nearest known key for an unknown one."""
     location = [str(part) for part in problem["loc"]]
     place = ".".join(location) or "the run file"
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(location[:-1], model)
         near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}."
         return f"{place}: unknown key; {hint}"
@@ -129,8 +135,7 @@ def _describe(problem: Mapping[str, Any]) -> str:
     return f"{place}: {message} (got {problem['input']!r})"
 
 
-def _known_keys(location: list[str]) -> list[str]:
-    model: type[BaseModel] = RunConfig
+def _known_keys(location: list[str], model: type[BaseModel]) -> list[str]:
     for key in location:
         field = model.model_fields.get(key)
         if field is None:

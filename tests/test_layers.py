@@ -19,7 +19,15 @@ ROOTS = ("mpo_ray", "jobs", "serve_apps")
 #: From the bottom. What is not named is the top: the modules beside the packages (cli …), jobs, serve_apps.
 LAYERS = (
     ("mpo_ray.maths", "mpo_ray.config", "mpo_ray.records", "mpo_ray.run", "mpo_ray.run_file"),
-    ("mpo_ray.training", "mpo_ray.decoding", "mpo_ray.evaluation", "mpo_ray.data", "mpo_ray.policies"),
+    (
+        "mpo_ray.training",
+        "mpo_ray.decoding",
+        "mpo_ray.evaluation",
+        "mpo_ray.fitting",
+        "mpo_ray.data",
+        "mpo_ray.policies",
+        "mpo_ray.drawing",
+    ),
     ("mpo_ray.cluster", "mpo_ray.serving", "mpo_ray.vllm_plugin"),
     ("mpo_ray.stages",),
 )

@@ -22,14 +22,16 @@ OVERRIDES = (
     "policies.batch_size=32",
     "policies.micro_batch_size=32",
     "samples.num_prompts=16",
+    "samples.proposals=all",
     "samples.samples_per_prompt=4",
     "samples.max_new_tokens=32",
     "scoring.prompts_per_part=2",
-    "fit.steps=200",
+    "fit.bsmd.steps=200",
     "evaluation.num_prompts=16",
     "evaluation.completions_per_prompt=1",
     "evaluation.max_new_tokens=32",
     "evaluation.bootstrap_draws=100",
+    "evaluation.soups=true",
 )
 
 

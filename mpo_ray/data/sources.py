@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,20 +136,28 @@ def _rename(row: Row, names: dict[str, str]) -> Row:
 
 
 def _files(source: Source) -> list[str]:
-    """The files of a source in order, each once; globs and directories sorted by name."""
     if source.path is None:
         raise ValueError(f"{source!r} has no path or hub: an embedded source is resolved to a path before it is read.")
     written = [source.path] if isinstance(source.path, str) else source.path
-    files = list(dict.fromkeys(file for path in written for file in _expand(path)))
+    return list_files(written, tuple(READERS))
+
+
+def list_files(paths: Sequence[str], endings: Sequence[str]) -> list[str]:
+    """The files that paths, directories, globs and URLs stand for, each once; globs and directories sorted by name.
+
+    Of a directory only the files with one of `endings`, perhaps followed by .gz, count. Raises DataError for what is
+    not there, cannot be reached, or has another ending.
+    """
+    files = list(dict.fromkeys(file for path in paths for file in _expand(path, endings)))
     if not files:
         raise DataError("path: the list of files is empty. Name at least one file, glob, directory or URL.")
     for file in files:
-        if _format(file) not in READERS:
-            raise DataError(f"{file}: unknown kind of file. Known are {', '.join(READERS)}, each also with .gz.")
+        if ending(file) not in endings:
+            raise DataError(f"{file}: unknown kind of file. Known are {', '.join(endings)}, each also with .gz.")
     return files
 
 
-def _expand(path: str) -> list[str]:
+def _expand(path: str, endings: Sequence[str]) -> list[str]:
     try:
         fs, root = fsspec.core.url_to_fs(path)
         if fs.isfile(root):
@@ -162,10 +170,10 @@ def _expand(path: str) -> list[str]:
             "the fsspec package for its protocol is installed."
         ) from error
     if is_directory:
-        found = [file for file in found if _format(file) in READERS and not os.path.basename(file).startswith(".")]
+        found = [file for file in found if ending(file) in endings and not os.path.basename(file).startswith(".")]
     if not found:
         what = "no file in this directory" if is_directory else "no file matches" if is_glob else "no such file"
-        kinds = f" with a known ending ({', '.join(READERS)}, each also with .gz)" if is_directory else ""
+        kinds = f" with a known ending ({', '.join(endings)}, each also with .gz)" if is_directory else ""
         raise DataError(f"{path}: {what}{kinds}. Paths are relative to the working directory, {os.getcwd()}.")
     is_local = "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
     if not is_local:
@@ -173,12 +181,13 @@ def _expand(path: str) -> list[str]:
     return sorted(file if os.path.isabs(path) or "://" in path else os.path.relpath(file) for file in found)
 
 
-def _format(path: str) -> str:
+def ending(path: str) -> str:
+    """The ending that names a file's format: .csv for scores.csv and scores.csv.gz."""
     return Path(path.removesuffix(".gz")).suffix
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[Any]:
+def opened(path: str) -> Iterator[Any]:
     """A file's bytes, decompressed; what goes wrong while they are read becomes a DataError that names the file."""
     try:
         fs, root = fsspec.core.url_to_fs(path)
@@ -196,8 +205,8 @@ def _opened(path: str) -> Iterator[Any]:
 
 
 def _file_rows(path: str) -> Iterator[Row | Refusal]:
-    with _opened(path) as file:
-        yield from READERS[_format(path)](file, path)
+    with opened(path) as file:
+        yield from READERS[ending(path)](file, path)
 
 
 def _decode(data: bytes, name: str, line: int = 1) -> str:
@@ -211,14 +220,14 @@ def _decode(data: bytes, name: str, line: int = 1) -> str:
         ) from None
 
 
-def _lines(file: Iterable[bytes], name: str) -> Iterator[str]:
+def decoded_lines(file: Iterable[bytes], name: str) -> Iterator[str]:
     """Decoded lines; only a line feed ends one, as JSON strings may hold every other separator."""
     for number, line in enumerate(file, 1):
         yield _decode(line, name, number)
 
 
 def _read_json_lines(file: Iterable[bytes], name: str) -> Iterator[Row | Refusal]:
-    for number, line in enumerate(_lines(file, name), 1):
+    for number, line in enumerate(decoded_lines(file, name), 1):
         where = f"{name}:{number}"
         if not line.strip():
             continue
@@ -254,7 +263,7 @@ def _object(where: str, value: object) -> Row | Refusal:
 def _read_csv(file: Iterable[bytes], name: str) -> Iterator[Row | Refusal]:
     """Rows by the header's names; a row is placed by the line it begins on."""
     csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is less than a long prompt
-    reader = csv.reader(_lines(file, name), strict=True)
+    reader = csv.reader(decoded_lines(file, name), strict=True)
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):

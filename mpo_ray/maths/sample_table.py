@@ -57,18 +57,27 @@ class SampleTable:
         """(P,) responses of each prompt."""
         return np.diff(self.starts)
 
-    def blocks(self) -> Iterator[tuple[slice, slice]]:
-        """Yield (prompts, rows) of consecutive whole prompts, about BLOCK_ROWS rows at a time."""
+    def blocks(self, num_rows: int = BLOCK_ROWS) -> Iterator[tuple[slice, slice]]:
+        """Yield (prompts, rows) of consecutive whole prompts, at most `num_rows` rows or one prompt at a time."""
         first = 0
         while first < self.num_prompts:
-            last = int(np.searchsorted(self.starts, self.starts[first] + BLOCK_ROWS, side="right")) - 1
+            last = int(np.searchsorted(self.starts, self.starts[first] + num_rows, side="right")) - 1
             last = max(last, first + 1)
             yield slice(first, last), slice(int(self.starts[first]), int(self.starts[last]))
             first = last
 
+    def of_prompts(self, prompts: NDArray[np.int64]) -> SampleTable:
+        """The table of these prompts alone, in the given order, in memory."""
+        numbers = self.num_responses[prompts]
+        starts = np.concatenate([[0], np.cumsum(numbers)])
+        rows = np.repeat(self.starts[prompts] - starts[:-1], numbers) + np.arange(starts[-1])
+        return SampleTable(self.log_ratios[rows], self.log_proposal[rows], starts)
+
     def prompt_rows(self, prompts: slice) -> NDArray[np.int64]:
         """(rows of these prompts,) the number of each row's prompt within the slice."""
-        return np.repeat(np.arange(prompts.stop - prompts.start), np.diff(self.starts[prompts.start : prompts.stop + 1]))
+        return np.repeat(
+            np.arange(prompts.stop - prompts.start), np.diff(self.starts[prompts.start : prompts.stop + 1])
+        )
 
 
 def log_proposal(log_ratios: Array, counts: Array) -> Array:

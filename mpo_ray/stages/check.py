@@ -12,9 +12,10 @@ from rich.console import Console
 from mpo_ray.cluster.preflight import check_placement, check_storage_everywhere
 from mpo_ray.config import RunConfig
 from mpo_ray.evaluation.rewards import IMPLICIT, is_callable_spec, load_reward
-from mpo_ray.policies.loading import check_model_files, load_tokenizer
+from mpo_ray.policies.loading import check_comparable, check_model_files, load_tokenizer
 from mpo_ray.run import Run
 from mpo_ray.stages.data import prepare_data, write_embedded
+from mpo_ray.stages.judging import check_judge
 from mpo_ray.stages.stage import EMBEDDED, Context
 
 
@@ -42,7 +43,7 @@ class Findings:
 
 
 def check_run(config: RunConfig, console: Console, *, update: bool = False) -> Findings:
-    """Look at run name, storage, resources, models, rewards and data; a problem in one does not hide the others."""
+    """Look at everything from the storage to the data; a problem in one does not hide the others."""
     findings = Findings()
 
     def look(what: str, at: Callable[[], object]) -> None:
@@ -62,7 +63,10 @@ def check_run(config: RunConfig, console: Console, *, update: bool = False) -> F
         if context.uses_embedded():
             write_embedded(context)
         look("reference model", lambda: check_model(context))
+        look("models to compare", lambda: check_compared_models(context))
         look("rewards", lambda: check_rewards(context))
+        if config.evaluation.judge is not None:
+            look("judge", lambda: check_judge(context))
         look("data", lambda: findings.counts.update(prepare_data(context)))
         findings.conflict = context.run.read_json("comparisons/conflict.json")
     return findings
@@ -73,6 +77,14 @@ def check_model(context: Context) -> None:
     if context.config.reference.model != EMBEDDED:
         check_model_files(context.given_model())
         load_tokenizer(context.given_model())
+
+
+def check_compared_models(context: Context) -> None:
+    """Refuse a model of `evaluation.models` that could not be compared with the reference. Raises ModelError."""
+    for name, path in context.compared_models().items():
+        check_model_files(path)
+        if context.config.reference.model != EMBEDDED or context.run.exists(f"{EMBEDDED}/model"):
+            check_comparable(name, path, context.given_model())
 
 
 def check_rewards(context: Context) -> None:

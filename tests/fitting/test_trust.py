@@ -1,0 +1,77 @@
+"""The warnings of a fit: each appears where its cause is, with its figures, and not elsewhere."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mpo_ray.config import Fit
+from mpo_ray.data.scores import ScoreTable
+from mpo_ray.fitting.standalone import fit_scores
+from tests.fitting.tables import scores, tables_of, worlds
+
+
+def said(table: ScoreTable, *, draws: int = 0, estimator: str = "paper") -> list[str]:
+    settings = Fit.model_validate({"method": "exact", "bootstrap_draws": draws, "estimator": estimator, "grid": 4})
+    return list(fit_scores(table, settings, seed=0, method="exact")[0]["warnings"])
+
+
+def only(found: list[str], start: str) -> str:
+    matching = [text for text in found if text.startswith(start)]
+    assert len(matching) == 1, found
+    return matching[0]
+
+
+def test_a_table_that_answers_the_question_has_no_warnings() -> None:
+    """Mild policies, many samples and prompts, interior weights, balanced win rates, equal lengths."""
+    rng = np.random.default_rng(0)
+    log_ratios = rng.normal(0, 0.7, size=(200, 16, 2)) - 0.25
+    assert said(tables_of(log_ratios, rewards=log_ratios, num_tokens=np.full((200, 16), 20)), draws=50) == []
+
+
+def test_too_few_effective_samples_are_named_with_the_number_that_would_do() -> None:
+    """The median, m, the m that would do, and the other estimator."""
+    log_ratios = np.random.default_rng(0).normal(0, 2.2, size=(100, 6, 2)) - 1.0
+    text = only(said(tables_of(log_ratios)), "The median effective sample size")
+    assert "of 6 responses per prompt" in text
+    assert "responses per prompt would do (samples.samples_per_prompt)" in text
+    assert "fit.estimator: balanced" in text
+    hopeless = np.random.default_rng(0).normal(0, 20.0, size=(100, 8, 2)) - 100.0
+    assert "no practical number" in only(said(tables_of(hopeless)), "The median effective sample size").lower()
+    balanced = said(scores(worlds(30, spread=6.0), each=2), estimator="balanced")
+    assert all("estimator: balanced" not in text for text in balanced)
+
+
+def test_a_vertex_is_named_as_the_policy_that_it_is() -> None:
+    """One objective far below the other under any mixture."""
+    log_ratios = np.random.default_rng(0).normal(0, 0.3, size=(50, 12, 2)) + np.array([0.0, -3.0])
+    assert "the policy 'brief' alone" in only(said(tables_of(log_ratios)), "The weights are at a vertex")
+
+
+def test_prompts_that_do_not_determine_the_weights_are_named() -> None:
+    """Policies that are nearly equal: any λ is as good, and the interval shows it."""
+    rng = np.random.default_rng(0)
+    one = rng.normal(0, 1.0, size=(30, 12, 1))
+    log_ratios = np.concatenate([one, one + rng.normal(0, 0.02, size=one.shape)], axis=2)
+    text = only(said(tables_of(log_ratios), draws=50), "The prompts do not determine")
+    assert "interval of λ 'warm' is [0.0" in text
+
+
+def test_weights_that_the_rewards_contradict_are_named_with_better_ones() -> None:
+    """The policies' own rewards balance where the measured rewards do not: predicted minimum win rates of both."""
+    rng = np.random.default_rng(0)
+    log_ratios = rng.normal(0, 0.8, size=(200, 16, 2)) + np.array([-0.6, 0.0])
+    rewards = np.stack([0.1 * log_ratios[..., 0] + rng.normal(size=(200, 16)), log_ratios[..., 1]], axis=-1)
+    rewards[..., 1] -= 2.0 * log_ratios[..., 0]
+    text = only(said(tables_of(log_ratios, rewards=rewards)), "These weights balance the normalised rewards")
+    assert "predicted minimum win rate is 0." in text
+    assert "fit.method: decoded" in text
+
+
+def test_policies_that_differ_in_length_are_named() -> None:
+    """Length decides when a response ends; the product of next-token distributions cannot foresee it."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(5, 60, size=(200, 16))
+    log_ratios = np.stack([-(lengths - 30) / 12.0, (lengths - 30) / 12.0], axis=-1) - 0.7
+    text = only(said(tables_of(log_ratios, num_tokens=lengths)), "The policies differ in length")
+    assert "warm" in text
+    assert "brief" in text
