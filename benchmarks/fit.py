@@ -1,9 +1,11 @@
 """Reading a score table from Parquet and fitting it: time and peak memory against the number of prompts.
 
+`exact` is the fit alone, `interval` the fit with intervals of 200 bootstrap draws.
+
 Writes a table of random log-ratios for each size to a temporary directory, handles it in a process of its own, and
-deletes it. Prints, per size, seconds, rows per second, and the peaks of that process: resident memory, in which the
-pages of the file that holds the values count too, and anonymous memory, which the kernel cannot take back. Then the
-slope of log(seconds) over log(prompts): 1 is linear.
+deletes it. Prints, per size and step, seconds on the clock and of the processor, rows per second, and the peaks of that
+process: resident memory, which includes the pages of the file that holds the values, and what of it is not such pages,
+which the kernel cannot take back. Then the slope of log(seconds) over log(prompts): 1 is linear.
 """
 
 from __future__ import annotations
@@ -13,25 +15,48 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import numpy as np
 import psutil
 import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mpo_ray.data.scores import open_scores
+from mpo_ray.maths.exact_fit import solve
+from mpo_ray.maths.fit_uncertainty import bootstrap_fit
 from mpo_ray.maths.sample_table import SampleTable
+from mpo_ray.maths.simplex import uniform
 
 GIB = 2**30
-#: Standard deviations of the log-ratios, nats: between a policy close to the reference and one far away.
-SPREAD = (1.0, 4.0)
+#: Standard deviations of the log-ratios, nats, of the first and the last objective.
+SPREADS = (1.0, 4.0)
 PROMPTS_TOGETHER = 10_000
-#: Peaks are for memory of the size of the tables; below this many seconds, start-up decides the time.
-SHORTEST = 0.2
+
+DRAWS = 200
+
+#: What is measured after reading, by name: each step takes the table.
+STEPS: dict[str, Callable[[SampleTable], object]] = {
+    "exact": solve,
+    "interval": lambda table: bootstrap_fit(
+        table, uniform(table.num_objectives), draws=DRAWS, confidence=0.95, rng=np.random.default_rng(0)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One step: seconds on the clock and of the processor, peak bytes resident and of these not of mapped files."""
+
+    step: str
+    seconds: float
+    processor: float
+    resident: int
+    anonymous: int
 
 
 def main() -> None:
@@ -43,48 +68,45 @@ def main() -> None:
     parser.add_argument("--shuffled", action="store_true", help="rows in random order instead of prompt by prompt")
     options = parser.parse_args()
 
-    print("  prompts        rows GiB on disk     step       s   CPU s      rows/s  peak RSS anonymous")
+    print("  prompts        rows   on disk     step       s   CPU s      rows/s   peak RSS  anonymous")
     seconds: dict[str, list[float]] = {}
     for prompts in options.prompts:
         with tempfile.TemporaryDirectory(prefix="fit-benchmark-") as directory:
             path = Path(directory) / "scores.parquet"
             write_table(path, prompts, options)
             size, rows = path.stat().st_size / GIB, prompts * options.samples
-            for step, took, resident, anonymous in in_own_process(path):
-                seconds.setdefault(step, []).append(took)
+            for done in in_own_process(path):
+                seconds.setdefault(done.step, []).append(done.seconds)
                 print(
-                    f"{prompts:9,} {rows:11,} {size:11.2f} {step:>8} {took:7.2f} {rows / took:11,.0f} "
-                    f"{resident / GIB:5.2f} GiB {anonymous / GIB:5.2f} GiB",
+                    f"{prompts:9,} {rows:11,} {size:5.2f} GiB {done.step:>8} {done.seconds:7.2f} {done.processor:7.2f} "
+                    f"{rows / done.seconds:11,.0f} {done.resident / GIB:6.2f} GiB {done.anonymous / GIB:6.2f} GiB",
                     flush=True,
                 )
     if len(options.prompts) > 1:
         for step, times in seconds.items():
-            slope = np.polyfit(np.log(options.prompts), np.log(times), 1)[0]
-            last = np.log(times[-1] / times[-2]) / np.log(options.prompts[-1] / options.prompts[-2])
-            print(f"{step}: log-log slope of time over prompts {slope:.2f}; between the last two sizes {last:.2f}")
+            slopes = np.diff(np.log(times)) / np.diff(np.log(options.prompts))
+            print(f"{step}: log-log slope of time over prompts {', '.join(f'{slope:.2f}' for slope in slopes)}")
 
 
 def write_table(path: Path, num_prompts: int, options: argparse.Namespace) -> None:
     """Random log-ratios ℓ ∼ N(−σ²/2, σ²), so that E exp ℓ = 1 as for samples of π_ref, one row group at a time."""
     rng = np.random.default_rng(0)
     names = [f"o{number}" for number in range(options.objectives)]
-    spreads = np.linspace(*SPREAD, options.objectives)
+    spreads = np.linspace(*SPREADS, options.objectives)
     order = rng.permutation(num_prompts * options.samples) if options.shuffled else None
     writer = None
     for first in range(0, num_prompts, PROMPTS_TOGETHER):
         last = min(first + PROMPTS_TOGETHER, num_prompts)
         rows = np.arange(first * options.samples, last * options.samples)
-        rows = rows if order is None else order[rows]
-        prompts, samples = np.divmod(rows, options.samples)
+        prompts, samples = np.divmod(rows if order is None else order[rows], options.samples)
         ratios = rng.normal(-(spreads**2) / 2, spreads, (len(rows), options.objectives))
         columns = {
-            "prompt_id": pa.compute.cast(pa.array(prompts), pa.string()),
+            "prompt_id": pc.cast(pa.array(prompts), pa.string()),
             "sample_id": pa.array(samples.astype(np.int32)),
             "log_ref": pa.array(rng.normal(-100, 20, len(rows))),
         }
         if options.proposals == "policies":
-            drawn_by = pa.DictionaryArray.from_arrays(pa.array(samples % len(names)), pa.array(names))
-            columns["proposal"] = drawn_by.dictionary_decode()
+            columns["proposal"] = pa.array(names).take(pa.array(samples % len(names)))
         columns |= {f"log_ratio_{name}": pa.array(ratios[:, k]) for k, name in enumerate(names)}
         table = pa.table(columns)
         writer = writer or pq.ParquetWriter(path, table.schema)
@@ -93,32 +115,38 @@ def write_table(path: Path, num_prompts: int, options: argparse.Namespace) -> No
         writer.close()
 
 
-# ---- what is measured: each step in one new process ------------------------------------------------------------------
-
-
-def read(path: Path, proposals: str = "balanced") -> SampleTable:
-    """From Parquet to the numeric table that the fit takes."""
-    return open_scores(str(path)).samples("balanced")
-
-
-#: Steps after reading, by name, each given the table. The solver's steps (exact, with intervals) belong here.
-STEPS: dict[str, Callable[[SampleTable], object]] = {}
-
-
-def measure(path: Path, queue: multiprocessing.Queue[tuple[str, float, int, int]]) -> None:
-    with peak_memory() as peak:
-        start = time.perf_counter()
-        table = read(path)
-        queue.put(("read", time.perf_counter() - start, *peak()))
+def measure(path: Path, queue: Any) -> None:
+    """Read the table, then take every step on it; what each took goes into the queue."""
+    table = _measured("read", lambda: open_scores(str(path)).samples("balanced"), queue)
     for name, step in STEPS.items():
-        with peak_memory() as peak:
-            start = time.perf_counter()
-            step(table)
-            queue.put((name, time.perf_counter() - start, *peak()))
+        _measured(name, lambda step=step: step(table), queue)
 
 
-def in_own_process(path: Path) -> Iterator[tuple[str, float, int, int]]:
-    """Yield (step, seconds, peak resident bytes, peak anonymous bytes) as the steps end."""
+def _measured(name: str, work: Callable[[], Any], queue: Any) -> Any:
+    process, done, peaks = psutil.Process(), Event(), [0, 0]
+
+    def watch() -> None:
+        while True:
+            memory = process.memory_info()
+            peaks[:] = max(peaks[0], memory.rss), max(peaks[1], memory.rss - memory.shared)
+            if done.wait(0.05):
+                return
+
+    watcher = Thread(target=watch)
+    watcher.start()
+    start, processor = time.perf_counter(), time.process_time()
+    try:
+        result = work()
+        seconds, processor = time.perf_counter() - start, time.process_time() - processor
+    finally:
+        done.set()
+        watcher.join()
+    queue.put(Measured(name, seconds, processor, *peaks))
+    return result
+
+
+def in_own_process(path: Path) -> Iterator[Measured]:
+    """Yield the steps as they end."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=measure, args=(path, queue))
@@ -130,32 +158,6 @@ def in_own_process(path: Path) -> Iterator[tuple[str, float, int, int]]:
             time.sleep(0.05)
         yield queue.get()
     process.join()
-
-
-@contextmanager
-def peak_memory() -> Iterator[Callable[[], tuple[int, int]]]:
-    """Give a function that returns the peaks so far: (resident, resident − mapped files) bytes, looked at at 20 Hz."""
-    process, done, peaks = psutil.Process(), Event(), [0, 0]
-
-    def look() -> None:
-        memory = process.memory_info()
-        peaks[:] = max(peaks[0], memory.rss), max(peaks[1], memory.rss - memory.shared)
-
-    def watch() -> None:
-        while not done.wait(0.05):
-            look()
-
-    def so_far() -> tuple[int, int]:
-        look()
-        return peaks[0], peaks[1]
-
-    thread = Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield so_far
-    finally:
-        done.set()
-        thread.join()
 
 
 if __name__ == "__main__":

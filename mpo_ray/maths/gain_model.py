@@ -39,7 +39,7 @@ class GainModel:
         for name in ("points", "gains", "errors"):
             if getattr(self, name).shape != self.points.shape or not np.isfinite(getattr(self, name)).all():
                 raise ValueError(
-                    f"the {name} of an observed game must be finite and of shape {self.points.shape} (points, objectives); "
+                    f"the {name} of an observed game are finite and {self.points.shape} (points, objectives); "
                     f"got shape {getattr(self, name).shape}."
                 )
 

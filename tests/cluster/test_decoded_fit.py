@@ -120,8 +120,10 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tup
 
 def copy_of(game: Game, name: str) -> Game:
     """The run as it was before the game."""
-    shutil.copytree(game.root, game.root.parent / name, ignore=shutil.ignore_patterns("fit"))
-    return Game(game.root.parent / name)
+    root = game.root.parent / name
+    shutil.copytree(game.root, root)
+    shutil.rmtree(root / "fit")
+    return Game(root)
 
 
 def test_a_step_is_what_its_files_hold(unbroken: tuple[Game, DecodedFit]) -> None:

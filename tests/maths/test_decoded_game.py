@@ -211,5 +211,5 @@ def test_intervals_hold_the_answer_and_shrink_with_the_noise() -> None:
 
 
 def test_gains_that_are_not_numbers_are_refused() -> None:
-    with pytest.raises(ValueError, match="the gains of an observed game must be finite"):
+    with pytest.raises(ValueError, match="the gains of an observed game are finite"):
         GainModel(np.eye(2), np.array([[0.1, np.nan], [0.0, 0.2]]), np.full((2, 2), 0.01))
