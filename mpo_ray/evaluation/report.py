@@ -19,10 +19,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib.figure import Figure
 
+from mpo_ray.drawing import png
 from mpo_ray.evaluation import figures
-from mpo_ray.evaluation.metrics import MPO, REWARD, Metrics, number, verdict
+from mpo_ray.evaluation.completions import REWARD
+from mpo_ray.evaluation.estimates import number
+from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.evaluation.terminal import FEW_SAMPLES
-from mpo_ray.records import decode_prompt
+from mpo_ray.evaluation.verdict import baseline_verdict, verdict
+from mpo_ray.records import GRID_PREFIX, MPO, decode_prompt
 
 #: Prompts whose completions are shown side by side, and the longest text that is shown whole.
 SHOWN_PROMPTS = 4
@@ -39,6 +43,8 @@ CAPTIONS = {
     "worst objective of each candidate.",
     "weights": "The mixture's weights.",
     "trade_off": "Mean rewards of two objectives at a time. Up and to the right is better; crosses are the intervals.",
+    "pareto": "Win rates of two objectives at a time. Up and to the right is better; crosses are the intervals, "
+    "the stair is the front of the two objectives.",
     "kl": "Distance from the reference against the worst objective's win rate.",
     "training": "Training loss of the single policies.",
 }
@@ -69,19 +75,21 @@ def write_report(
     training: objective → `steps`, `heldout` (named numbers) and `history` (a list of {"step", "loss"}), each optional
     """
     directory.mkdir(parents=True, exist_ok=True)
-    pictures = {name: figures.png(figure) for name, figure in _figures(metrics, fit, training).items()}
+    pictures = {name: png(figure) for name, figure in _figures(metrics, fit, training).items()}
     for name, content in pictures.items():
         (directory / f"{name}.png").write_bytes(content)
     _write_json(directory / "metrics.json", metrics.as_json())
-    found = verdict(metrics)
+    verdicts = [found for found in (verdict(metrics), baseline_verdict(metrics)) if found is not None]
     page = _template().render(
         run_name=run_name,
         metrics=metrics,
         mpo=MPO,
-        verdict=found,
+        verdicts=verdicts,
+        pareto=metrics.pareto,
+        front=_front(metrics),
         pictures={
-            name: {"source": f"data:image/png;base64,{base64.b64encode(png).decode()}", "caption": CAPTIONS[name]}
-            for name, png in pictures.items()
+            name: {"source": f"data:image/png;base64,{base64.b64encode(content).decode()}", "caption": CAPTIONS[name]}
+            for name, content in pictures.items()
         },
         weights=fit["weights"],
         fit=_flat({FIT_NAMES.get(k, k): v for k, v in fit.items() if k not in ("weights", "trace", "objectives")}),
@@ -103,6 +111,8 @@ def _figures(metrics: Metrics, fit: Mapping[str, Any], training: Mapping[str, Ma
     drawn = {"win_rates": figures.win_rate_figure(metrics), "weights": _weights_figure(fit)}
     if len(metrics.objectives) > 1:
         drawn["trade_off"] = figures.trade_off_figure(metrics)
+    if metrics.pareto is not None:
+        drawn["pareto"] = figures.pareto_figure(metrics, metrics.pareto)
     drawn["kl"] = figures.kl_figure(metrics)
     curves = {
         name: [(float(point["step"]), float(point["loss"])) for point in values.get("history") or [] if "loss" in point]
@@ -197,6 +207,21 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _front(metrics: Metrics) -> str:
+    """Who is on the front: names, and how many points of the grid."""
+    if metrics.pareto is None:
+        return ""
+    on_grid = [name for name in metrics.pareto.front if name.startswith(GRID_PREFIX)]
+    named = [metrics.label(name) for name in metrics.pareto.front if name not in on_grid]
+    kinds = [metrics.pareto.points[name].kind for name in on_grid]
+    counts = [f"{kinds.count(kind)} {kind}s of the grid" for kind in ("mixture", "soup") if kind in kinds]
+    return ", ".join([*named, *counts])
+
+
+def _p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def _median_size(fit: Mapping[str, Any]) -> float:
     size = fit.get("effective_sample_size")
     return float("inf") if size is None else float(size["median"])
@@ -211,4 +236,5 @@ def _template() -> jinja2.Template:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["number"] = number
+    environment.filters["p_value"] = _p_value
     return environment.from_string(files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"))
