@@ -19,22 +19,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib.figure import Figure
 
+from mpo_ray.drawing import png
 from mpo_ray.evaluation import figures
+from mpo_ray.evaluation.fit_section import fit_pictures, fit_section
 from mpo_ray.evaluation.metrics import MPO, REWARD, Metrics, number, verdict
-from mpo_ray.evaluation.terminal import FEW_SAMPLES
 from mpo_ray.records import decode_prompt
 
 #: Prompts whose completions are shown side by side, and the longest text that is shown whole.
 SHOWN_PROMPTS = 4
 SHOWN_CHARACTERS = 900
 
-#: Names of what fit.json holds, where the key alone does not say the unit.
-FIT_NAMES = {"objective_value": "F(λ), nats", "gap": "gap, nats", "step_size": "step size η", "gradient": "∂F/∂λ"}
-
 CAPTIONS = {
     "win_rates": "Win rate against the reference, with intervals. The dashed line is parity; the shaded group is the "
     "worst objective of each candidate.",
-    "weights": "The mixture's weights.",
     "trade_off": "Mean rewards of two objectives at a time. Up and to the right is better; crosses are the intervals.",
     "kl": "Distance from the reference against the worst objective's win rate.",
     "training": "Training loss of the single policies.",
@@ -47,6 +44,8 @@ def write_report(
     run_name: str,
     metrics: Metrics,
     fit: Mapping[str, Any],
+    trade_off: Mapping[str, Any] | None,
+    predicted: Mapping[str, Mapping[str, Any]],
     completions: pa.Table,
     counts: Mapping[str, Mapping[str, Any]],
     conflict: Sequence[Mapping[str, Any]] | None,
@@ -55,8 +54,9 @@ def write_report(
 ) -> Path:
     """Write report.html, metrics.json and the pictures into `directory`, and return the path of report.html.
 
-    fit: what fit.json holds; `weights` and `method` are required. `trace`, a list of [step, λ_1 … λ_K], is drawn if it
-        has two rows or more; everything else is listed as it is.
+    fit: what fit.json holds
+    trade_off: what trade_off.json holds; None if nothing was predicted
+    predicted: candidate with known weights → its predictions, as a point of trade_off.json
     completions: the evaluation's table, with `prompt`, `is_chat` and `response` besides what the metrics are made of
     counts: objective → what was counted of its comparisons (numbers, or one level of named numbers)
     conflict: per pair of objectives `first`, `second`, `disagreement`, `rank_correlation`, `sentence`; None if unknown
@@ -64,9 +64,14 @@ def write_report(
     training: objective → `steps`, `heldout` (named numbers) and `history` (a list of {"step", "loss"}), each optional
     """
     directory.mkdir(parents=True, exist_ok=True)
-    pictures = {name: figures.png(figure) for name, figure in _figures(metrics, fit, training).items()}
-    for name, content in pictures.items():
+    drawn = {name: (figure, CAPTIONS[name]) for name, figure in _figures(metrics, training).items()}
+    drawn |= fit_pictures(fit, trade_off, predicted, metrics)
+    pictures = {}
+    for name, (figure, caption) in drawn.items():
+        content = png(figure)
         (directory / f"{name}.png").write_bytes(content)
+        source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+        pictures[name] = {"source": source, "caption": caption}
     _write_json(directory / "metrics.json", metrics.as_json())
     found = verdict(metrics)
     page = _template().render(
@@ -74,13 +79,8 @@ def write_report(
         metrics=metrics,
         mpo=MPO,
         verdict=found,
-        pictures={
-            name: {"source": f"data:image/png;base64,{base64.b64encode(png).decode()}", "caption": CAPTIONS[name]}
-            for name, png in pictures.items()
-        },
-        weights=fit["weights"],
-        fit=_flat({FIT_NAMES.get(k, k): v for k, v in fit.items() if k not in ("weights", "trace", "objectives")}),
-        few_samples=_median_size(fit) < FEW_SAMPLES,
+        pictures=pictures,
+        fit=fit_section(fit, predicted, metrics),
         examples=_examples(metrics, completions),
         counts=_table_of(counts),
         conflict=conflict,
@@ -92,8 +92,8 @@ def write_report(
     return path
 
 
-def _figures(metrics: Metrics, fit: Mapping[str, Any], training: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
-    drawn = {"win_rates": figures.win_rate_figure(metrics), "weights": _weights_figure(fit)}
+def _figures(metrics: Metrics, training: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
+    drawn = {"win_rates": figures.win_rate_figure(metrics)}
     if len(metrics.objectives) > 1:
         drawn["trade_off"] = figures.trade_off_figure(metrics)
     drawn["kl"] = figures.kl_figure(metrics)
@@ -104,14 +104,6 @@ def _figures(metrics: Metrics, fit: Mapping[str, Any], training: Mapping[str, Ma
     if any(len(points) > 1 for points in curves.values()):
         drawn["training"] = figures.training_figure({name: points for name, points in curves.items() if points})
     return drawn
-
-
-def _weights_figure(fit: Mapping[str, Any]) -> Figure:
-    trace = np.array(fit.get("trace") or [], dtype=np.float64)
-    if len(trace) < 2:
-        return figures.given_weights_figure(fit["weights"])
-    average = np.array(list(fit["weights"].values()), dtype=np.float64)
-    return figures.weights_figure(trace[:, 0], trace[:, 1:], average, list(fit["weights"]))
 
 
 def _examples(metrics: Metrics, completions: pa.Table) -> list[dict[str, Any]]:
@@ -190,18 +182,17 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _median_size(fit: Mapping[str, Any]) -> float:
-    size = fit.get("effective_sample_size")
-    return float("inf") if size is None else float(size["median"])
-
-
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(lambda name: files(__package__).joinpath(name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["number"] = number
-    return environment.from_string(files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"))
+    return environment.get_template("report.html.j2")
