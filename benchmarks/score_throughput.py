@@ -84,7 +84,8 @@ def main() -> int:
         with ray_session():
             for repeat in range(options.repeats):
                 parts = [
-                    Part(f"samples/{i:03d}.parquet", f"scores{repeat}/{i:03d}.parquet", {}) for i in range(len(tables))
+                    Part(f"samples/{i:03d}.parquet", f"scores{repeat}/{i:03d}.parquet", "of the benchmark")
+                    for i in range(len(tables))
                 ]
                 process_parts(
                     run, parts, SampleScorer, arguments, actors=actors, console=Console(quiet=True), title="scores"

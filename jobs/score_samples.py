@@ -1,4 +1,4 @@
-"""Sample the reference and score the samples: python jobs/score_samples.py --config FILE, as a Ray job."""
+"""Sample the reference and the policies, and score: python jobs/score_samples.py --config FILE, as a Ray job."""
 
 import sys
 

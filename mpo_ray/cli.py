@@ -38,14 +38,14 @@ STAGE_VERBS = {
     "score": ("scores",),
     "fit": ("fit",),
     "export": ("mixture",),
-    "evaluate": ("evaluation",),
+    "evaluate": ("evaluation", "judge"),
     "report": ("report",),
 }
 HELP = {
     "data": "read, check and split the preferences",
     "reference": "fine-tune the reference model",
     "train": "train one policy per objective",
-    "sample": "draw responses of the reference for the fit",
+    "sample": "draw responses of the reference and the policies for the fit",
     "score": "score the samples under every policy and reward",
     "fit": "fit the mixture weights",
     "export": "write the mixture artefact",
@@ -147,9 +147,9 @@ def _stage(options: argparse.Namespace) -> int:
     from mpo_ray.stages.pipeline import run_single
 
     with _opened(options) as context:
-        run_single(context, *STAGE_VERBS[options.verb])
+        last = run_single(context, *STAGE_VERBS[options.verb])
     run = context.run
-    record = run.manifest()["stages"][STAGE_VERBS[options.verb][-1]]
+    record = run.manifest()["stages"][last]
     if options.json:
         print(json.dumps({"run": run.root, **record}))
     else:
@@ -292,6 +292,7 @@ def _opened(options: argparse.Namespace) -> Iterator[Context]:
     from mpo_ray.cluster.preflight import check_placement, check_storage_everywhere
     from mpo_ray.cluster.session import ray_session
     from mpo_ray.stages.check import check_model, check_rewards
+    from mpo_ray.stages.judging import check_judge_settings
     from mpo_ray.stages.stage import Context
 
     config = _config(options)
@@ -299,6 +300,7 @@ def _opened(options: argparse.Namespace) -> Iterator[Context]:
     context = Context(config, run, _console())
     check_model(context)
     check_rewards(context)
+    check_judge_settings(context)
     with ray_session(options.address):
         check_placement(config)
         check_storage_everywhere(run)

@@ -161,7 +161,10 @@ class Actors(Strict):
 class Samples(Strict):
     """Responses for the fit and its predictions: temperature 1, no truncation of the distribution."""
 
-    prompts: Source | None = Field(None, description="the training comparisons' prompts if absent")
+    prompts: Source | None = Field(
+        None,
+        description="the training comparisons' prompts if absent; given, they stay the same when an objective is added",
+    )
     num_prompts: PositiveInt = 256
     proposals: Literal["reference", "policies", "all"] = Field(
         "all", description="who draws: π_ref (the paper's estimator), the K policies, or both (equation 6a)"

@@ -2,7 +2,8 @@
 
 Storage is a local directory or any fsspec URL. A stage builds its output in a local directory and publishes it whole;
 where storage is local that is a rename, elsewhere an upload. `manifest.json` records, per stage, the digest of its
-inputs: a stage whose record matches is complete and is not done again.
+inputs: a stage whose record matches is complete and is not done again. A Parquet file records the digest of its own
+inputs, so that a stage that is done again makes only what changed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,7 +30,9 @@ from mpo_ray.config import RunConfig
 from mpo_ray.records import digest
 
 #: Raised when a stage's output takes another form, so that an older run's output is made anew.
-FORMAT = 1
+FORMAT = 2
+#: Where a Parquet file, or a column of one, says what it was made from: a key of its Arrow metadata.
+INPUTS = b"mpo_ray.inputs"
 PACKAGES = ("mpo_ray", "torch", "transformers", "peft", "deepspeed", "ray", "datasets", "numpy")
 
 
@@ -152,29 +155,32 @@ class Run:
         text = self.read_text("config.yaml")
         return None if text is None else yaml.safe_load(text)
 
-    def read_table(self, node: str) -> pa.Table:
+    def read_table(self, node: str, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of a Parquet file, or of all Parquet files of a directory in the order of their names."""
         if not node.endswith(".parquet"):
-            return pa.concat_tables(self.read_table(part) for part in self.parts(node))
+            return pa.concat_tables(self.read_table(part, columns) for part in self.parts(node))
         with self._fs.open(f"{self._base}/{node}", "rb") as file:
-            return pq.read_table(file)
+            return pq.read_table(file, columns=None if columns is None else list(columns))
 
-    def write_table(self, node: str, table: pa.Table) -> None:
-        """Write a Parquet file whole."""
+    def write_table(self, node: str, table: pa.Table, *, inputs: str | None = None) -> None:
+        """Write a Parquet file whole; `inputs`, the digest of what it was made from, is recorded in it."""
         buffer = io.BytesIO()
-        pq.write_table(table, buffer)
+        pq.write_table(table.replace_schema_metadata({INPUTS: inputs} if inputs else None), buffer)
         self.write_bytes(node, buffer.getvalue())
+
+    def inputs_of(self, node: str) -> str | None:
+        """The digest that a Parquet file was written with, None if it has none or is damaged. Reads only its footer."""
+        try:
+            with self._fs.open(f"{self._base}/{node}", "rb") as file:
+                recorded = (pq.read_schema(file).metadata or {}).get(INPUTS)
+        except pa.ArrowInvalid:
+            return None
+        return None if recorded is None else recorded.decode()
 
     def parts(self, node: str) -> list[str]:
         """The Parquet files below a directory of the run, as nodes, in the order of their names."""
         found = self._fs.glob(f"{self._base}/{node}/*.parquet")
         return sorted(f"{node}/{os.path.basename(path)}" for path in found)
-
-    def begin(self, node: str, inputs: str) -> None:
-        """Prepare a directory that a stage fills file by file: files made from other inputs are removed."""
-        if self.read_text(f"{node}/.inputs") != inputs:
-            self.remove(node)
-            self.write_text(f"{node}/.inputs", inputs)
 
     def remove(self, node: str) -> None:
         if self.exists(node):

@@ -8,6 +8,7 @@ import pytest
 
 from mpo_ray.cli import main
 from tests import tiny_run
+from tests.evaluation.judge_server import JudgeServer
 from tests.tiny import WORDS, tiny_llama, tiny_tokenizer
 
 PAIRS = [{"prompt": f"the film {w}", "chosen": "good", "rejected": "bad"} for w in WORDS]
@@ -62,6 +63,21 @@ class TestCheck:
         status, out = _check(run_file, capsys, "--set", "objectives.good.reward=no_such_module:score")
         assert status == 1
         assert "objectives.good.reward: 'no_such_module' cannot be imported" in out
+
+    def test_a_judge_that_does_not_answer_or_lacks_its_key_is_named(
+        self, run_file: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with JudgeServer() as server:
+            judge = f"evaluation.judge={{url: {server.url}, model: judge-1}}"
+            status, out = _check(run_file, capsys, "--set", judge)
+            assert "ok       judge" in out
+            assert status == 0
+        for more, problem in ((), "no connection"), (("api_key_env=NO_SUCH_KEY",), "variable NO_SUCH_KEY"):
+            given = [item for setting in more for item in ("--set", f"evaluation.judge.{setting}")]
+            status, out = _check(run_file, capsys, "--set", judge, *given)
+            assert status == 1
+            assert "problem  judge: " in out
+            assert problem in out
 
     def test_prompts_longer_than_the_context_are_found(
         self, run_file: Path, capsys: pytest.CaptureFixture[str]
@@ -166,3 +182,11 @@ class TestGenerate:
 def test_the_quickstart_names_no_file_outside_the_repository() -> None:
     assert "${" not in tiny_run.CONFIG.read_text()
     assert ".." not in tiny_run.CONFIG.read_text()
+
+
+def test_a_judge_without_its_key_stops_a_run_before_it_begins(
+    run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = "evaluation.judge={url: 'http://127.0.0.1:9/v1', model: judge-1, api_key_env: NO_SUCH_KEY}"
+    assert main(["run", str(run_file), "--set", judge]) == 1
+    assert "The environment variable NO_SUCH_KEY (evaluation.judge.api_key_env) is not set" in capsys.readouterr().err

@@ -1,13 +1,16 @@
 """Work over the files of a run on Ray Data: one file in, one file out, by actors that load their models once.
 
-A file is the unit of work, progress and resume: it is written whole, and one that is there is not made again. What a
-part holds depends on its input alone, so that a run that was broken off ends with the same files as an unbroken one.
+A file is the unit of work, progress and resume. It is written whole, and records the digest of what it was made from:
+one that is there with the same digest is not made again. What a part holds depends on its inputs alone, so that a run
+that was broken off, or changed and changed back, ends with the same files as one that was not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -18,20 +21,31 @@ from rich.console import Console
 
 from mpo_ray.cluster.progress import bars
 from mpo_ray.config import Actors
-from mpo_ray.run import Run
+from mpo_ray.run import INPUTS, Run
 
 #: A worker is made once per actor, by `factory(**arguments)`, and turns one input table into one output table.
 Process = Callable[[pa.Table, dict[str, Any]], pa.Table]
 Factory = Callable[..., Process]
 
+#: Footers that are read at once: on remote storage each is a round trip.
+NUM_READERS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One unit of work: nodes of the run, and what else the worker must know of it (JSON values)."""
+    """One unit of work: nodes of the run, what the target is made from, and what else the worker must know.
+
+    inputs: digest of everything that the target's content depends on
+    values: JSON values for the worker
+    columns: for a table that is made column by column, the digest of each such column's inputs, in their order.
+        Columns that an older target has from the same inputs are handed to the worker with the source.
+    """
 
     source: str
     target: str
-    values: dict[str, Any]
+    inputs: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 def process_parts(
@@ -44,14 +58,21 @@ def process_parts(
     console: Console,
     title: str,
 ) -> None:
-    """Make every part that is not there yet. Raises the worker's own error; parts already written stay."""
-    missing = [part for part in parts if not run.exists(part.target)]
+    """Make every part that is not there yet from the same inputs. `parts` is all that their directories shall hold.
+
+    An actor whose process or node dies is started again, and makes the part that it was at from the start: that is Ray
+    Data's default for pools of actors, without a limit. Raises the worker's own error; parts already written stay.
+    """
+    missing = _missing(run, parts)
+    finished = len(parts) - len(missing)
+    if finished:
+        console.print(f"[dim]  {title}: {finished} of {len(parts)} parts are there already[/dim]")
     if not missing:
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
-    rows = [{"source": p.source, "target": p.target, "values": p.values} for p in missing]
+    rows = [{"part": json.dumps(asdict(part))} for part in missing]
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _PartWorker,
         fn_constructor_kwargs={"root": run.root, "factory": factory, "arguments": arguments},
@@ -61,12 +82,24 @@ def process_parts(
         num_cpus=actors.cpus_per_actor,
         num_gpus=actors.gpus_per_actor or None,
     )
-    finished = len(parts) - len(missing)
     with bars(console) as shown:
         shown.show(title, finished, len(parts))
         for _ in done.iter_rows():
             finished += 1
             shown.show(title, finished, len(parts))
+
+
+def _missing(run: Run, parts: Sequence[Part]) -> list[Part]:
+    """The parts that are not there from the same inputs. Files of their directories that no part wants are removed."""
+    wanted = {part.target: part for part in parts}
+    present = [node for directory in {target.rpartition("/")[0] for target in wanted} for node in run.parts(directory)]
+    for node in present:
+        if node not in wanted:
+            run.remove(node)
+    kept = [node for node in present if node in wanted]
+    with ThreadPoolExecutor(NUM_READERS) as readers:
+        recorded = dict(zip(kept, readers.map(run.inputs_of, kept), strict=True))
+    return [part for part in parts if recorded.get(part.target) != part.inputs]
 
 
 class _PartWorker:
@@ -78,6 +111,30 @@ class _PartWorker:
         self._process = factory(**arguments)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        for source, target, values in zip(batch["source"], batch["target"], batch["values"], strict=True):
-            self._run.write_table(str(target), self._process(self._run.read_table(str(source)), dict(values)))
-        return {"target": batch["target"]}
+        parts = [Part(**json.loads(str(text))) for text in batch["part"]]
+        for part in parts:
+            table = self._run.read_table(part.source)
+            for name, column in self._columns_at_hand(part).items():
+                table = table.append_column(name, column)
+            made = in_order(self._process(table, dict(part.values)), part.columns)
+            self._run.write_table(part.target, made, inputs=part.inputs)
+        return {"target": [part.target for part in parts]}
+
+    def _columns_at_hand(self, part: Part) -> dict[str, pa.ChunkedArray]:
+        """Columns of the target as it is now that were made from the inputs they shall be made from."""
+        if not part.columns or not self._run.exists(part.target):
+            return {}
+        old = self._run.read_table(part.target)
+        recorded = {column.name: (column.metadata or {}).get(INPUTS) for column in old.schema}
+        return {name: old[name] for name, inputs in part.columns.items() if recorded.get(name) == inputs.encode()}
+
+
+def in_order(table: pa.Table, columns: Mapping[str, str]) -> pa.Table:
+    """A table whose columns `columns` come last, in their order, each with the digest of its inputs."""
+    others = [name for name in table.column_names if name not in columns]
+    ordered = table.select([*others, *columns])
+    marked = [
+        f.with_metadata({INPUTS: columns[f.name].encode()}) if f.name in columns else f.remove_metadata()
+        for f in ordered.schema
+    ]
+    return ordered.cast(pa.schema(marked))

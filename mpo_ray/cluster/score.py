@@ -1,4 +1,4 @@
-"""What the Ray Data actors do with one part: reference log-probabilities, samples, scores, and their evaluation.
+"""What the Ray Data actors do with one part: reference log-probabilities, samples, scores.
 
 Each class loads its models once; calling it turns one table of prompts or responses into one with more columns.
 """
@@ -15,7 +15,7 @@ from mpo_ray.data.tokens import prompt_token_ids, render_prompt, response_token_
 from mpo_ray.decoding.batch import sample_completions
 from mpo_ray.evaluation.rewards import IMPLICIT, Reward, load_reward
 from mpo_ray.policies.loading import load_tokenizer
-from mpo_ray.policies.policy_set import PolicySet
+from mpo_ray.policies.policy_set import PolicySet, Sequences
 from mpo_ray.records import REFERENCE, decode_prompt
 
 
@@ -34,27 +34,36 @@ class PairReference:
         for side in ("chosen", "rejected"):
             ids = [response_token_ids(self._tokenizer, r[side]) for r in rows]
             columns[f"{side}_ids"] = ids
-            columns[f"log_ref_{side}"] = self._policies.logprobs(
-                REFERENCE,
-                list(zip(prompts, ids, strict=True)),
-                batch_size=self._actors.batch_size,
-                pad_id=self._tokenizer.pad_token_id,
-            )
+            rows_of_side = list(zip(prompts, ids, strict=True))
+            columns[f"log_ref_{side}"] = logprobs(
+                self._policies, [REFERENCE], rows_of_side, self._actors, self._tokenizer.pad_token_id
+            )[REFERENCE]
         columns["weight"] = [r["weight"] for r in rows]
         return pa.table(columns)
 
 
-class ReferenceSampler:
-    """Prompts → m responses each from π_ref at temperature 1, with log π_ref of the whole sequence."""
+class Sampler:
+    """Prompts → m responses each from one proposal at temperature 1, with log π_ref of the whole sequence.
 
-    def __init__(self, reference: str, actors: dict[str, Any], num_samples: int, max_new_tokens: int) -> None:
+    A proposal is π_ref or a policy; the distribution is not truncated, so that equation (6a) holds.
+    """
+
+    def __init__(
+        self,
+        reference: str,
+        policies: Mapping[str, str],
+        actors: dict[str, Any],
+        num_samples: int,
+        max_new_tokens: int,
+    ) -> None:
         self._actors = Actors.model_validate(actors)
         self._tokenizer = load_tokenizer(reference)
-        self._policies = PolicySet(reference, {}, precision=self._actors.precision)
+        self._policies = PolicySet(reference, policies, precision=self._actors.precision)
         self._num_samples, self._max_new_tokens = num_samples, max_new_tokens
 
     def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
-        with self._policies.model(REFERENCE) as model:
+        """values: `proposal`; `first_id`, the sample_id of its first response to each prompt; `seed`."""
+        with self._policies.model(values["proposal"]) as model:
             samples = draw(
                 model,
                 self._tokenizer,
@@ -64,15 +73,23 @@ class ReferenceSampler:
                 temperature=1.0,
                 seed=int(values["seed"]),
             )
-        log_ref = self._policies.logprobs(
-            REFERENCE, sequences(samples), batch_size=self._actors.batch_size, pad_id=self._tokenizer.pad_token_id
+        pad_id = self._tokenizer.pad_token_id
+        log_ref = logprobs(self._policies, [REFERENCE], sequences(samples), self._actors, pad_id)[REFERENCE]
+        ids = [values["first_id"] + index for index in samples["sample_id"].to_pylist()]
+        lengths = [len(response) for response in samples["response_ids"].to_pylist()]
+        return (
+            samples.set_column(samples.column_names.index("sample_id"), "sample_id", pa.array(ids, pa.int32()))
+            .append_column("proposal", pa.array([values["proposal"]] * samples.num_rows))
+            .append_column("num_tokens", pa.array(lengths, pa.int32()))
+            .append_column("log_ref", pa.array(log_ref, pa.float64()))
         )
-        samples = samples.append_column("proposal", pa.array([REFERENCE] * samples.num_rows))
-        return samples.append_column("log_ref", pa.array(log_ref, pa.float64()))
 
 
 class SampleScorer:
-    """Samples → log-ratio of every policy and reward of every objective: the score table (design 5.2)."""
+    """Samples → log-ratio of every policy and reward of every objective: the score table (design 5.2).
+
+    Columns that the samples come with are kept as they are.
+    """
 
     def __init__(
         self,
@@ -90,10 +107,13 @@ class SampleScorer:
         self._beta = beta
 
     def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
-        ratios = log_ratios(self._policies, self._names, table, self._actors, self._tokenizer.pad_token_id)
-        for name, column in ratios.items():
+        names = [name for name in self._names if f"log_ratio_{name}" not in table.column_names]
+        new = log_ratios(self._policies, names, table, self._actors, self._tokenizer.pad_token_id)
+        for name, column in new.items():
             table = table.append_column(f"log_ratio_{name}", pa.array(column, pa.float64()))
-        return with_rewards(table, self._rewards, self._tokenizer, ratios, self._beta)
+        ratios = {name: table[f"log_ratio_{name}"].to_pylist() for name in self._names}
+        rewards = {name: r for name, r in self._rewards.items() if f"reward_{name}" not in table.column_names}
+        return with_rewards(table, rewards, self._tokenizer, ratios, self._beta)
 
 
 def draw(
@@ -154,13 +174,17 @@ def log_ratios(
     policies: PolicySet, names: list[str], table: pa.Table, actors: Actors, pad_id: int
 ) -> dict[str, list[float]]:
     """ℓ_k = log π_k − log π_ref of every row and objective, nats; log π_ref is the table's own where it has it."""
-    rows = sequences(table)
+    known = "log_ref" in table.column_names
+    found = logprobs(policies, [*names, *([] if known else [REFERENCE])], sequences(table), actors, pad_id)
+    reference = table["log_ref"].to_pylist() if known else found[REFERENCE]
+    return {name: [a - b for a, b in zip(found[name], reference, strict=True)] for name in names}
 
-    def logprobs(name: str) -> list[float]:
-        return policies.logprobs(name, rows, batch_size=actors.batch_size, pad_id=pad_id)
 
-    reference = table["log_ref"].to_pylist() if "log_ref" in table.column_names else logprobs(REFERENCE)
-    return {name: [a - b for a, b in zip(logprobs(name), reference, strict=True)] for name in names}
+def logprobs(
+    policies: PolicySet, names: list[str], rows: Sequences, actors: Actors, pad_id: int
+) -> dict[str, list[float]]:
+    """log π of every completion under each of the named models, nats."""
+    return policies.logprobs(names, rows, batch_size=actors.batch_size, pad_id=pad_id)
 
 
 def load_rewards(specs: Mapping[str, str], actors: Actors) -> dict[str, Reward | None]:

@@ -81,7 +81,7 @@ def _fit(job: TrainingJob, progress: Queue) -> str | None:
             placement_strategy="SPREAD" if workers.num_workers > 1 else "PACK",
         ),
         run_config=RunConfig(
-            name=f"{job.name}-{job.identity}",
+            name=job.run_name,
             storage_path=f"{job.run_root}/training",
             failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=2),
             checkpoint_config=CheckpointConfig(num_to_keep=2),

@@ -67,7 +67,7 @@ def train_worker(values: dict[str, Any]) -> None:
             history.append({"step": step, **evaluated})
             _checkpoint(engine, step, history)
     final = task.evaluate()
-    _export(engine, run, job, tokenizer, {"steps": total, "heldout": final, "history": history})
+    _export(engine, run, job, tokenizer, {"inputs": job.inputs, "steps": total, "heldout": final, "history": history})
     _checkpoint(engine, total, history)
 
 

@@ -6,13 +6,14 @@ from mpo_ray.config import PolicyTraining, Strict, SupervisedTraining
 
 
 class TrainingJob(Strict):
-    """`name` with `identity` names the Ray Train run, so that other inputs never resume it.
+    """`inputs`, the digest of everything that the result depends on, names the Ray Train run with `name`, so that other
+    inputs never resume it, and stays in the result's training.json.
 
     model: directory or hub id to start from; *_parts: Parquet files of the run; output: node of the run to publish.
     """
 
     name: str
-    identity: str
+    inputs: str
     run_root: str
     model: str
     training: PolicyTraining | SupervisedTraining
@@ -24,4 +25,9 @@ class TrainingJob(Strict):
     @property
     def directory(self) -> str:
         """Node of the run that holds the checkpoints."""
-        return f"training/{self.name}-{self.identity}"
+        return f"training/{self.run_name}"
+
+    @property
+    def run_name(self) -> str:
+        """Name of the Ray Train run."""
+        return f"{self.name}-{self.inputs[:12]}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import io
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from mpo_ray.config import Source
-from mpo_ray.data.sources import NUM_HEAD_ROWS, DataError, Row, ending, list_files, opened, read_rows
+from mpo_ray.data.sources import NUM_HEAD_ROWS, DataError, Row, decoded_lines, ending, list_files, opened, read_rows
 
 ENDINGS = (".parquet", ".csv", ".jsonl")
 #: Rows that are worked on together; bytes of text that Arrow parses together, more than the longest row.
@@ -130,11 +129,8 @@ class _CsvFile:
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        with _refused(), opened(self.name) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as lines:
-            try:
-                header = next(csv.reader(lines), [])
-            except UnicodeDecodeError:
-                raise ScoreTableError(f"{self.name}:1: not UTF-8. Save the file as UTF-8.") from None
+        with _refused(), opened(self.name) as file:
+            header = next(csv.reader(decoded_lines(file, self.name)), [])
         if not header:
             raise ScoreTableError(f"{self.name}: the file is empty; its first line must name the columns.")
         if len(set(header)) < len(header):

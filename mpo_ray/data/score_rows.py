@@ -49,7 +49,7 @@ class RowKeys:
     prompt_ids: (P,) texts, in the order of their first appearance
     prompts: (N,) the number of each row's prompt
     samples: (N,) sample_id
-    proposals: names of who drew rows, `reference` first
+    proposals: names of who drew rows, `reference` first, whether it drew some or not
     drawn_by: (N,) the number of the proposal that drew each row
     order: (N,) rows sorted by prompt, then by sample; None where they are read in that order
     places: where each row stands in its file, for messages
@@ -94,7 +94,8 @@ def read_keys(files: Sequence[ScoreFile]) -> RowKeys:
     that is missing or of a wrong type, a (prompt, sample) that is there twice, a proposal whose policy has no column
     log_ratio_<proposal>, and if there are no rows.
     """
-    prompts, proposals = _Numbering(), _Numbering(known=[REFERENCE])
+    # The policies in the order of the columns, so that a sum over them has the same last digit however rows lie.
+    prompts, proposals = _Numbering(), _Numbering(known=[REFERENCE, *ratio_names(files[0].columns)])
     samples: list[NDArray[np.int64]] = []
     num_rows, ends = 0, []
     for file in files:
@@ -116,13 +117,16 @@ def read_keys(files: Sequence[ScoreFile]) -> RowKeys:
         raise ScoreTableError(f"the score table has {num_rows} rows; at most {np.iinfo(np.int32).max} can be read.")
     prompt_ids, numbers = prompts.finish()
     names, drawn_by = proposals.finish()
-    if (empty := pc.index(prompt_ids, "").as_py()) >= 0:
-        raise ScoreTableError(f"{places.of(int(np.argmax(numbers == empty)))}: prompt_id is empty. {_EVERY_ROW}")
-    _check_proposals(names.to_pylist(), drawn_by, files, places)
+    for column, texts, rows in ((PROMPT, prompt_ids, numbers), (PROPOSAL, names, drawn_by)):
+        if (empty := pc.index(texts, "").as_py()) >= 0:
+            raise ScoreTableError(f"{places.of(int(np.argmax(rows == empty)))}: {column} is empty. {_EVERY_ROW}")
+    used = np.union1d([0], np.flatnonzero(np.bincount(drawn_by)))
+    proposal_names, drawn_by = tuple(names.take(used).to_pylist()), np.searchsorted(used, drawn_by).astype(np.int16)
+    _check_proposals(proposal_names, drawn_by, files, places)
     row_samples = np.concatenate(samples)
     order = _sorted(numbers, row_samples)
     _check_unique(prompt_ids, numbers, row_samples, order, places)
-    return RowKeys(prompt_ids, numbers, row_samples, tuple(names.to_pylist()), drawn_by.astype(np.int16), order, places)
+    return RowKeys(prompt_ids, numbers, row_samples, proposal_names, drawn_by, order, places)
 
 
 _EVERY_ROW = "Every row names its prompt, its sample and, where the column is there, who drew it."
@@ -192,7 +196,7 @@ def _whole_numbers(batch: pa.RecordBatch, places: Places, start: int) -> NDArray
 
 
 def _check_proposals(
-    names: Sequence[str], drawn_by: NDArray[np.int32], files: Sequence[ScoreFile], places: Places
+    names: Sequence[str], drawn_by: NDArray[np.int16], files: Sequence[ScoreFile], places: Places
 ) -> None:
     for number, name in enumerate(names):
         for file in files:

@@ -220,14 +220,14 @@ def _decode(data: bytes, name: str, line: int = 1) -> str:
         ) from None
 
 
-def _lines(file: Iterable[bytes], name: str) -> Iterator[str]:
+def decoded_lines(file: Iterable[bytes], name: str) -> Iterator[str]:
     """Decoded lines; only a line feed ends one, as JSON strings may hold every other separator."""
     for number, line in enumerate(file, 1):
         yield _decode(line, name, number)
 
 
 def _read_json_lines(file: Iterable[bytes], name: str) -> Iterator[Row | Refusal]:
-    for number, line in enumerate(_lines(file, name), 1):
+    for number, line in enumerate(decoded_lines(file, name), 1):
         where = f"{name}:{number}"
         if not line.strip():
             continue
@@ -263,7 +263,7 @@ def _object(where: str, value: object) -> Row | Refusal:
 def _read_csv(file: Iterable[bytes], name: str) -> Iterator[Row | Refusal]:
     """Rows by the header's names; a row is placed by the line it begins on."""
     csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is less than a long prompt
-    reader = csv.reader(_lines(file, name), strict=True)
+    reader = csv.reader(decoded_lines(file, name), strict=True)
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):

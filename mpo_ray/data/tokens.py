@@ -20,15 +20,31 @@ class TokenBatch:
     """Right-padded sequences, each a prompt and its completion.
 
     input_ids: (B, T) int64; attention_mask: (B, T) int64, 1 on real tokens; completion_mask: (B, T) bool, true on the
-    completion's tokens, its end token included.
+    completion's tokens, its end token included. prompt_rows: (B,) int64, for each row the first one with the same
+    prompt, perhaps itself, or None where nobody looked.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     completion_mask: torch.Tensor
+    prompt_rows: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> TokenBatch:
-        return TokenBatch(self.input_ids.to(device), self.attention_mask.to(device), self.completion_mask.to(device))
+        rows = self.prompt_rows
+        return TokenBatch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.completion_mask.to(device),
+            None if rows is None else rows.to(device),
+        )
+
+    def repeated(self, times: int) -> TokenBatch:
+        """The batch `times` times, one after the other: (times · B, T)."""
+        rows = self.prompt_rows
+        if rows is not None:
+            rows = (torch.arange(times, device=rows.device)[:, None] * len(rows) + rows).flatten()
+        tokens = (self.input_ids, self.attention_mask, self.completion_mask)
+        return TokenBatch(*(each.repeat(times, 1) for each in tokens), rows)
 
 
 def render_prompt(tokenizer: Any, prompt: Prompt) -> str:
@@ -66,6 +82,12 @@ def prompt_token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
 def response_token_ids(tokenizer: Any, response: str) -> list[int]:
     """Ids of a response and the end token."""
     return [*tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def shared_prompts(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> torch.Tensor:
+    """For each (prompt ids, completion ids) the first one with the same prompt: `TokenBatch.prompt_rows`."""
+    first: dict[tuple[int, ...], int] = {}
+    return torch.tensor([first.setdefault(tuple(prompt), row) for row, (prompt, _) in enumerate(sequences)])
 
 
 def collate(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, pad_id: int) -> TokenBatch:

@@ -29,6 +29,9 @@ from mpo_ray.records import decode_prompt
 SHOWN_PROMPTS = 4
 SHOWN_CHARACTERS = 900
 
+#: The counts of judge.json that the page shows.
+JUDGE_KINDS = ("wins", "losses", "ties", "first", "second", "identical", "unparsed", "refused", "missing")
+
 CAPTIONS = {
     "win_rates": "Win rate against the reference, with intervals. The dashed line is parity; the shaded group is the "
     "worst objective of each candidate.",
@@ -51,6 +54,7 @@ def write_report(
     conflict: Sequence[Mapping[str, Any]] | None,
     provenance: Mapping[str, Any],
     training: Mapping[str, Mapping[str, Any]],
+    judge: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write report.html, metrics.json and the pictures into `directory`, and return the path of report.html.
 
@@ -61,6 +65,7 @@ def write_report(
     counts: objective → what was counted of its comparisons (numbers, or one level of named numbers)
     conflict: per pair of objectives `first`, `second`, `disagreement`, `rank_correlation`, `sentence`; None if unknown
     provenance: what the run was made with (versions, seed, digest of the config, …), nested as deep as need be
+    judge: what judge.json holds; None without a judge
     training: objective → `steps`, `heldout` (named numbers) and `history` (a list of {"step", "loss"}), each optional
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -86,6 +91,8 @@ def write_report(
         conflict=conflict,
         training=_table_of({name: _training_numbers(values) for name, values in training.items()}),
         provenance=_flat(provenance),
+        judge=judge,
+        judge_kinds=JUDGE_KINDS,
     )
     path = directory / "report.html"
     path.write_text(page, encoding="utf-8")

@@ -69,7 +69,7 @@ def _certificate(fit: Mapping[str, Any]) -> str:
     size, numbers = fit["effective_sample_size"], fit["samples_per_prompt"]
     responses = f"{numbers['max']}" if numbers["min"] == numbers["max"] else f"{numbers['min']} to {numbers['max']}"
     bounds = ""
-    if fit["intervals"] is not None:
+    if fit["intervals"] is not None and fit["intervals"]["objective_value"] is not None:
         low, high = fit["intervals"]["objective_value"]
         bounds = f" [{low:.4f}, {high:.4f}]"
     return (

@@ -10,35 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mpo_ray.maths.log_linear import mix_logprobs
+from mpo_ray.policies.adapters import AdapterStack, repeat_rows
 from mpo_ray.policies.artefact import check_artefact, policy_path, reference_path
-from mpo_ray.policies.loading import PRECISIONS, ModelError, add_adapter, is_adapter, load_model
+from mpo_ray.policies.cache import CachePart, MixtureCache, growing_cache
+from mpo_ray.policies.loading import PRECISIONS, ModelError, is_adapter, load_model
+from mpo_ray.policies.lora_file import check_stackable
 from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.records import check_weights
-
-
-class MixtureCache(Cache):  # type: ignore[misc]
-    """One key-value cache per policy that takes part; `layers` are all of theirs, so that whatever `generate()` does
-    to a cache (reorder, repeat, crop) is done to each."""
-
-    def __init__(self, parts: Mapping[int, DynamicCache]) -> None:
-        self.parts = dict(parts)
-        super().__init__(layers=[layer for part in parts.values() for layer in part.layers])
 
 
 class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """K policies with one vocabulary; logits are Σ_k λ_k log π_k(v | y_<t).
 
     They are log-probabilities up to a constant per position: softmax of them is q_t. A policy is a model of its own or
-    one of several LoRA adapters on a shared base. Weights come from the artefact, from `set_weights`, or per row from
-    the argument `mixture_weights` (B, K) of `forward` and `generate`; a policy whose weights are all 0 is not run.
-    Not safe for concurrent calls: adapters are switched on the shared base.
+    one of several LoRA adapters on a shared base, which are one forward pass of K groups of rows. Weights come from the
+    artefact, from `set_weights`, or per row from the argument `mixture_weights` (B, K) of `forward` and `generate`; a
+    policy whose weights are all 0 is not run. `forward` leaves the model as it was, so that threads may share it, if
+    each has its own cache and gives its weights as `mixture_weights`.
     """
 
     config_class = MixtureConfig
@@ -47,13 +40,14 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
     _supports_flash_attn = True
 
     def __init__(
-        self, config: MixtureConfig, policies: Sequence[tuple[PreTrainedModel | PeftModel, str | None]]
+        self, config: MixtureConfig, *, adapters: AdapterStack | None, full: Mapping[str, PreTrainedModel]
     ) -> None:
-        """policies: per objective, the model and the name of its adapter (None for full weights), in order."""
+        """adapters: the objectives whose policies are LoRA adapters; full: the models of all the others."""
         super().__init__(config)
-        self.branches = nn.ModuleList({id(model): model for model, _ in policies}.values())
-        places = {id(model): index for index, model in enumerate(self.branches)}
-        self._routes = [(places[id(model)], adapter) for model, adapter in policies]
+        stacks = [] if adapters is None else [adapters]
+        self.branches = nn.ModuleList([*stacks, *full.values()])
+        places = {name: len(stacks) + index for index, name in enumerate(full)}
+        self._places = [places.get(name, 0) for name in config.objectives]
         self.requires_grad_(False)
         self.set_weights(config.weights)
 
@@ -85,23 +79,22 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
             config.weights = check_weights(weights, config.objectives, where="weights")
         check_artefact(directory, config)
         precision = _precision(dtype if dtype not in (None, "auto") else config.dtype)
-        policies: list[tuple[PreTrainedModel | PeftModel, str | None]] = []
-        base: PreTrainedModel | PeftModel | None = None
-        for index, objective in enumerate(config.objectives):
-            path = policy_path(directory, objective)
-            if is_adapter(path):
-                base = base or load_model(reference_path(directory, config), precision=precision)
-                base = add_adapter(base, path, name=f"policy_{index}")
-                policies.append((base, f"policy_{index}"))
-            else:
-                policies.append((load_model(str(path), precision=precision), None))
-        sizes = [model.config.get_text_config().vocab_size for model, _ in policies]
+        paths = {name: policy_path(directory, name) for name in config.objectives}
+        adapted = {name: path for name, path in paths.items() if is_adapter(path)}
+        for path in adapted.values():
+            check_stackable(path)
+        stack = None
+        if adapted:
+            stack = AdapterStack(load_model(reference_path(directory, config), precision=precision), adapted)
+        full = {n: load_model(str(path), precision=precision) for n, path in paths.items() if n not in adapted}
+        models = [stack.base if stack is not None and name in adapted else full[name] for name in paths]
+        sizes = [model.config.get_text_config().vocab_size for model in models]
         if len(set(sizes)) > 1:
             raise ModelError(
                 f"{directory}: the output layers of {', '.join(config.objectives)} differ in size: {sizes}. Train the "
                 "policies from the same base model."
             )
-        model: MixtureForCausalLM = cls(config, policies).eval()
+        model: MixtureForCausalLM = cls(config, adapters=stack, full=full).eval()
         model.name_or_path = str(directory)
         model.generation_config = GenerationConfig.from_pretrained(directory)
         device = device_map.get("") if isinstance(device_map, dict) else device_map
@@ -126,7 +119,8 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
 
     def get_input_embeddings(self) -> nn.Module:
         first: Any = self.branches[0]
-        embeddings: nn.Module = first.get_input_embeddings()
+        model = first.base if isinstance(first, AdapterStack) else first
+        embeddings: nn.Module = model.get_input_embeddings()
         return embeddings
 
     def forward(
@@ -144,47 +138,67 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         """Logits Σ_k λ_k log π_k, (B, T, V) in float32.
 
         mixture_weights: (B, K) λ of each row; any finite values, so λ/τ is sequence temperature τ
-        past_key_values: from a call with weights that were positive for the same policies, or for more
+        past_key_values: from a call with weights that were positive for the same policies, or for more (those it
+        holds are all run, so that it stays whole)
         """
         if mixture_weights is None:
             weights = self._weights.expand(input_ids.shape[0], -1)
         else:
-            weights = _checked_rows(mixture_weights, input_ids.shape[0], len(self._routes))
+            weights = _checked_rows(mixture_weights, input_ids.shape[0], len(self._places))
         active = (weights != 0).any(dim=0).nonzero()[:, 0].tolist()
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values
-        if use_cache and cache is None:
-            cache = MixtureCache({k: DynamicCache(config=self._branch(k).config) for k in active})
-        if cache is not None and not cache.parts.keys() >= set(active):
+        if cache is None:
+            branches = self._branches_of(active)
+            if use_cache:
+                cache = MixtureCache({b: CachePart(self._empty_cache(b), ks) for b, ks in branches.items()})
+        elif cache.policies >= set(active):
+            branches = {place: part.policies for place, part in cache.parts.items()}
+        else:
             raise ValueError(
                 "past_key_values was filled while some of the policies had weight 0; give every policy its weight from "
                 "the first token on, or begin again without past_key_values."
             )
         logprobs = []
-        for k in active:
-            output = self._branch(k)(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=None if cache is None else cache.parts[k],
+        for place, policies in branches.items():
+            logits = self._run(
+                place,
+                policies,
+                input_ids=repeat_rows(input_ids, len(policies)),
+                attention_mask=repeat_rows(attention_mask, len(policies)),
+                position_ids=repeat_rows(position_ids, len(policies)),
+                past_key_values=None if cache is None else cache.parts[place].cache,
                 use_cache=cache is not None,
                 logits_to_keep=logits_to_keep,
             )
-            logprobs.append(torch.log_softmax(output.logits.float(), dim=-1))
-        logits = mix_logprobs(torch.stack(logprobs), weights[:, active].T.to(input_ids.device))
+            logprobs.append(torch.log_softmax(logits.float(), dim=-1).unflatten(0, (len(policies), -1)))
+        order = [k for policies in branches.values() for k in policies]
+        stacked = logprobs[0] if len(logprobs) == 1 else torch.cat(logprobs)
+        logits = mix_logprobs(stacked, weights[:, order].T.to(input_ids.device))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
         result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return result if return_dict is not False else result.to_tuple()
 
-    def _branch(self, k: int) -> Any:
-        """The model of policy k, with its adapter switched on."""
-        place, adapter = self._routes[k]
-        model: Any = self.branches[place]
-        if adapter is not None and model.active_adapter != adapter:
-            model.set_adapter(adapter, inference_mode=True)
-        return model
+    def _branches_of(self, policies: Sequence[int]) -> dict[int, tuple[int, ...]]:
+        """The branches that hold these policies, and which of them each holds."""
+        places = sorted({self._places[k] for k in policies})
+        return {place: tuple(k for k in policies if self._places[k] == place) for place in places}
+
+    def _empty_cache(self, place: int) -> DynamicCache:
+        branch: Any = self.branches[place]
+        return growing_cache((branch.base if isinstance(branch, AdapterStack) else branch).config)
+
+    def _run(self, place: int, policies: tuple[int, ...], **inputs: Any) -> Tensor:
+        """The logits of one branch, for a group of rows of each of these policies."""
+        branch: Any = self.branches[place]
+        if isinstance(branch, AdapterStack):
+            output = branch([self.config.objectives[k] for k in policies], **inputs)
+        else:
+            output = branch(**inputs)
+        logits: Tensor = output.logits
+        return logits
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

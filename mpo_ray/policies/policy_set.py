@@ -7,67 +7,122 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftModel
 
-from mpo_ray.data.tokens import collate
-from mpo_ray.policies.loading import add_adapter, is_adapter, load_model
+from mpo_ray.data.tokens import collate, shared_prompts
+from mpo_ray.policies.adapters import AdapterStack
+from mpo_ray.policies.loading import is_adapter, load_model
+from mpo_ray.policies.lora_file import check_stackable
 from mpo_ray.records import REFERENCE
 from mpo_ray.training.completion_model import CompletionModel
 
 #: (prompt ids, completion ids)
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
+#: Tokens of one forward pass on a CPU: larger activations leave its caches.
+MOST_TOKENS_ON_CPU = 1024
 
 
 class PolicySet:
     """Models by name: `reference` and every objective. On the GPU where there is one."""
 
     def __init__(self, reference: str, policies: Mapping[str, str], *, precision: str = "fp32") -> None:
-        base: Any = load_model(reference, precision=precision)
-        self._full: dict[str, Any] = {}
-        self._adapters: dict[str, str] = {}
-        for index, (name, path) in enumerate(policies.items()):
-            if is_adapter(path):
-                self._adapters[name] = f"policy_{index}"  # an objective's name may be one that torch's modules use
-                base = add_adapter(base, path, name=self._adapters[name])
-            else:
-                self._full[name] = load_model(path, precision=precision).to(_device())
-        self._base = base.to(_device()).eval()
+        adapters = {name: path for name, path in policies.items() if is_adapter(path)}
+        for path in adapters.values():
+            check_stackable(path)
+        self._stack = AdapterStack(load_model(reference, precision=precision), adapters).to(_device())
+        self._full: dict[str, Any] = {
+            name: load_model(path, precision=precision).to(_device())
+            for name, path in policies.items()
+            if name not in adapters
+        }
 
     @contextmanager
     def model(self, name: str) -> Iterator[Any]:
-        """The causal LM of one policy, or of the reference, while the block runs."""
+        """The causal LM of one policy, or of the reference, in this thread and while the block runs."""
         if name in self._full:
             yield self._full[name]
-        elif not isinstance(self._base, PeftModel):
-            yield self._base
-        elif name == REFERENCE:
-            with self._base.disable_adapter():
-                yield self._base
         else:
-            self._base.set_adapter(self._adapters[name])
-            yield self._base
+            with self._stack.running([name]) as model:
+                yield model
 
-    def logprobs(self, name: str, sequences: Sequences, *, batch_size: int, pad_id: int) -> list[float]:
-        """log π_name(completion | prompt) of every sequence, nats, summed over the completion's tokens."""
-        with self.model(name) as model:
-            return sequence_logprobs(model, sequences, batch_size=batch_size, pad_id=pad_id)
+    def logprobs(
+        self, names: Sequence[str], sequences: Sequences, *, batch_size: int, pad_id: int
+    ) -> dict[str, list[float]]:
+        """log π(completion | prompt) of every sequence under each of these, nats, summed over the completion's tokens.
+
+        Adapters and the reference are one pass, in which every sequence is a row for each of them.
+        batch_size: rows of one forward pass, at most
+        """
+        how: dict[str, Any] = {"batch_size": batch_size, "pad_id": pad_id}
+        stacked = [name for name in (REFERENCE, *self._stack.names) if name in names]
+        values: dict[str, list[float]] = {}
+        if stacked:
+            with self._stack.running(stacked) as model:
+                columns = grouped_logprobs(model, sequences, num_groups=len(stacked), **how)
+            values.update(zip(stacked, columns, strict=True))
+        for name in {*names} - {*stacked}:
+            values[name] = sequence_logprobs(self._full[name], sequences, **how)
+        return values
+
+
+def sequence_logprobs(model: Any, sequences: Sequences, *, batch_size: int, pad_id: int) -> list[float]:
+    """log π(completion | prompt) of every sequence, nats: batches of like length, each sequence at its own place."""
+    [values] = grouped_logprobs(model, sequences, num_groups=1, batch_size=batch_size, pad_id=pad_id)
+    return values
 
 
 @torch.no_grad()
-def sequence_logprobs(model: Any, sequences: Sequences, *, batch_size: int, pad_id: int) -> list[float]:
-    """log π(completion | prompt) of every sequence, nats: batches of like length, each sequence at its own place."""
+def grouped_logprobs(
+    model: Any, sequences: Sequences, *, num_groups: int, batch_size: int, pad_id: int
+) -> list[list[float]]:
+    """`sequence_logprobs` under each policy of a model that takes `num_groups` groups of rows, one for each policy."""
     completions = CompletionModel(model)
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
-    values = [0.0] * len(sequences)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = collate([sequences[i] for i in rows], pad_id=pad_id).to(model.device)
-        for i, value in zip(rows, completions(batch).double().tolist(), strict=True):
-            values[i] = value
+    values = [[0.0] * len(sequences) for _ in range(num_groups)]
+    most_tokens = MOST_TOKENS_ON_CPU if model.device.type == "cpu" else None
+    order = by_prompt(sequences) if completions.packs else by_length(sequences)
+    for rows in _batches(sequences, order, copies=num_groups, most_rows=batch_size, most_tokens=most_tokens):
+        chosen = [sequences[i] for i in rows]
+        batch = replace(collate(chosen, pad_id=pad_id), prompt_rows=shared_prompts(chosen)).to(model.device)
+        found = completions(batch.repeated(num_groups)).double().view(num_groups, -1).tolist()
+        for column, results in zip(values, found, strict=True):
+            for i, value in zip(rows, results, strict=True):
+                column[i] = value
     return values
+
+
+def by_length(sequences: Sequences) -> list[int]:
+    """The places of all sequences, shortest first: batches of neighbours need little padding."""
+    return sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
+
+
+def by_prompt(sequences: Sequences) -> list[int]:
+    """The places of all sequences, those of one prompt together, prompts in the order of their longest sequence."""
+    longest: dict[tuple[int, ...], int] = {}
+    for prompt, completion in sequences:
+        key = tuple(prompt)
+        longest[key] = max(longest.get(key, 0), len(prompt) + len(completion))
+    return sorted(range(len(sequences)), key=lambda i: (longest[tuple(sequences[i][0])], tuple(sequences[i][0]), i))
+
+
+def _batches(
+    sequences: Sequences, order: Sequence[int], *, copies: int, most_rows: int, most_tokens: int | None
+) -> Iterator[list[int]]:
+    """The order, cut where `copies` of a batch would have too many rows or tokens; one sequence is always allowed."""
+    batch: list[int] = []
+    tokens = 0
+    for i in order:
+        length = copies * (len(sequences[i][0]) + len(sequences[i][1]))
+        too_long = most_tokens is not None and tokens + length > most_tokens
+        if batch and (too_long or (len(batch) + 1) * copies > most_rows):
+            yield batch
+            batch, tokens = [], 0
+        batch.append(i)
+        tokens += length
+    if batch:
+        yield batch
 
 
 def _device() -> str:

@@ -15,6 +15,7 @@ from mpo_ray.evaluation.rewards import IMPLICIT, is_callable_spec, load_reward
 from mpo_ray.policies.loading import check_model_files, load_tokenizer
 from mpo_ray.run import Run
 from mpo_ray.stages.data import prepare_data, write_embedded
+from mpo_ray.stages.judging import check_judge
 from mpo_ray.stages.stage import EMBEDDED, Context
 
 
@@ -42,7 +43,7 @@ class Findings:
 
 
 def check_run(config: RunConfig, console: Console, *, update: bool = False) -> Findings:
-    """Look at run name, storage, resources, models, rewards and data; a problem in one does not hide the others."""
+    """Look at everything from the storage to the data; a problem in one does not hide the others."""
     findings = Findings()
 
     def look(what: str, at: Callable[[], object]) -> None:
@@ -63,6 +64,8 @@ def check_run(config: RunConfig, console: Console, *, update: bool = False) -> F
             write_embedded(context)
         look("reference model", lambda: check_model(context))
         look("rewards", lambda: check_rewards(context))
+        if config.evaluation.judge is not None:
+            look("judge", lambda: check_judge(context))
         look("data", lambda: findings.counts.update(prepare_data(context)))
         findings.conflict = context.run.read_json("comparisons/conflict.json")
     return findings

@@ -188,10 +188,10 @@ def _prompt_columns(prompt: Prompt) -> dict[str, Any]:
 
 
 def _write_parts(context: Context, node: str, prefix: str, rows: list[dict[str, Any]], size: int) -> None:
+    """Write rows as files that are known by their content: what is made from them is made again only if it changed."""
     for index, start in enumerate(range(0, len(rows), size)):
-        context.run.write_table(
-            f"{node}/{prefix}-{index:05d}.parquet", pa.Table.from_pylist(rows[start : start + size])
-        )
+        part = rows[start : start + size]
+        context.run.write_table(f"{node}/{prefix}-{index:05d}.parquet", pa.Table.from_pylist(part), inputs=digest(part))
 
 
 EMBEDDED_STAGE = Stage(

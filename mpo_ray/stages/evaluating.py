@@ -30,12 +30,12 @@ def evaluate(context: Context) -> dict[str, Any]:
     """Completions, rewards and KL of every candidate, then win rates and intervals."""
     config, run = context.config, context.run
     objectives = list(config.objectives)
-    run.begin("evaluation/parts", context.inputs(EVALUATION))
     prompts = run.parts("prompts/evaluation")
     parts = [
         Part(
             source,
             f"evaluation/parts/{name}-{index:05d}.parquet",
+            context.inputs(EVALUATION),
             {"candidate": name, "weights": weights, "seed": int(digest([config.seed, name, index])[:12], 16)},
         )
         for name, weights in candidates(objectives, run.read_json("fit.json")["weights"]).items()
@@ -96,6 +96,7 @@ def report(context: Context) -> None:
                 **{f"version of {name}": v for name, v in run.manifest().get("versions", {}).items()},
             },
             training=trained,
+            judge=run.read_json("evaluation/judge.json") if config.evaluation.judge else None,
         )
 
 
@@ -128,7 +129,7 @@ EVALUATION = Stage(
     after=("mixture",),
     outputs=lambda context: ["evaluation/completions.parquet", "evaluation/metrics.json"],
     depends_on=lambda context: [
-        context.config.evaluation.model_dump(exclude={"prompts", "num_prompts"}),
+        context.config.evaluation.model_dump(exclude={"prompts", "num_prompts", "judge"}),
         context.config.scoring.model_dump(exclude=ACTOR_PLACEMENT),
         {name: content(spec) for name, spec in context.rewards().items()},
         context.config.seed,
@@ -138,7 +139,7 @@ EVALUATION = Stage(
 REPORT = Stage(
     name="report",
     title="Report",
-    after=("evaluation",),
+    after=("judge",),
     outputs=lambda context: ["report"],
     depends_on=lambda context: None,
     work=report,

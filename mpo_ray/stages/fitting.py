@@ -1,4 +1,4 @@
-"""The stages between policies and mixture: samples of the reference, their scores, and the weights."""
+"""The stages between scores and evaluation: the weights, and the mixture artefact."""
 
 from __future__ import annotations
 
@@ -6,83 +6,73 @@ from typing import Any
 
 import numpy as np
 
-from mpo_ray.cluster.parts import Part, process_parts
-from mpo_ray.cluster.score import ReferenceSampler, SampleScorer
-from mpo_ray.data.scores import scores_from_table
-from mpo_ray.fitting.standalone import available_estimators, fit_scores
+from mpo_ray.cluster.decoded_fit import play
+from mpo_ray.data.scores import ScoreTable, scores_from_table
+from mpo_ray.fitting.standalone import available_estimators, fit_scores, trade_off_of, usable_estimator
 from mpo_ray.fitting.summary import fit_summary
+from mpo_ray.fitting.table_fit import Found, describe, fit_table
+from mpo_ray.fitting.trust import warnings
 from mpo_ray.policies.artefact import write_artefact
-from mpo_ray.records import digest
-from mpo_ray.stages.stage import Context, Stage, content
-from mpo_ray.stages.training import ACTOR_PLACEMENT
-
-
-def sample(context: Context) -> dict[str, Any]:
-    """Draw m responses per prompt of the fit from π_ref."""
-    config = context.config
-    context.run.begin("samples", context.inputs(SAMPLES))
-    parts = [
-        Part(source, f"samples/{source.rpartition('/')[2]}", {"seed": int(digest([config.seed, index])[:12], 16)})
-        for index, source in enumerate(context.run.parts("prompts/fit"))
-    ]
-    process_parts(
-        context.run,
-        parts,
-        ReferenceSampler,
-        {
-            "reference": context.reference(),
-            "actors": config.scoring.model_dump(),
-            "num_samples": config.samples.samples_per_prompt,
-            "max_new_tokens": config.samples.max_new_tokens,
-        },
-        actors=config.scoring,
-        console=context.console,
-        title="samples of the reference",
-    )
-    finished = context.run.read_table("samples")["finished"].to_pylist()
-    return {"samples": len(finished), "finished": float(np.mean(finished))}
-
-
-def score(context: Context) -> None:
-    """Log-ratios of every policy and rewards of every objective on the samples."""
-    config = context.config
-    context.run.begin("scores", context.inputs(SCORES))
-    process_parts(
-        context.run,
-        [Part(source, f"scores/{source.rpartition('/')[2]}", {}) for source in context.run.parts("samples")],
-        SampleScorer,
-        {
-            "reference": context.reference(),
-            "policies": context.policies(),
-            "rewards": context.rewards(),
-            "beta": config.policies.beta,
-            "actors": config.scoring.model_dump(),
-        },
-        actors=config.scoring,
-        console=context.console,
-        title="scores",
-    )
+from mpo_ray.stages.stage import STAGES, Context, Stage, content
 
 
 def fit(context: Context) -> dict[str, Any]:
     """Find λ by the config's method, describe it and what the other fits would say, and predict the trade-off."""
     config, names = context.config, list(context.config.objectives)
     scores = scores_from_table(context.run.read_table("scores"), names, min_objectives=1)
-    result, trade_off = fit_scores(
-        scores, config.fit, seed=config.seed, method=config.fit.method, beta=config.policies.beta
-    )
-    alternatives = {}
-    for estimator in available_estimators(scores):
-        settings = config.fit.model_copy(update={"estimator": estimator})
-        alternatives[estimator] = fit_scores(
-            scores, settings, seed=config.seed, method="exact", beta=config.policies.beta
-        )[0]
-    result["alternatives"] = alternatives
+    given = {"seed": config.seed, "beta": config.policies.beta}
+    if config.fit.method == "decoded" and len(names) > 1:
+        result = _decoded(context, scores)
+    else:  # one policy has the weight 1, and no game to play
+        method = "exact" if config.fit.method == "decoded" else config.fit.method
+        estimator = usable_estimator(scores, config.fit.estimator)
+        result = fit_table(scores, config.fit, method=method, estimator=estimator, **given)
+    trade_off = trade_off_of(scores, result, config.fit, seed=config.seed)
+    result["warnings"] = warnings(scores, result, trade_off)
+    result["alternatives"] = {
+        estimator: fit_scores(scores, config.fit.model_copy(update={"estimator": estimator}), method="exact", **given)[
+            0
+        ]
+        for estimator in available_estimators(scores)
+    }
     context.run.write_json("fit.json", result)
     context.run.write_json("trade_off.json", trade_off)
     context.console.print(fit_summary(result))
     weights: dict[str, float] = result["weights"]
     return weights
+
+
+def _decoded(context: Context, scores: ScoreTable) -> dict[str, Any]:
+    """Play the game of equation (6b), and describe its answer on the table as any other's."""
+    config = context.config
+    game = play(
+        context.run,
+        config,
+        reference=context.reference(),
+        policies=context.policies(),
+        rewards=context.rewards(),
+        inputs=context.inputs(STAGES["scores"]),
+        console=context.console,
+    )
+    result = describe(
+        scores,
+        Found(np.array(list(game.weights.values()))),
+        config.fit,
+        seed=config.seed,
+        method="decoded",
+        estimator=usable_estimator(scores, config.fit.estimator),
+        beta=config.policies.beta,
+    )
+    least, error = min(game.gains.values()), max(game.standard_errors.values())
+    intervals = None
+    if game.intervals is not None:
+        draws, confidence = config.fit.bootstrap_draws, config.fit.confidence
+        intervals = {"confidence": confidence, "draws": draws, "weights": game.intervals, "objective_value": None}
+    return result | {
+        "decoded": game.as_json(),
+        "intervals": intervals,
+        "binding": [name for name, gain in game.gains.items() if gain - least <= 2 * error],
+    }
 
 
 def write_mixture(context: Context) -> None:
@@ -100,35 +90,16 @@ def write_mixture(context: Context) -> None:
         )
 
 
-SAMPLES = Stage(
-    name="samples",
-    title="Samples of the reference",
-    after=("reference",),
-    outputs=lambda context: ["samples"],
-    depends_on=lambda context: [
-        context.config.samples.model_dump(),
-        context.config.scoring.model_dump(exclude=ACTOR_PLACEMENT),
-        context.config.seed,
-    ],
-    work=sample,
-)
-SCORES = Stage(
-    name="scores",
-    title="Scores",
-    after=("samples", "policies"),
-    outputs=lambda context: ["scores"],
-    depends_on=lambda context: [
-        context.config.scoring.model_dump(exclude=ACTOR_PLACEMENT),
-        {name: content(spec) for name, spec in context.rewards().items()},
-    ],
-    work=score,
-)
 FIT = Stage(
     name="fit",
     title="Mixture weights",
     after=("scores",),
     outputs=lambda context: ["fit.json", "trade_off.json"],
-    depends_on=lambda context: [context.config.fit.model_dump(), context.config.seed],
+    depends_on=lambda context: [
+        context.config.fit.model_dump(),
+        {name: content(spec) for name, spec in context.rewards().items()},
+        context.config.seed,
+    ],
     work=fit,
 )
 MIXTURE = Stage(

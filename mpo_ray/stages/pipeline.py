@@ -5,21 +5,38 @@ from __future__ import annotations
 from mpo_ray.run import RunError
 from mpo_ray.stages.data import DATA_STAGE, EMBEDDED_STAGE
 from mpo_ray.stages.evaluating import EVALUATION, REPORT
-from mpo_ray.stages.fitting import FIT, MIXTURE, SAMPLES, SCORES
+from mpo_ray.stages.fitting import FIT, MIXTURE
+from mpo_ray.stages.judging import JUDGE
+from mpo_ray.stages.sampling import SAMPLES, SCORES
 from mpo_ray.stages.stage import STAGES, Context, Stage, run_stage
 from mpo_ray.stages.training import PAIRS, POLICIES, REFERENCE
 
-ORDER = (EMBEDDED_STAGE, DATA_STAGE, REFERENCE, PAIRS, POLICIES, SAMPLES, SCORES, FIT, MIXTURE, EVALUATION, REPORT)
+ORDER = (
+    EMBEDDED_STAGE,
+    DATA_STAGE,
+    REFERENCE,
+    PAIRS,
+    POLICIES,
+    SAMPLES,
+    SCORES,
+    FIT,
+    MIXTURE,
+    EVALUATION,
+    JUDGE,
+    REPORT,
+)
 STAGES.update({stage.name: stage for stage in ORDER})
 
 
 def stages_of(context: Context) -> list[Stage]:
-    """The stages this run needs: the embedded world and the training of the reference only where they are asked for."""
+    """The stages this run needs: embedded world, training of the reference and judge only where they are asked for."""
     left_out = set()
     if not context.uses_embedded():
         left_out.add(EMBEDDED_STAGE.name)
     if context.config.reference.sft is None:
         left_out.add(REFERENCE.name)
+    if context.config.evaluation.judge is None:
+        left_out.add(JUDGE.name)
     return [stage for stage in ORDER if stage.name not in left_out]
 
 
@@ -29,8 +46,11 @@ def run_pipeline(context: Context) -> None:
         run_stage(context, stage)
 
 
-def run_single(context: Context, *names: str) -> None:
-    """Do the stages of these names; those before them must be complete. Raises RunError that says which is not."""
+def run_single(context: Context, *names: str) -> str:
+    """Do those stages of these names that the run has, and return the last one's; those before must be complete.
+
+    Raises RunError that says which is not.
+    """
     wanted = [stage for stage in stages_of(context) if stage.name in names]
     if not wanted:
         raise RunError(
@@ -45,6 +65,7 @@ def run_single(context: Context, *names: str) -> None:
             )
     for stage in wanted:
         run_stage(context, stage)
+    return wanted[-1].name
 
 
 def _before(stage: Stage) -> set[str]:

@@ -25,6 +25,7 @@ class Context:
     run: Run
     console: Console
     _digests: dict[str, str] = field(default_factory=dict)
+    _given_content: str | None = None
 
     def inputs(self, stage: Stage) -> str:
         """Digest of everything the stage's output depends on, the stages before it included."""
@@ -32,10 +33,6 @@ class Context:
             before = [self.inputs(STAGES[name]) for name in stage.after]
             self._digests[stage.name] = stage_inputs(stage.name, stage.depends_on(self), before)
         return self._digests[stage.name]
-
-    def identity(self, name: str) -> str:
-        """The first digits of a stage's input digest: what a directory made from these inputs is called."""
-        return self.inputs(STAGES[name])[:12]
 
     def resolve(self, source: Source) -> Source:
         """A source of the embedded world as the file that the run wrote for it; any other as it is."""
@@ -53,9 +50,19 @@ class Context:
         return str(self.run.fetch(f"{EMBEDDED}/model")) if model == EMBEDDED else absolute(model)
 
     def given_content(self) -> str:
-        """What stands for `reference.model` in a stage's inputs."""
-        model = self.config.reference.model
-        return model if model == EMBEDDED else content(model)
+        """What stands for `reference.model` in a digest of inputs."""
+        if self._given_content is None:
+            model = self.config.reference.model
+            self._given_content = self.inputs(STAGES[EMBEDDED]) if model == EMBEDDED else content(model)
+        return self._given_content
+
+    def reference_inputs(self) -> str:
+        """What stands for π_ref in a digest of inputs: what it was trained from, or the given model."""
+        return self.trained_from("base") if self.config.reference.sft else self.given_content()
+
+    def trained_from(self, node: str) -> str:
+        """The digest of what the model at a node of the run was trained from."""
+        return str(self.run.read_json(f"{node}/training.json")["inputs"])
 
     def policies(self) -> dict[str, str]:
         """Where every policy lies, by objective."""

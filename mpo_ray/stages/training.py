@@ -9,31 +9,35 @@ from mpo_ray.cluster.score import PairReference
 from mpo_ray.cluster.train import train_all
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.config import Training
+from mpo_ray.run import stage_inputs
 from mpo_ray.stages.stage import Context, Stage
 
 #: What says where and how fast work is done, and not what comes out.
 PLACEMENT = {"workers": {"cpus_per_worker", "gpus_per_worker", "max_failures"}}
-ACTOR_PLACEMENT = {"num_actors", "cpus_per_actor", "gpus_per_actor"}
+ACTOR_PLACEMENT = {"num_actors", "cpus_per_actor", "gpus_per_actor", "batch_size"}
 
 
 def train_reference(context: Context) -> dict[str, Any]:
     """Fine-tune the given model on the texts: π_ref of everything that follows."""
     sft = context.config.reference.sft
     assert sft is not None
-    train_all([_job(context, "base", "reference", context.given_model(), sft, "texts", "base")], context.console)
+    job = _job(context, "base", (context.given_model(), context.given_content()), sft, "texts", "base")
+    _train(context, [job])
     return _figures(context, "base")
 
 
 def score_pairs(context: Context) -> None:
     """log π_ref of both completions of every pair, and their token ids, in one pass of Ray Data."""
-    parts = []
-    for name in context.config.objectives:
-        node = f"reference_logprobs/{name}"
-        context.run.begin(node, context.inputs(PAIRS))
-        parts += [
-            Part(source, f"{node}/{source.rpartition('/')[2]}", {})
-            for source in context.run.parts(f"comparisons/{name}")
-        ]
+    run, reference = context.run, context.reference_inputs()
+    parts = [
+        Part(
+            source,
+            f"reference_logprobs/{name}/{source.rpartition('/')[2]}",
+            stage_inputs("pairs", run.inputs_of(source), reference, context.config.scoring.precision),
+        )
+        for name in context.config.objectives
+        for source in run.parts(f"comparisons/{name}")
+    ]
     process_parts(
         context.run,
         parts,
@@ -46,32 +50,42 @@ def score_pairs(context: Context) -> None:
 
 
 def train_policies(context: Context) -> dict[str, Any]:
-    """One policy per objective by DPO or IPO."""
+    """One policy per objective by DPO or IPO, unless it was trained from the same pairs, reference and settings."""
+    model = context.reference(), context.reference_inputs()
+    settings = context.config.policies
     jobs = [
-        _job(
-            context,
-            name,
-            "policies",
-            context.reference(),
-            context.config.policies,
-            f"reference_logprobs/{name}",
-            f"policies/{name}",
-        )
+        _job(context, name, model, settings, f"reference_logprobs/{name}", f"policies/{name}")
         for name in context.config.objectives
     ]
-    train_all(jobs, context.console)
+    _train(context, jobs)
     return {name: _figures(context, f"policies/{name}") for name in context.config.objectives}
 
 
+def _train(context: Context, jobs: list[TrainingJob]) -> None:
+    """Do the jobs whose output does not record that it was trained from the same inputs."""
+    missing = []
+    for job in jobs:
+        recorded = context.run.read_json(f"{job.output}/training.json")
+        if recorded is not None and recorded.get("inputs") == job.inputs:
+            context.console.print(f"[dim]  {job.output}: trained from the same inputs; kept[/dim]")
+        else:
+            missing.append(job)
+    if missing:
+        train_all(missing, context.console)
+
+
 def _job(
-    context: Context, name: str, stage: str, model: str, training: Training, data: str, output: str
+    context: Context, name: str, model: tuple[str, str], training: Training, data: str, output: str
 ) -> TrainingJob:
+    """model: where it lies, and what stands for it in a digest of inputs."""
     parts = context.run.parts(data)
+    data_inputs = [[part, context.run.inputs_of(part)] for part in parts]
+    settings = training.model_dump(mode="json", exclude={**PLACEMENT, "source": True})  # the data speak for it
     return TrainingJob(
         name=name,
-        identity=context.identity(stage),
+        inputs=stage_inputs("training", model[1], settings, context.config.seed, data_inputs),
         run_root=context.run.root,
-        model=model,
+        model=model[0],
         training=training,
         train_parts=[part for part in parts if part.rpartition("/")[2].startswith("train")],
         heldout_parts=[part for part in parts if part.rpartition("/")[2].startswith("heldout")],

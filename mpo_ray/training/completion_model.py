@@ -16,7 +16,7 @@ class CompletionModel(nn.Module):
     """Wraps a causal LM (PEFT or plain). The engine owns this module, so that its forward is what is sharded.
 
     The head is applied only where a completion's token is predicted. Where the architecture allows it exactly, padding
-    is left out of every layer as well.
+    is left out of every layer as well, and a prompt that several rows share is computed once.
     """
 
     def __init__(self, causal_lm: Any) -> None:
@@ -29,7 +29,21 @@ class CompletionModel(nn.Module):
         kept = prediction_mask(batch.completion_mask)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if self.packs:
-            places, inputs = packed_inputs(batch.input_ids, batch.attention_mask)
+            places, inputs = packed_inputs(batch.input_ids, batch.attention_mask, _stand_ins(batch))
             kept = kept.flatten()[places].unsqueeze(0)
         logits = self.causal_lm(**inputs, logits_to_keep=kept, use_cache=False).logits
         return sequence_logprob(logits, batch.input_ids, batch.completion_mask, length_normalized=length_normalized)
+
+
+def _stand_ins(batch: TokenBatch) -> torch.Tensor | None:
+    """(B, T) places of the tokens computed for those of a batch: a shared prompt's in its first row, others their own.
+
+    The last token of a prompt is not shared: each row predicts its own completion from there.
+    """
+    if batch.prompt_rows is None:
+        return None
+    num_rows, width = batch.input_ids.shape
+    columns = torch.arange(width, device=batch.input_ids.device)
+    own = torch.arange(num_rows, device=columns.device)[:, None] * width + columns
+    prompt = batch.attention_mask.bool() & ~batch.completion_mask & ~prediction_mask(batch.completion_mask)
+    return torch.where(prompt, batch.prompt_rows[:, None] * width + columns, own)

@@ -5,6 +5,7 @@ Registered with transformers as `sdpa_packed`. A call that says nothing of packi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,20 @@ from transformers.masking_utils import sdpa_mask
 NAME = "sdpa_packed"
 #: Architectures whose tokens meet only in attention, and whose attention is plain and causal: those under test.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Where N computed tokens lie in a padded batch.
+
+    shape: (B, T) of the batch; real: (R,) places of its real tokens; places: (N,) places of the computed ones
+    sources: (R,) for each real token the number, below N, of the computed one that is the same; None where R = N
+    """
+
+    shape: tuple[int, int]
+    real: Tensor
+    places: Tensor
+    sources: Tensor | None
 
 
 def enable_packing(causal_lm: Any) -> bool:
@@ -30,20 +45,31 @@ def enable_packing(causal_lm: Any) -> bool:
     return bool(config._attn_implementation == NAME)
 
 
-def packed_inputs(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, dict[str, Any]]:
+def packed_inputs(
+    input_ids: Tensor, attention_mask: Tensor, stand_ins: Tensor | None = None
+) -> tuple[Tensor, dict[str, Any]]:
     """What a model takes in the place of a padded batch: its real tokens as one row, each at its own position.
 
     input_ids, attention_mask: (B, T), padded on the right
-    Returns (N,) the places of the N real tokens in the flattened batch, and the model's arguments.
+    stand_ins: (B, T) for each token the place, in the flattened batch, of the one computed for it: its own, or that of
+        the same token in another row where all before it is the same too
+    Returns (N,) the places of the N computed tokens in the flattened batch, and the model's arguments.
     """
-    places = attention_mask.flatten().nonzero().squeeze(-1)
+    real = attention_mask.flatten().nonzero().squeeze(-1)
+    places, sources = real, None
+    if stand_ins is not None:
+        wanted = stand_ins.flatten()[real]
+        places = real[wanted == real]
+        number = (
+            torch.zeros_like(stand_ins).flatten().index_copy(0, places, torch.arange(len(places), device=real.device))
+        )
+        sources = number[wanted]
     return places, {
         "input_ids": input_ids.flatten()[places].unsqueeze(0),
         "position_ids": (places % input_ids.shape[1]).unsqueeze(0),
         # transformers hands a mask of four dimensions through as it is; here it keeps it from building one
         "attention_mask": torch.empty(1, 1, 1, 1, device=places.device),
-        "packed_places": places,
-        "packed_shape": tuple(input_ids.shape),
+        "packing": Packing(tuple(input_ids.shape), real, places, sources),
     }
 
 
@@ -53,27 +79,28 @@ def _packed_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    packed_places: Tensor | None = None,
-    packed_shape: tuple[int, int] | None = None,
+    packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention over the padded batch: with padding on the right, causality alone keeps it from every real token.
 
     query, key, value: (1, heads, N, d). Returns (1, N, heads, d).
     """
-    if packed_places is None or packed_shape is None:
+    if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
-    places, (rows, width) = packed_places, packed_shape
+    rows, width = packing.shape
 
     def padded(states: Tensor) -> Tensor:
         flat = states[0].transpose(0, 1)
-        spread = flat.new_zeros(rows * width, *flat.shape[1:]).index_copy(0, places, flat)
+        if packing.sources is not None:
+            flat = flat.index_select(0, packing.sources)
+        spread = flat.new_zeros(rows * width, *flat.shape[1:]).index_copy(0, packing.real, flat)
         return spread.view(rows, width, *flat.shape[1:]).transpose(1, 2)
 
     attended, _ = sdpa_attention_forward(
         module, padded(query), padded(key), padded(value), None, **{**kwargs, "is_causal": True}
     )
-    return attended.flatten(0, 1).index_select(0, places).unsqueeze(0), None
+    return attended.flatten(0, 1).index_select(0, packing.places).unsqueeze(0), None
 
 
 AttentionInterface.register(NAME, _packed_attention)

@@ -51,3 +51,11 @@ def test_the_scoring_stage_and_the_bare_models_give_the_same_scores(shared: Path
 def test_without_the_testbed_a_benchmark_names_what_is_missing(name: str, tmp_path: Path) -> None:
     output = _run(name, shared=tmp_path)
     assert output == f"skipped: the testbed is not at {tmp_path / 'testbed' / 'imdb'}; set MPO_RAY_SHARED\n"
+
+
+def test_the_benchmark_of_the_fit_reads_every_row_and_prints_the_slope(shared: Path) -> None:
+    output = _run("fit.py", "--prompts", "20", "40", "--samples=4", "--objectives=3", "--shuffled", shared=shared)
+    assert re.findall(r"^ +(\d+) +(\d+) .* (?:read|exact) ", output, re.MULTILINE) == [
+        (prompts, rows) for prompts, rows in (("20", "80"), ("40", "160")) for _ in ("read", "exact")
+    ]
+    assert re.search(r"^exact: log-log slope of time over prompts -?[\d.]+$", output, re.MULTILINE)

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from mpo_ray.cluster.parts import Part, process_parts
+from mpo_ray.cluster.parts import Part, in_order, process_parts
 from mpo_ray.config import Actors
-from mpo_ray.run import Run
+from mpo_ray.run import INPUTS, Run
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> Run:
 def _process(run: Run, refused: int | None = None) -> None:
     process_parts(
         run,
-        [Part(f"in/part-{i}.parquet", f"out/part-{i}.parquet", {"plus": 10 * i}) for i in range(6)],
+        [Part(f"in/part-{i}.parquet", f"out/part-{i}.parquet", f"of {i}", {"plus": 10 * i}) for i in range(6)],
         Doubler,
         {"notes": str(run.local / "notes"), "refused": refused},
         actors=Actors(num_actors=1),
@@ -68,3 +68,41 @@ def test_a_failure_is_the_workers_own_error_and_finished_parts_are_not_made_agai
     loaded = (run.local / "notes").read_text()
     _process(run)
     assert (run.local / "notes").read_text() == loaded  # nothing to do: no actor is started
+
+
+class Columns:
+    """A worker: gives every column that is wanted and not there yet."""
+
+    def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
+        for name in values["wanted"]:
+            if name not in table.column_names:
+                table = table.append_column(name, pa.array(["new"] * table.num_rows))
+        return table
+
+
+def test_a_part_is_made_again_exactly_where_its_inputs_changed(run: Run) -> None:
+    """Same inputs: kept; other inputs, none, or a damaged file: made; what no part wants: removed."""
+    for index, inputs in enumerate(["same", "other", None]):
+        run.write_table(f"out/part-{index}.parquet", pa.table({"y": [-1]}), inputs=inputs)
+    run.write_bytes("out/part-3.parquet", b"PAR1 and then nothing")
+    run.write_table("out/part-9.parquet", pa.table({"y": [-1]}), inputs="same")
+    run.write_table("beside/part-9.parquet", pa.table({"y": [-1]}), inputs="same")
+    columns = {"new_a": "1", "new_b": "2", "new_c": "3"}
+    old = pa.table({"new_c": ["old"], "gone": ["old"], "x": [5], "new_a": ["old"], "new_b": ["old"]})
+    run.write_table(
+        "out/part-5.parquet", in_order(old, {"gone": "0", "new_c": "3", "new_b": "of before", "new_a": "1"})
+    )
+    parts = [Part(f"in/part-{i}.parquet", f"out/part-{i}.parquet", "same", {"wanted": []}) for i in range(5)]
+    parts += [Part("in/part-5.parquet", "out/part-5.parquet", "all", {"wanted": list(columns)}, columns)]
+    process_parts(run, parts, Columns, {}, actors=Actors(), console=Console(stderr=True), title="columns")
+    assert run.read_table("out/part-0.parquet").to_pylist() == [{"y": -1}]
+    assert [run.read_table(f"out/part-{i}.parquet").to_pylist() for i in range(1, 5)] == [
+        [{"x": i}] for i in range(1, 5)
+    ]
+    assert run.parts("out") == [f"out/part-{i}.parquet" for i in range(6)]
+    assert run.parts("beside") == ["beside/part-9.parquet"]
+    table = run.read_table("out/part-5.parquet")
+    assert table.to_pylist() == [{"x": 5, "new_a": "old", "new_b": "new", "new_c": "old"}]
+    assert table.column_names == ["x", *columns]
+    assert {f.name: f.metadata[INPUTS].decode() for f in table.schema if f.name != "x"} == columns
+    assert run.inputs_of("out/part-5.parquet") == "all"

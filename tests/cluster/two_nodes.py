@@ -45,10 +45,13 @@ def main(storage: Path) -> None:
     victim = checkpoint / "state" / "mp_rank_00_model_states.pt"
     victim.write_bytes(victim.read_bytes()[:100])
     damaged = None
+    finished, aside = run.local / "policies" / "concise", run.local / "finished"
+    finished.rename(aside)  # a policy that is there would be kept
     try:
         _train(run, config, "concise")
     except TrainingError as error:
         damaged = str(error)
+    aside.rename(finished)
 
     seen = {
         "nodes": len(ray.nodes()),

@@ -34,4 +34,4 @@ def test_every_member_is_the_model_it_names(places: dict[str, str]) -> None:
             sum(float(next_logprobs(alone, [*p, *c][:t])[[*p, *c][t]]) for t in range(len(p), len(p) + len(c)))
             for p, c in SEQUENCES
         ]
-        assert policies.logprobs(name, SEQUENCES, batch_size=3, pad_id=0) == pytest.approx(expected, abs=1e-4)
+        assert policies.logprobs([name], SEQUENCES, batch_size=3, pad_id=0)[name] == pytest.approx(expected, abs=1e-4)

@@ -32,8 +32,9 @@ def test_a_run_leaves_every_node_of_the_design_and_what_it_was_made_from(finishe
         "comparisons/positive/train-00000.parquet",
         "base/model.safetensors",
         "policies/concise/adapter_model.safetensors",
-        "samples/part-00000.parquet",
-        "scores/part-00000.parquet",
+        "samples/reference-part-00000.parquet",
+        "samples/concise-part-00000.parquet",
+        "scores/reference-part-00000.parquet",
         "mixture/fit.json",
         "evaluation/completions.parquet",
         "report/report.html",
@@ -47,7 +48,7 @@ def test_a_run_leaves_every_node_of_the_design_and_what_it_was_made_from(finishe
 
 def test_the_score_table_is_the_contract_and_its_log_ratios_are_exact(finished_run: Path) -> None:
     """ℓ_k = log π_k − log π_ref of a row equals a plain forward pass of PEFT and the reference (design 5.2)."""
-    table = pq.read_table(finished_run / "scores" / "part-00000.parquet")
+    table = pq.read_table(finished_run / "scores" / "detailed-part-00000.parquet")
     assert {"prompt_id", "sample_id", "log_ref", "proposal", "log_ratio_positive", "reward_concise"} <= set(
         table.column_names
     )
@@ -70,7 +71,8 @@ def test_the_score_table_is_the_contract_and_its_log_ratios_are_exact(finished_r
 def test_samples_end_with_the_end_token_or_at_the_limit(finished_run: Path) -> None:
     eos = AutoTokenizer.from_pretrained(finished_run / "base").eos_token_id
     rows = Run.at(str(finished_run)).read_table("samples").to_pylist()
-    assert len(rows) == 16 * 4
+    assert len(rows) == 4 * 16 * 4
+    assert len({(row["prompt_id"], row["sample_id"]) for row in rows}) == len(rows)
     for row in rows:
         assert (row["response_ids"][-1] == eos) is row["finished"]
         assert row["finished"] or len(row["response_ids"]) == 32
@@ -98,12 +100,12 @@ def test_the_same_command_skips_everything_and_says_so(finished_run: Path) -> No
 
 
 def test_another_config_under_the_same_name_is_refused_until_told_to_update(finished_run: Path) -> None:
-    arguments = tiny_run.command("fit", finished_run.parent, "unbroken", "--set", "fit.steps=100")
+    arguments = tiny_run.command("fit", finished_run.parent, "unbroken", "--set", "fit.bsmd.steps=100")
     done = subprocess.run(
         arguments, capture_output=True, text=True, env=tiny_run.environment(), cwd=tiny_run.ROOT, timeout=300
     )
     assert done.returncode == 1
-    assert "belongs to another config: fit.steps is 200 there and 100 here" in done.stderr
+    assert "belongs to another config: fit.bsmd.steps is 200 there and 100 here" in done.stderr
     assert "--update" in done.stderr
 
 
@@ -141,7 +143,7 @@ def test_a_run_killed_in_training_scoring_and_evaluation_ends_with_the_weights_o
         return any(run.glob("training/positive-*/checkpoint_2*")) and not (run / "policies" / "positive").exists()
 
     def in_scoring() -> bool:
-        return 0 < len(list(run.glob("scores/*.parquet"))) < 8
+        return 0 < len(list(run.glob("scores/*.parquet"))) < 32
 
     def in_evaluation() -> bool:
         return 0 < len(list(run.glob("evaluation/parts/*.parquet"))) < 48

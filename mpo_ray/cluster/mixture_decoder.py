@@ -1,0 +1,92 @@
+"""What an actor of the decoded fit does: completions of the token-level mixture at some λ, scored."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from mpo_ray.cluster.score import draw, load_rewards, log_ratios, with_rewards
+from mpo_ray.config import Actors
+from mpo_ray.maths.log_linear import log_normalizer
+from mpo_ray.policies.artefact import write_artefact
+from mpo_ray.policies.loading import load_tokenizer
+from mpo_ray.policies.mixture import MixtureForCausalLM
+from mpo_ray.policies.policy_set import PolicySet
+
+
+class MixtureDecoder:
+    """Prompts and λ → completions of the token-level mixture, their rewards and Σ_t log Z_t.
+
+    The mixture artefact is written after the fit, so one for the game is made in a directory that goes when it is
+    loaded; its files are links where the file system has them.
+    """
+
+    def __init__(
+        self,
+        reference: str,
+        policies: Mapping[str, str],
+        rewards: Mapping[str, str],
+        beta: float,
+        actors: dict[str, Any],
+        num_completions: int,
+        max_new_tokens: int,
+        with_log_ratios: bool,
+        scratch: str,
+    ) -> None:
+        self._actors = Actors.model_validate(actors)
+        self._names, self._beta = list(policies), beta
+        self._tokenizer = load_tokenizer(reference)
+        self._rewards = load_rewards(rewards, self._actors)
+        Path(scratch).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=scratch) as directory:
+            write_artefact(
+                Path(directory),
+                objectives={name: Path(path) for name, path in policies.items()},
+                reference=reference,
+                copy_reference=False,
+                weights={name: 1 / len(policies) for name in policies},
+                fit={},
+                precision=self._actors.precision,
+            )
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self._mixture = MixtureForCausalLM.from_pretrained(directory, device_map=device)
+        self._scored: PolicySet | None = None
+        if with_log_ratios:
+            self._scored = PolicySet(reference, policies, precision=self._actors.precision)
+        self._drawing: dict[str, Any] = {"num": num_completions, "max_new_tokens": max_new_tokens, "temperature": 1.0}
+
+    def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
+        """values: `weights`, λ in the order of the objectives; `seed`."""
+        self._mixture.set_weights(dict(zip(self._names, values["weights"], strict=True)))
+        with _recorded_log_z(self._mixture) as log_z:
+            rows = draw(self._mixture, self._tokenizer, table, seed=int(values["seed"]), **self._drawing)
+        lengths = [len(ids) for ids in rows["response_ids"].to_pylist()]
+        along = torch.stack(log_z, dim=1).double().cpu()
+        totals = [float(row[:length].sum()) for row, length in zip(along, lengths, strict=True)]
+        ratios: dict[str, list[float]] = {}
+        if self._scored is not None:
+            ratios = log_ratios(self._scored, self._names, rows, self._actors, self._tokenizer.pad_token_id)
+            for name, column in ratios.items():
+                rows = rows.append_column(f"log_ratio_{name}", pa.array(column, pa.float64()))
+        rows = with_rewards(rows, self._rewards, self._tokenizer, ratios, self._beta)
+        rows = rows.append_column("num_tokens", pa.array(lengths, pa.int32()))
+        return rows.append_column("log_z", pa.array(totals, pa.float64()))
+
+
+@contextmanager
+def _recorded_log_z(mixture: MixtureForCausalLM) -> Iterator[list[torch.Tensor]]:
+    """log Z_t, (B,), of the token that each forward pass inside the block is asked for."""
+    recorded: list[torch.Tensor] = []
+    hook = mixture.register_forward_hook(
+        lambda _module, _given, output: recorded.append(log_normalizer(output.logits[:, -1]))
+    )
+    try:
+        yield recorded
+    finally:
+        hook.remove()
