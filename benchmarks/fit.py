@@ -1,5 +1,7 @@
 """Reading a score table from Parquet and fitting it: time and peak memory against the number of prompts.
 
+`exact` is the fit alone, `interval` the fit with intervals of 200 bootstrap draws.
+
 Writes a table of random log-ratios for each size to a temporary directory, handles it in a process of its own, and
 deletes it. Prints, per size and step, seconds on the clock and of the processor, rows per second, and the peaks of that
 process: resident memory, which includes the pages of the file that holds the values, and what of it is not such pages,
@@ -26,15 +28,24 @@ import pyarrow.parquet as pq
 
 from mpo_ray.data.scores import open_scores
 from mpo_ray.maths.exact_fit import solve
+from mpo_ray.maths.fit_uncertainty import bootstrap_fit
 from mpo_ray.maths.sample_table import SampleTable
+from mpo_ray.maths.simplex import uniform
 
 GIB = 2**30
 #: Standard deviations of the log-ratios, nats, of the first and the last objective.
 SPREADS = (1.0, 4.0)
 PROMPTS_TOGETHER = 10_000
 
+DRAWS = 200
+
 #: What is measured after reading, by name: each step takes the table.
-STEPS: dict[str, Callable[[SampleTable], object]] = {"exact": solve}
+STEPS: dict[str, Callable[[SampleTable], object]] = {
+    "exact": solve,
+    "interval": lambda table: bootstrap_fit(
+        table, uniform(table.num_objectives), draws=DRAWS, confidence=0.95, rng=np.random.default_rng(0)
+    ),
+}
 
 
 @dataclass(frozen=True)

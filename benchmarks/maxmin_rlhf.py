@@ -35,10 +35,10 @@ from rl_training import METHODS, add_training_options, open_context
 from stage_costs import COSTS
 
 from mpo_ray.cluster.score import draw, load_rewards, log_ratios, sequences, with_rewards
-from mpo_ray.data.tokens import collate
-from mpo_ray.evaluation.metrics import Metrics, evaluate_completions, number, written
+from mpo_ray.evaluation.divergence import divergences
+from mpo_ray.evaluation.estimates import number, written
+from mpo_ray.evaluation.metrics import Metrics, evaluate_completions
 from mpo_ray.evaluation.rewards import IMPLICIT
-from mpo_ray.maths.sequence_logprob import sequence_kl
 from mpo_ray.policies.loading import load_model, load_policy, load_tokenizer
 from mpo_ray.policies.policy_set import PolicySet
 from mpo_ray.records import digest
@@ -59,7 +59,7 @@ STAGES = {
 #: Large blocks come and go at every token of a generation: glibc keeps them instead of asking the kernel anew.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 #: With these, and the candidate's name, completions of two makers can be compared.
-COLUMNS = ("candidate", "prompt_id", "completion_id", "num_tokens", "finished", "kl")
+COLUMNS = ("candidate", "prompt_id", "completion_id", "num_tokens", "finished", "kl", "log_z")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -194,27 +194,16 @@ def completions(context: Context, name: str, path: Path) -> pa.Table:
             temperature=evaluation.temperature,
             seed=int(digest([context.config.seed, name, index])[:12], 16),
         )
-        kl = divergence(policy, reference, sequences(rows), actors.batch_size, tokenizer.pad_token_id)
         pad = tokenizer.pad_token_id
+        kl, log_z = divergences(policy, reference, sequences(rows), batch_size=actors.batch_size, pad_id=pad)
         ratios = {} if judges is None else log_ratios(judges, list(specs), rows, actors, pad)
         rows = with_rewards(rows, rewards, tokenizer, ratios, context.config.policies.beta)
         lengths = [len(ids) for ids in rows["response_ids"].to_pylist()]
         rows = rows.append_column("candidate", pa.array([name] * rows.num_rows))
         rows = rows.append_column("num_tokens", pa.array(lengths, pa.int32()))
-        tables.append(rows.append_column("kl", pa.array(kl, pa.float64())))
+        rows = rows.append_column("kl", pa.array(kl, pa.float64()))
+        tables.append(rows.append_column("log_z", pa.array(log_z, pa.float64())))
     return pa.concat_tables(tables).rename_columns({"sample_id": "completion_id"})
-
-
-@torch.no_grad()
-def divergence(policy: Any, reference: Any, rows: Sequence[Any], batch_size: int, pad_id: int) -> list[float]:
-    """Σ_t KL(π_t ‖ π_ref,t) along each completion, nats, as the evaluation stage has it."""
-    values: list[float] = []
-    for start in range(0, len(rows), batch_size):
-        batch = collate(rows[start : start + batch_size], pad_id=pad_id)
-        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-        logits = [model(**given).logits for model in (policy, reference)]
-        values += sequence_kl(*logits, batch.completion_mask).double().tolist()
-    return values
 
 
 # ---- costs -----------------------------------------------------------------------------------------------------

@@ -37,12 +37,13 @@ class ProcessTree:
             processes = [self._root, *self._root.children(recursive=True)]
         except psutil.Error:
             processes = []
-        for process in processes:
+        for process in {*processes, *self._used}:  # one whose parent has ended is nobody's descendant any more
             try:
-                times = process.cpu_times()
+                if process.is_running():  # false where its number belongs to another process by now
+                    times = process.cpu_times()
+                    self._used[process] = times.user + times.system
             except psutil.Error:
                 continue
-            self._used[process] = times.user + times.system
         return sum(self._used.values())
 
 

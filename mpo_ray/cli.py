@@ -291,7 +291,7 @@ def _opened(options: argparse.Namespace) -> Iterator[Context]:
     """The run of a config on a Ray cluster, after what can be checked at once: resources, storage, models, rewards."""
     from mpo_ray.cluster.preflight import check_placement, check_storage_everywhere
     from mpo_ray.cluster.session import ray_session
-    from mpo_ray.stages.check import check_model, check_rewards
+    from mpo_ray.stages.check import check_compared_models, check_model, check_rewards
     from mpo_ray.stages.judging import check_judge_settings
     from mpo_ray.stages.stage import Context
 
@@ -299,6 +299,7 @@ def _opened(options: argparse.Namespace) -> Iterator[Context]:
     run = Run.open(config, update=options.update)
     context = Context(config, run, _console())
     check_model(context)
+    check_compared_models(context)
     check_rewards(context)
     check_judge_settings(context)
     with ray_session(options.address):

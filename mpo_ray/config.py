@@ -11,10 +11,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from mpo_ray.records import REFERENCE, check_weights, digest
+from mpo_ray.records import check_weights, digest, is_reserved
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+NAMES = (
+    "names are letters, digits, - and _, and not reference, uniform, mpo, soup-uniform or soup-mpo, and do not begin "
+    "with fit- or grid-"
+)
 
 
 class ConfigError(ValueError):
@@ -294,12 +298,21 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def _names_and_weights(self) -> RunConfig:
         for name in self.objectives:
-            if not NAME.fullmatch(name) or name in (REFERENCE, "uniform", "mpo"):
-                raise ValueError(
-                    f"objective {name!r}: names are letters, digits, - and _, and not reference, uniform or mpo"
-                )
+            if not NAME.fullmatch(name) or is_reserved(name):
+                raise ValueError(f"objective {name!r}: {NAMES}")
         if self.fit.weights is not None:
             check_weights(self.fit.weights, list(self.objectives), where="fit.weights")
+        for place in ("mixtures", "models"):
+            for name in getattr(self.evaluation, place):
+                if not NAME.fullmatch(name) or is_reserved(name):
+                    raise ValueError(f"evaluation.{place}: {name!r}: {NAMES}")
+                if name in self.objectives or (place == "models" and name in self.evaluation.mixtures):
+                    raise ValueError(
+                        f"evaluation.{place}: {name!r} already names another candidate; every candidate needs a name "
+                        "of its own"
+                    )
+        for name, weights in self.evaluation.mixtures.items():
+            check_weights(weights, list(self.objectives), where=f"evaluation.mixtures.{name}")
         return self
 
     def as_json(self) -> dict[str, Any]:

@@ -10,11 +10,17 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mpo_ray.records import REFERENCE
+from mpo_ray.records import MPO, REFERENCE, SOUP_MPO, SOUP_UNIFORM, UNIFORM
 
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#332288", "#999933", "#88CCEE", "#882255"]
-#: Colour and marker of what is no objective's policy.
-FIXED = {REFERENCE: ("#6B6B6B", "X"), "uniform": ("#56B4E9", "D"), "mpo": ("#D55E00", "*")}
+#: Colour and marker of what is no objective's policy; a soup has those of the mixture at its weights.
+FIXED = {
+    REFERENCE: ("#6B6B6B", "X"),
+    UNIFORM: ("#56B4E9", "D"),
+    SOUP_UNIFORM: ("#56B4E9", "D"),
+    MPO: ("#D55E00", "*"),
+    SOUP_MPO: ("#D55E00", "*"),
+}
 #: What is not to be believed, and lines that say where something stands.
 GREY, DARK = "#B8B8B8", "#333333"
 MARKERS = ["o", "s", "^", "v", "P", "<", ">", "h"]

@@ -13,6 +13,14 @@ Prompt = str | tuple[Message, ...]
 
 #: The name that stands for π_ref among the proposals of a sample table and the candidates of an evaluation.
 REFERENCE = "reference"
+#: The other candidates of an evaluation that a run names itself: mixtures and soups, at uniform and at fitted weights,
+#: and the beginnings of the names of other fits' mixtures and of the points of the grid.
+UNIFORM = "uniform"
+MPO = "mpo"
+SOUP_UNIFORM = "soup-uniform"
+SOUP_MPO = "soup-mpo"
+FIT_PREFIX = "fit-"
+GRID_PREFIX = "grid-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,11 @@ def digest(value: object) -> str:
     """SHA-256 of a JSON value in canonical form, as hexadecimal digits."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a run itself gives this name to a candidate of its evaluation."""
+    return name in (REFERENCE, UNIFORM, MPO, SOUP_UNIFORM, SOUP_MPO) or name.startswith((FIT_PREFIX, GRID_PREFIX))
 
 
 def check_weights(weights: Mapping[str, float], objectives: Sequence[str], *, where: str) -> dict[str, float]:

@@ -264,6 +264,37 @@ def test_values_that_do_not_go_together_are_refused(
     assert expected in complaint({**raw, **section})
 
 
+@pytest.mark.parametrize(
+    ("evaluation", "expected"),
+    [
+        (
+            {"mixtures": {"mine": {"helpful": 0.9}}},
+            "evaluation.mixtures.mine: the weights {'helpful': 0.9, 'harmless':",
+        ),
+        ({"mixtures": {"mine": {"helpfull": 1.0}}}, "evaluation.mixtures.mine: unknown objective 'helpfull'"),
+        ({"mixtures": {"soup-mpo": {"helpful": 1.0}}}, "evaluation.mixtures: 'soup-mpo': names are letters"),
+        ({"mixtures": {"fit-mine": {"helpful": 1.0}}}, "evaluation.mixtures: 'fit-mine': names are letters"),
+        ({"mixtures": {"helpful": {"helpful": 1.0}}}, "evaluation.mixtures: 'helpful' already names another candidate"),
+        ({"models": {"grid-1": "x"}}, "evaluation.models: 'grid-1': names are letters"),
+        ({"models": {"a/b": "x"}}, "evaluation.models: 'a/b': names are letters"),
+        (
+            {"models": {"mine": "x"}, "mixtures": {"mine": {"helpful": 1.0}}},
+            "evaluation.models: 'mine' already names another candidate; every candidate needs a name of its own",
+        ),
+    ],
+)
+def test_candidates_that_cannot_be_told_apart_or_weighed_are_refused(
+    raw: dict[str, Any], evaluation: dict[str, Any], expected: str
+) -> None:
+    """Given weights are on the simplex, and every candidate of the evaluation has a name of its own."""
+    assert expected in complaint({**raw, "evaluation": evaluation})
+
+
+@pytest.mark.parametrize("name", ["soup-uniform", "soup-mpo", "fit-paper", "grid-soup-3"])
+def test_an_objective_cannot_have_the_name_of_a_candidate(raw: dict[str, Any], name: str) -> None:
+    assert f"objective '{name}': names are" in complaint({**raw, "objectives": {name: raw["objectives"]["helpful"]}})
+
+
 def test_accumulation_is_what_is_left_of_the_batch(raw: dict[str, Any]) -> None:
     """batch_size = micro_batch_size × num_workers × accumulation."""
     raw["policies"] = {"batch_size": 32, "micro_batch_size": 4, "workers": {"num_workers": 2}}

@@ -31,6 +31,7 @@ OVERRIDES = (
     "evaluation.completions_per_prompt=1",
     "evaluation.max_new_tokens=32",
     "evaluation.bootstrap_draws=100",
+    "evaluation.soups=true",
 )
 
 

@@ -6,20 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from mpo_ray.cluster.score import draw, load_rewards, log_ratios, sequences, with_rewards
 from mpo_ray.config import Actors
-from mpo_ray.data.tokens import collate
+from mpo_ray.evaluation.candidate_models import CandidateModels
+from mpo_ray.evaluation.candidates import Candidate
+from mpo_ray.evaluation.divergence import divergences
 from mpo_ray.evaluation.rewards import IMPLICIT
-from mpo_ray.maths.sequence_logprob import sequence_kl
-from mpo_ray.policies.loading import load_model, load_tokenizer
-from mpo_ray.policies.mixture import MixtureForCausalLM
+from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.policies.policy_set import PolicySet
 
 
 class CandidateEvaluator:
-    """Prompts and a candidate → a completions table. All candidates but the reference are mixtures."""
+    """Prompts and a candidate → a completions table. Models are opened when the first candidate needs them."""
 
     def __init__(
         self,
@@ -35,9 +34,7 @@ class CandidateEvaluator:
     ) -> None:
         self._actors = Actors.model_validate(actors)
         self._tokenizer = load_tokenizer(artefact)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._mixture = MixtureForCausalLM.from_pretrained(artefact, device_map=device)
-        self._reference = load_model(reference, precision=self._actors.precision).to(device)
+        self._models = CandidateModels(artefact, reference, policies, precision=self._actors.precision)
         self._rewards = load_rewards(rewards, self._actors)
         self._scored: PolicySet | None = None
         self._names = list(policies)
@@ -51,35 +48,24 @@ class CandidateEvaluator:
         }
 
     def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
-        """values: `candidate`; `weights`, λ in the order of the objectives, none for the reference; `seed`."""
-        weights = values["weights"]
-        model: Any = self._reference
-        if weights is not None:
-            self._mixture.set_weights(dict(zip(self._mixture.objectives, map(float, weights), strict=True)))
-            model = self._mixture
+        """values: `candidate`, a record as JSON; `seed`; `num_prompts`, how many of the table's first prompts."""
+        candidate = Candidate.from_json(str(values["candidate"]))
+        table = table.slice(0, int(values["num_prompts"]))
+        model = self._models.open(candidate)
         rows = draw(model, self._tokenizer, table, seed=int(values["seed"]), **self._drawing)
-        kl = [0.0] * rows.num_rows if weights is None else self._kl(rows)
         pad_id = self._tokenizer.pad_token_id
+        kl = log_z = [0.0] * rows.num_rows
+        if candidate.kind != "reference":
+            how = {"batch_size": self._actors.batch_size, "pad_id": pad_id}
+            kl, dropped = divergences(model, self._models.reference, sequences(rows), **how)
+            log_z = dropped if candidate.is_proper_mixture else log_z
         ratios = {} if self._scored is None else log_ratios(self._scored, self._names, rows, self._actors, pad_id)
         rows = with_rewards(rows, self._rewards, self._tokenizer, ratios, self._beta)
         lengths = [len(ids) for ids in rows["response_ids"].to_pylist()]
         return (
-            rows.append_column("candidate", pa.array([str(values["candidate"])] * rows.num_rows))
-            .append_column("num_tokens", pa.array(lengths, pa.int32()))
+            rows.append_column("num_tokens", pa.array(lengths, pa.int32()))
             .append_column("kl", pa.array(kl, pa.float64()))
+            .append_column("log_z", pa.array(log_z, pa.float64()))
             .drop_columns(["prompt_ids", "response_ids"])
             .rename_columns({"sample_id": "completion_id"})
         )
-
-    @torch.no_grad()
-    def _kl(self, rows: pa.Table) -> list[float]:
-        """Σ_t KL(q_t ‖ π_ref,t) along each completion, nats: it estimates KL(q ‖ π_ref)."""
-        items = sequences(rows)
-        values: list[float] = []
-        for start in range(0, len(items), self._actors.batch_size):
-            batch = collate(items[start : start + self._actors.batch_size], pad_id=self._tokenizer.pad_token_id)
-            batch = batch.to(self._mixture.device)
-            given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-            logits, reference = self._mixture(**given).logits, self._reference(**given).logits
-            values += sequence_kl(logits, reference, batch.completion_mask).double().tolist()
-        return values

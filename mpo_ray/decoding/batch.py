@@ -1,12 +1,26 @@
-"""Sampling whole batches of completions with transformers' own `generate`, reproducibly."""
+"""Sampling whole batches of completions from a causal language model, reproducibly.
+
+A prompt is computed once for all its completions, and rows that have ended leave the batch, so that a few long
+completions do not cost the whole batch. Neither changes what is drawn: every row has random numbers of its own.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from mpo_ray.policies.cache import growing_cache
+from mpo_ray.policies.mixture import MixtureForCausalLM
+
+#: Ended rows are dropped once they are this share of the batch: dropping copies the cache of the others.
+DROPPED_SHARE = 0.125
+#: Just below 1, so that u times a sum of probabilities stays below the sum when rounded.
+LARGEST_UNIFORM = 1 - 2**-40
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +31,7 @@ class Completion:
     finished: bool
 
 
+@torch.no_grad()
 def sample_completions(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -30,29 +45,85 @@ def sample_completions(
 ) -> list[list[Completion]]:
     """Draw `num_completions` per prompt from the model's own distribution: no top-k, no top-p, no penalties.
 
-    prompts: token ids; temperature 0.0 is greedy. The result depends on the batch as a whole and on `seed`.
+    prompts: token ids; temperature 0.0 is greedy. The result depends on the prompts, their order, their number of
+    completions and `seed`; a smaller `max_new_tokens` cuts the same completions earlier.
     """
-    width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
-        mask[row, width - len(prompt) :] = 1
-    how = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        output = model.generate(
-            input_ids.repeat_interleave(num_completions, dim=0).to(model.device),
-            attention_mask=mask.repeat_interleave(num_completions, dim=0).to(model.device),
-            max_new_tokens=max_new_tokens,
-            top_k=0,
-            top_p=1.0,
-            eos_token_id=eos_id,
-            pad_token_id=pad_id,
-            **how,
+    num_rows = len(prompts) * num_completions
+    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(max_new_tokens, num_rows, generator=generator, dtype=torch.float64).clamp(max=LARGEST_UNIFORM)
+    uniforms = uniforms.to(model.device)
+    drawn = torch.full((num_rows, max_new_tokens), eos_id, device=model.device)
+    batch = _Batch(model, prompts, num_completions, pad_id)
+    for step in range(max_new_tokens):
+        tokens = draw_tokens(batch.logits, uniforms[step, batch.rows], temperature=temperature)
+        drawn[batch.rows[batch.unfinished], step] = tokens[batch.unfinished]
+        batch.unfinished &= tokens != eos_id
+        if step + 1 == max_new_tokens or not bool(batch.unfinished.any()):
+            break
+        batch.advance(tokens)
+    completions = [_cut(row, eos_id) for row in drawn.tolist()]
+    return [completions[i : i + num_completions] for i in range(0, num_rows, num_completions)]
+
+
+def draw_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float) -> Tensor:
+    """Draw v with probability softmax(logits / temperature) in every row: the first v whose cumulative one exceeds u.
+
+    logits: (B, V); uniforms: (B,) float64 in [0, 1); temperature: 0.0 takes the likeliest. Returns (B,).
+    """
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    cumulative = torch.softmax(logits.float() / temperature, dim=-1).cumsum(-1, dtype=torch.float64)
+    thresholds = uniforms * cumulative[:, -1]
+    return torch.searchsorted(cumulative, thresholds[:, None], right=True)[:, 0]
+
+
+class _Batch:
+    """The completions that are being decoded: `rows` are their numbers, `logits` (B, V) those of their next tokens."""
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], num_completions: int, pad_id: int) -> None:
+        self._model = model
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        width = max(len(prompt) for prompt in prompts)
+        padded = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+        columns = torch.arange(width, device=model.device)
+        mask = (columns >= width - lengths[:, None]).long()
+        self._cache = None if isinstance(model, MixtureForCausalLM) else growing_cache(model.config)
+        self._mask = None if bool(mask.all()) else mask
+        self._forward(torch.tensor(padded, device=model.device), (mask.cumsum(-1) - 1).clamp(min=0))
+
+        self._cache.batch_repeat_interleave(num_completions)
+        self._positions = (lengths - 1).repeat_interleave(num_completions)
+        self.logits = self.logits.repeat_interleave(num_completions, dim=0)
+        if self._mask is not None:
+            self._mask = self._mask.repeat_interleave(num_completions, dim=0)
+        self.rows = torch.arange(len(self._positions), device=model.device)
+        self.unfinished = torch.ones_like(self.rows, dtype=torch.bool)
+
+    def advance(self, tokens: Tensor) -> None:
+        """Append a token to every completion, and drop those that have ended where they are many."""
+        if int(self.unfinished.sum()) <= (1 - DROPPED_SHARE) * len(self.rows):
+            kept = self.unfinished.nonzero()[:, 0]
+            self._cache.batch_select_indices(kept)
+            self._mask = None if self._mask is None else self._mask[kept]
+            tokens, self.rows, self._positions = tokens[kept], self.rows[kept], self._positions[kept]
+            self.unfinished = self.unfinished[kept]
+        self._positions = self._positions + 1
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.rows), 1)], dim=1)
+        self._forward(tokens[:, None], self._positions[:, None])
+
+    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> None:
+        positions = {"position_ids": position_ids} if self._takes_positions else {}
+        output = self._model(
+            input_ids=input_ids,
+            attention_mask=self._mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **positions,
         )
-    completions = [_cut(row, eos_id) for row in output[:, width:].tolist()]
-    return [completions[i : i + num_completions] for i in range(0, len(completions), num_completions)]
+        self._cache, self.logits = output.past_key_values, output.logits[:, -1]
 
 
 def _cut(ids: list[int], eos_id: int) -> Completion:

@@ -11,12 +11,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mpo_ray.evaluation.metrics import Metrics
-from mpo_ray.fitting.figures import described, fit_figures, other_fits
+from mpo_ray.fitting.figures import GAINS, described, fit_figures, other_fits
 
 #: Names of the pictures in the report, where `trade_off` is taken.
 PICTURES = {"trade_off": "predicted_trade_off"}
 CAPTIONS = {
-    "weights": "The weights of the mixture. Bars are intervals over prompts.",
+    "weights": "The weights of the mixture. Bars are intervals.",
     "gap": "How the weights were found. The gap is never below what F(λ) still has to fall.",
     "game": "The game on what is decoded: the weights of each step, and what the objectives gained with them.",
     "balance": "The normalised reward E[ℓ] of each objective under several distributions. Under the optimum of F the "
@@ -59,6 +59,7 @@ def fit_section(fit: Mapping[str, Any], predicted: Mapping[str, Mapping[str, Any
     return {
         "weights": weights_table(fit),
         "facts": facts(fit),
+        "is_decoded": fit["decoded"] is not None,
         "cautions": list(fit["warnings"]),
         "balance": balance_table(fit),
         "left_out": left_out_table(fit),
@@ -69,30 +70,36 @@ def fit_section(fit: Mapping[str, Any], predicted: Mapping[str, Mapping[str, Any
 
 
 def weights_table(fit: Mapping[str, Any]) -> Table:
-    """λ and its interval, what the reference has, what the fit gains over it, and whether the objective binds."""
+    """λ and its interval, what the reference has, what the fit gains over it, and whether the objective binds.
+
+    A decoded fit also has the gain that its steps together suggest for the answer, ± a standard error.
+    """
     intervals = fit["intervals"]
     percent = [] if intervals is None else [f"{100 * intervals['confidence']:g}\u2009% interval"]
-    columns = ["λ", *percent, "E[ℓ] under π_λ, nats", "under the reference", "gain", "binds"]
+    game = fit["decoded"]
+    played = [] if game is None else [f"decoded gain, {GAINS[game['gain']][0]}"]
+    columns = ["λ", *percent, "E[ℓ] under π_λ, nats", "under the reference", "gain", *played, "binds"]
     rows = {}
     for name, value in fit["weights"].items():
         bounds = [] if intervals is None else [_bounds(intervals["weights"][name], 3)]
         balance = [fit["balance"][point][name] for point in ("mpo", "reference")]
-        gain, binds = f"{fit['gains'][name]:+z.3f}", "yes" if name in fit["binding"] else ""
-        rows[name] = [f"{value:z.3f}", *bounds, *(f"{ratio:z.3f}" for ratio in balance), gain, binds]
+        gain, binds = [f"{fit['gains'][name]:+z.3f}"], "yes" if name in fit["binding"] else ""
+        gain += [] if game is None else [f"{game['gains'][name]:+z.3f} ± {game['standard_errors'][name]:.3f}"]
+        rows[name] = [f"{value:z.3f}", *bounds, *(f"{ratio:z.3f}" for ratio in balance), *gain, binds]
     return {"columns": columns, "rows": rows}
 
 
 def facts(fit: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How the weights were found, the certificate, and how many samples speak for them."""
     numbers, size, intervals = fit["samples_per_prompt"], fit["effective_sample_size"], fit["intervals"]
-    bounds = "" if intervals is None else f" {_bounds(intervals['objective_value'], 4)}"
+    bounds = None if intervals is None else intervals["objective_value"]
     responses = f"{numbers['max']}" if numbers["min"] == numbers["max"] else f"{numbers['min']} to {numbers['max']}"
     drawn = ", ".join(f"{name} {rows}" for name, rows in fit["proposals"].items())
     found = [
         ("method", str(fit["method"])),
         ("estimator", {"paper": "of the paper", "balanced": "balanced"}[fit["estimator"]]),
         ("β", "" if fit["beta"] is None else f"{fit['beta']:g}"),
-        ("F(λ), nats", f"{fit['objective_value']:z.4f}{bounds}"),
+        ("F(λ), nats", f"{fit['objective_value']:z.4f}{'' if bounds is None else f' {_bounds(bounds, 4)}'}"),
         ("gap, nats", f"{fit['gap']:.1e}"),
         ("bias of few samples, nats", f"{fit['jackknife_bias']:.1e} (jackknife)"),
         ("samples", f"{fit['num_prompts']} prompts × {responses} responses, drawn by: {drawn}"),

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_ray.evaluation.metrics import MPO, Estimate
+from mpo_ray.evaluation.estimates import Estimate
 from mpo_ray.maths.statistics import bootstrap_means, difference_of_minima, interval, minimum_win_rate
+from mpo_ray.records import MPO
 
 #: What one order of a comparison gave. `unparsed`: no verdict in the answer; `refused`: the server refuses the
 #: question; `missing`: not asked, as the cost cap was reached.

@@ -21,9 +21,12 @@ from matplotlib.figure import Figure
 
 from mpo_ray.drawing import png
 from mpo_ray.evaluation import figures
+from mpo_ray.evaluation.completions import REWARD
+from mpo_ray.evaluation.estimates import number
 from mpo_ray.evaluation.fit_section import fit_pictures, fit_section
-from mpo_ray.evaluation.metrics import MPO, REWARD, Metrics, number, verdict
-from mpo_ray.records import decode_prompt
+from mpo_ray.evaluation.metrics import Metrics
+from mpo_ray.evaluation.verdict import baseline_verdict, verdict
+from mpo_ray.records import GRID_PREFIX, MPO, decode_prompt
 
 #: Prompts whose completions are shown side by side, and the longest text that is shown whole.
 SHOWN_PROMPTS = 4
@@ -36,6 +39,8 @@ CAPTIONS = {
     "win_rates": "Win rate against the reference, with intervals. The dashed line is parity; the shaded group is the "
     "worst objective of each candidate.",
     "trade_off": "Mean rewards of two objectives at a time. Up and to the right is better; crosses are the intervals.",
+    "pareto": "Win rates of two objectives at a time. Up and to the right is better; crosses are the intervals, "
+    "the stair is the front of the two objectives.",
     "kl": "Distance from the reference against the worst objective's win rate.",
     "training": "Training loss of the single policies.",
 }
@@ -78,12 +83,14 @@ def write_report(
         source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
         pictures[name] = {"source": source, "caption": caption}
     _write_json(directory / "metrics.json", metrics.as_json())
-    found = verdict(metrics)
+    verdicts = [found for found in (verdict(metrics), baseline_verdict(metrics)) if found is not None]
     page = _template().render(
         run_name=run_name,
         metrics=metrics,
         mpo=MPO,
-        verdict=found,
+        verdicts=verdicts,
+        pareto=metrics.pareto,
+        front=_front(metrics),
         pictures=pictures,
         fit=fit_section(fit, predicted, metrics),
         examples=_examples(metrics, completions),
@@ -103,6 +110,8 @@ def _figures(metrics: Metrics, training: Mapping[str, Mapping[str, Any]]) -> dic
     drawn = {"win_rates": figures.win_rate_figure(metrics)}
     if len(metrics.objectives) > 1:
         drawn["trade_off"] = figures.trade_off_figure(metrics)
+    if metrics.pareto is not None:
+        drawn["pareto"] = figures.pareto_figure(metrics, metrics.pareto)
     drawn["kl"] = figures.kl_figure(metrics)
     curves = {
         name: [(float(point["step"]), float(point["loss"])) for point in values.get("history") or [] if "loss" in point]
@@ -189,6 +198,21 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _front(metrics: Metrics) -> str:
+    """Who is on the front: names, and how many points of the grid."""
+    if metrics.pareto is None:
+        return ""
+    on_grid = [name for name in metrics.pareto.front if name.startswith(GRID_PREFIX)]
+    named = [metrics.label(name) for name in metrics.pareto.front if name not in on_grid]
+    kinds = [metrics.pareto.points[name].kind for name in on_grid]
+    counts = [f"{kinds.count(kind)} {kind}s of the grid" for kind in ("mixture", "soup") if kind in kinds]
+    return ", ".join([*named, *counts])
+
+
+def _p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -202,4 +226,5 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
+    environment.filters["p_value"] = _p_value
     return environment.get_template("report.html.j2")

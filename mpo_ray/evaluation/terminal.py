@@ -14,8 +14,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mpo_ray.evaluation.metrics import MPO, Estimate, Metrics, number, verdict, written
+from mpo_ray.evaluation.estimates import Estimate, number, written
+from mpo_ray.evaluation.metrics import Metrics
+from mpo_ray.evaluation.pareto import Pareto
+from mpo_ray.evaluation.verdict import baseline_verdict, verdict
 from mpo_ray.fitting.summary import fit_summary
+from mpo_ray.records import MPO
 
 #: Width where the output is not a terminal.
 PLAIN_WIDTH = 100
@@ -23,11 +27,14 @@ PLAIN_WIDTH = 100
 
 def metrics_table(metrics: Metrics, fit: Mapping[str, Any]) -> RenderableType:
     """The summary of an evaluation: win rates, mean rewards, the verdict, and what fit.json says of the weights λ."""
-    found = verdict(metrics)
-    lines = [Text(found.sentence, style="bold")] if found is not None else []
+    verdicts = [found for found in (verdict(metrics), baseline_verdict(metrics)) if found is not None]
+    lines = [Text(found.sentence, style="bold") for found in verdicts]
+    if metrics.pareto is not None and metrics.pareto.hypervolume.soup is not None:
+        lines.append(_volumes(metrics.pareto))
     notes = Text(
         f"{metrics.num_prompts} prompts; ± is half of the {100 * metrics.confidence:g} % interval "
-        f"({metrics.draws} bootstrap draws over prompts). Mixtures are decoded token by token.",
+        f"({metrics.draws} bootstrap draws over prompts). KL is to the reference. Mixtures are decoded token "
+        "by token; Σ log Z is what that drops, nats per completion.",
         style="dim",
     )
     return Group(
@@ -48,18 +55,28 @@ def print_summary(metrics: Metrics, fit: Mapping[str, Any], *, file: TextIO | No
     console.print(metrics_table(metrics, fit))
 
 
+def _volumes(pareto: Pareto) -> Text:
+    """The volumes of both families, and what they were measured on."""
+    volume = pareto.hypervolume
+    assert volume.soup is not None
+    assert volume.difference is not None
+    return Text(
+        f"Hypervolume of win rates above 0, {volume.num_points} points each: mixtures {written(volume.mixture, 3)}, "
+        f"soups {written(volume.soup, 3)}; difference {written(volume.difference, 3)} ({pareto.num_prompts} prompts)."
+    )
+
+
 def _win_rates(metrics: Metrics) -> Table:
     table = _table("win rate against the reference", metrics)
     table.add_column("minimum", justify="right", style="bold", vertical="bottom")
-    for name in ("KL, nats", "tokens"):
-        table.add_column(name, justify="right")
+    table.add_column("MPO − this", justify="right")
     for name, candidate in metrics.candidates.items():
+        difference = candidate.mpo_minus_this
         table.add_row(
             metrics.label(name),
             *(_plus_minus(candidate.win_rates[objective]) for objective in metrics.objectives),
             written(candidate.minimum_win_rate),
-            number(candidate.kl.value),
-            number(candidate.num_tokens, 1),
+            "" if difference is None else _plus_minus(difference),
             style="green" if name == MPO else None,
         )
     return table
@@ -67,10 +84,15 @@ def _win_rates(metrics: Metrics) -> Table:
 
 def _rewards(metrics: Metrics) -> Table:
     table = _table("mean reward", metrics)
+    for name in ("KL, nats", "Σ log Z", "tokens"):
+        table.add_column(name, justify="right")
     for name, candidate in metrics.candidates.items():
         table.add_row(
             metrics.label(name),
             *(_plus_minus(candidate.rewards[objective]) for objective in metrics.objectives),
+            number(candidate.kl.value),
+            number(candidate.log_z.value),
+            number(candidate.num_tokens, 1),
             style="green" if name == MPO else None,
         )
     return table

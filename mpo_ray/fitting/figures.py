@@ -200,7 +200,7 @@ def balance_figure(fit: Mapping[str, Any]) -> Figure:
         )
     _rows(axes, [labels.get(row, f"{row} policy") for row in rows], range(len(rows)))
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("E[ℓ], nats: log-ratio of each objective's policy to the reference")
+    axes.set_xlabel("E[ℓ], nats, with ℓ = log π_k − log π_ref")
     legend(figure, axes)
     return figure
 

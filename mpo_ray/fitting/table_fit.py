@@ -120,7 +120,7 @@ def _intervals(
         return None
     bounds = bootstrap_fit(
         table,
-        solve(table, start=weights).weights[0],
+        weights,
         draws=settings.bootstrap_draws,
         confidence=settings.confidence,
         rng=np.random.default_rng(seed),

@@ -14,6 +14,8 @@ from mpo_ray.maths.statistics import bootstrap_counts, interval
 
 #: Effective samples per prompt (median) that an estimate of log Z or of an expectation under π_λ should rest on.
 ENOUGH = 4.0
+#: Prompts that a bootstrap resamples at most.
+MOST_PROMPTS = 20_000
 #: What a bootstrap draw is solved to, nats: far below the spread of the draws.
 TOLERANCE = 1e-6
 
@@ -32,18 +34,25 @@ def bootstrap_fit(
     """Fit again on resampled prompts: the spread of λ* and F(λ*) that the choice of prompts alone explains.
 
     Each draw is solved to its own optimum (gap ≤ 1e-6 nats) from `start`, (K,), the fit on all prompts. Responses are
-    not resampled, so the bias of few responses (`jackknife_bias`) is not in the intervals.
+    not resampled, so the bias of few responses (`jackknife_bias`) is not in the intervals. Of a table of over
+    MOST_PROMPTS, a random part of so many is resampled, and its deviations are scaled by √(part/all): errors fall like
+    1/√P (the m-out-of-n bootstrap).
     """
-    weights, objectives = [], []
-    for counts in bootstrap_counts(table.num_prompts, draws, rng):
-        fitted = solve(table, shares=counts / table.num_prompts, start=start, tolerance=TOLERANCE)
-        weights.append(fitted.weights)
-        objectives.append(fitted.objective)
-    columns = np.concatenate(weights).T
-    return Intervals(
-        np.array([interval(column, confidence) for column in columns]),
-        np.array(interval(np.concatenate(objectives), confidence)),
-    )
+    part, scale = table, 1.0
+    centre = solve(table, start=start)
+    if table.num_prompts > MOST_PROMPTS:
+        part = table.of_prompts(np.sort(rng.choice(table.num_prompts, MOST_PROMPTS, replace=False)))
+        scale = float(np.sqrt(MOST_PROMPTS / table.num_prompts))
+    own = solve(part, start=start)
+    found = []
+    for counts in bootstrap_counts(part.num_prompts, draws, rng):
+        fitted = solve(part, shares=counts / part.num_prompts, start=own.weights[0], tolerance=TOLERANCE)
+        found.append(np.column_stack([fitted.weights, fitted.objective]))
+    deviations = np.concatenate(found) - np.append(own.weights[0], own.objective)
+    values = np.append(centre.weights[0], centre.objective) + scale * deviations
+    values[:, :-1] = np.clip(values[:, :-1], 0.0, 1.0)
+    bounds = np.array([interval(column, confidence) for column in values.T])
+    return Intervals(bounds[:-1], bounds[-1])
 
 
 def jackknife_bias(table: SampleTable, weights: Array) -> float:

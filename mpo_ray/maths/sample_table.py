@@ -66,6 +66,13 @@ class SampleTable:
             yield slice(first, last), slice(int(self.starts[first]), int(self.starts[last]))
             first = last
 
+    def of_prompts(self, prompts: NDArray[np.int64]) -> SampleTable:
+        """The table of these prompts alone, in the given order, in memory."""
+        numbers = self.num_responses[prompts]
+        starts = np.concatenate([[0], np.cumsum(numbers)])
+        rows = np.repeat(self.starts[prompts] - starts[:-1], numbers) + np.arange(starts[-1])
+        return SampleTable(self.log_ratios[rows], self.log_proposal[rows], starts)
+
     def prompt_rows(self, prompts: slice) -> NDArray[np.int64]:
         """(rows of these prompts,) the number of each row's prompt within the slice."""
         return np.repeat(

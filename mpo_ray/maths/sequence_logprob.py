@@ -75,25 +75,31 @@ def sequence_logprob(
     length_normalized: the mean over the completion's tokens instead of the sum
     Returns (B,) float32, nats (nats per token where length-normalised). An empty completion has log-probability 0.
     """
-    logprobs = token_logprobs(logits, input_ids[completion_mask])
-    total = logprobs.new_zeros(input_ids.shape).masked_scatter(completion_mask, logprobs).sum(-1)
+    total = sum_over_completions(token_logprobs(logits, input_ids[completion_mask]), completion_mask)
     return total / completion_mask.sum(-1).clamp(min=1) if length_normalized else total
 
 
 def sequence_kl(logits: Tensor, reference_logits: Tensor, completion_mask: Tensor) -> Tensor:
     """Compute Σ_t KL(q(· | x, y_<t) ‖ π_ref(· | x, y_<t)) along every completion   (design 2.5)
 
-    logits: (B, T, V) of q, unnormalised
-    reference_logits: (B, T, V) of π_ref, unnormalised
+    KL_t = Σ_v q(v) (logit_q(v) − logit_ref(v)) − logsumexp logit_q + logsumexp logit_ref
+
+    logits: (N, V) of q, unnormalised: the predictions of the N completion tokens, row after row
+    reference_logits: (N, V) of π_ref, unnormalised, at the same places
     completion_mask: (B, T) bool, true where the input token belongs to the completion, its end token included
     Returns (B,) float32, nats, never negative. Where the completions are drawn from q, its mean estimates KL(q ‖ π_ref)
     between whole responses without bias, as the mean of log q − log π_ref does, with less variance.
     """
-    rows = []
-    for row_logits, row_reference, row_mask in zip(logits, reference_logits, completion_mask, strict=True):
-        logprobs = row_logits[:-1][row_mask[1:]].float().log_softmax(-1)
-        reference = row_reference[:-1][row_mask[1:]].float().log_softmax(-1)
-        probabilities = logprobs.exp()
-        terms = torch.where(probabilities > 0, probabilities * (logprobs - reference), 0.0)
-        rows.append(terms.sum())
-    return torch.stack(rows)
+    terms = logits.new_empty(len(logits), dtype=torch.float32)
+    for rows in _blocks(logits):
+        ours, theirs = logits[rows].float(), reference_logits[rows].float()
+        normalizer = ours.logsumexp(-1, keepdim=True)
+        probabilities = (ours - normalizer).exp_()
+        products = torch.where(probabilities > 0, probabilities * (ours - theirs), 0.0)
+        terms[rows] = products.sum(-1) - normalizer.squeeze(-1) + theirs.logsumexp(-1)
+    return sum_over_completions(terms.clamp_(min=0.0), completion_mask)
+
+
+def sum_over_completions(values: Tensor, completion_mask: Tensor) -> Tensor:
+    """Sum a value per completion token within each row: (N,) and (B, T) bool → (B,). Row after row, as the logits."""
+    return values.new_zeros(completion_mask.shape).masked_scatter(completion_mask, values).sum(-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,6 +13,19 @@ Array = NDArray[np.float64]
 def uniform(num_objectives: int) -> Array:
     """Return λ_k = 1/K, shape (K,)."""
     return np.full(num_objectives, 1.0 / num_objectives)
+
+
+def simplex_grid(num_objectives: int, steps: int) -> Array:
+    """Every λ whose entries are multiples of 1/steps, shape (C(steps + K − 1, K − 1), K), the vertices among them.
+
+    In lexicographic order: for K = 2 a walk from (0, 1) to (1, 0).
+    """
+    if num_objectives < 1 or steps < 1:
+        raise ValueError(f"A grid needs at least 1 objective and 1 step; got {num_objectives} and {steps}.")
+    # Stars and bars: the gaps that K − 1 bars leave among steps + K − 1 places are the entries.
+    places = steps + num_objectives - 1
+    bars = [(-1, *chosen, places) for chosen in combinations(range(places), num_objectives - 1)]
+    return np.asarray((np.diff(bars, axis=1) - 1) / steps, dtype=np.float64)
 
 
 def check_simplex(weights: Array) -> Array:

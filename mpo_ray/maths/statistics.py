@@ -7,6 +7,8 @@ tables, candidates or files.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from math import exp, lgamma, log
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +89,37 @@ def difference_of_minima(candidate: Floats, other: Floats) -> Floats:
     Returns (…,).
     """
     return minimum_win_rate(candidate) - minimum_win_rate(other)
+
+
+@dataclass(frozen=True, slots=True)
+class SignTest:
+    """On how many prompts a difference is above 0, below, and exactly 0, with the probability of such an excess."""
+
+    above: int
+    below: int
+    ties: int
+    p_value: float
+
+
+def sign_test(differences: Floats) -> SignTest:
+    """Test that a difference is as often above 0 as below: exact, two-sided, ties left out   (design 2.5)
+
+    p = min(1, 2 P(X ≤ min(above, below))),  X ~ Binomial(above + below, ½);  1 where every difference is a tie
+
+    differences: (P,), one per prompt, such as mean rewards of two candidates
+    """
+    above, below = int((differences > 0).sum()), int((differences < 0).sum())
+    p_value = min(1.0, 2.0 * binomial_tail(min(above, below), above + below))
+    return SignTest(above, below, len(differences) - above - below, p_value)
+
+
+def binomial_tail(successes: int, trials: int) -> float:
+    """P(X ≤ successes) for X ~ Binomial(trials, ½): Σ_{i ≤ successes} C(trials, i) 2^−trials, added in logarithms."""
+    if not 0 <= successes <= trials:
+        raise ValueError(f"Successes lie between 0 and the number of trials; got {successes} of {trials}.")
+    logs = [lgamma(trials + 1) - lgamma(i + 1) - lgamma(trials - i + 1) for i in range(successes + 1)]
+    largest = max(logs)
+    return min(1.0, sum(exp(term - largest) for term in logs) * exp(largest - trials * log(2.0)))
 
 
 def _check_rewards(candidate: Floats, reference: Floats) -> None:

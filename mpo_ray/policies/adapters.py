@@ -104,7 +104,7 @@ class StackedLinear(nn.Module):
         return outputs
 
     def _factors(self, groups: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """A and B of these adapters: views where they lie side by side, else a copy, which is kept for the next call."""
+        """A and B of these adapters: views where they lie side by side, else a copy, kept for the next call."""
         start, end = groups[0], groups[-1] + 1
         if groups == tuple(range(start, end)):
             return self.down[start:end], self.up[start:end]
@@ -125,7 +125,14 @@ def _check_fit(base: PreTrainedModel, files: Sequence[LoraFile]) -> None:
     """Refuse adapters of layers that the base does not have, that are not linear, or that have another size."""
     ends = {id(module) for module in (base.get_input_embeddings(), base.get_output_embeddings())}
     layers = dict(base.named_modules())
+    linear = [name for name, layer in layers.items() if type(layer) is nn.Linear and id(layer) not in ends]
     for file in files:
+        lacking = [name for name in linear if name not in file.factors and file.targets(name)]
+        if lacking:
+            raise ModelError(
+                f"{file.path}: the adapter does not fit the reference model: it should adapt {lacking[0]!r}, as its "
+                f"configuration says, but has no tensors for it ({len(lacking)} layers in all). Was it saved whole?"
+            )
         for name, (down, up) in file.factors.items():
             layer = layers.get(name)
             if layer is None:

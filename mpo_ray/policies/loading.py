@@ -17,6 +17,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -146,6 +147,29 @@ def check_same_vocabulary(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> 
                 "log-linear mixture multiplies probabilities token by token, so all policies need one vocabulary. "
                 "Train them from the same base model, or remove one from `objectives:` in the run file."
             )
+
+
+def check_comparable(name: str, path: str, reference: str) -> None:
+    """Refuse a model that cannot be evaluated beside `reference`, without opening it. Raises ModelError.
+
+    KL to the reference is a sum over tokens, so both need one vocabulary and output layers of one size.
+    """
+    place = f"evaluation.models.{name}"
+    check_model_files(path)
+    ours, theirs = load_tokenizer(path), load_tokenizer(reference)
+    if vocabulary_digest(ours) != vocabulary_digest(theirs):
+        raise ModelError(
+            f"{place}: {path} and the reference {reference} have different vocabularies: {_difference(ours, theirs)}. "
+            "KL to the reference compares probabilities token by token; give a model that was trained from the same "
+            "base model, or remove it."
+        )
+    configs = [AutoConfig.from_pretrained(p, trust_remote_code=False) for p in (path, reference)]
+    sizes = [config.get_text_config().vocab_size for config in configs]
+    if sizes[0] != sizes[1]:
+        raise ModelError(
+            f"{place}: the output layers of {path} and of the reference {reference} have {sizes[0]} and {sizes[1]} "
+            "entries; give a model that was trained from the same base model, or remove it."
+        )
 
 
 def _difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str:

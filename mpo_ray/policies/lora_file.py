@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -62,12 +63,21 @@ class LoraFile:
 
     path: Path
     factors: dict[str, tuple[Tensor, Tensor]]
+    config: dict[str, Any]
+
+    def targets(self, layer: str) -> bool:
+        """Whether the configuration says that this linear layer, which is not the output head, is adapted."""
+        wanted = self.config.get("target_modules")
+        if wanted is None or wanted == "all-linear":
+            return wanted is not None
+        names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        return bool(check_target_module_exists(LoraConfig(**{n: self.config.get(n) for n in names}), layer))
 
 
 def check_stackable(path: str | Path) -> dict[str, Any]:
     """Refuse, by its configuration alone, an adapter that cannot be stacked; return the configuration.
 
-    Raises ModelError: DoRA, `modules_to_save`, trained biases and whatever else makes it more than B A on linear layers.
+    Raises ModelError: DoRA, `modules_to_save`, trained biases and whatever else makes it more than B A.
     """
     check_adapter(path)
     config: dict[str, Any] = json.loads((Path(path) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
@@ -95,7 +105,7 @@ def check_stackable(path: str | Path) -> dict[str, Any]:
 
 
 def read_lora(path: str | Path) -> LoraFile:
-    """Read an adapter's factors. Raises ModelError where it cannot be stacked or its file does not hold LoRA factors."""
+    """Read an adapter's factors. Raises ModelError where it cannot be stacked or its file holds something else."""
     config = check_stackable(path)
     directory = Path(path)
     try:
@@ -105,9 +115,13 @@ def read_lora(path: str | Path) -> LoraFile:
     sides: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         found = _FACTOR.fullmatch(key.removeprefix(PREFIX))
+        if ".lora_embedding_" in key or ".base_layer." in key:
+            raise ModelError(
+                f"{directory}: the adapter changes the embeddings or the output head (tensor {key!r}); policies on one "
+                f"base share these. {_REMEDY}"
+            )
         if found is None or tensor.ndim != 2:
-            where = "an embedding" if "lora_embedding" in key else "something other than a linear layer"
-            raise ModelError(f"{directory}: the tensor {key!r} adapts {where}. {_REMEDY}")
+            raise ModelError(f"{directory}: the tensor {key!r} is no factor of a linear layer. {_REMEDY}")
         sides.setdefault(found["layer"], {})[found["side"]] = tensor
     factors = {}
     for layer, pair in sides.items():
@@ -117,7 +131,7 @@ def read_lora(path: str | Path) -> LoraFile:
         factors[layer] = (pair["A"].float(), pair["B"].float() * scaling)
     if not factors:
         raise ModelError(f"{directory}: the adapter has no tensors; save it again.")
-    return LoraFile(directory, factors)
+    return LoraFile(directory, factors, config)
 
 
 _REMEDY = "Train a plain LoRA, or merge it into full weights (PEFT's merge_and_unload)."

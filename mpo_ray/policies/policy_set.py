@@ -63,9 +63,10 @@ class PolicySet:
             with self._stack.running(stacked) as model:
                 columns = grouped_logprobs(model, sequences, num_groups=len(stacked), **how)
             values.update(zip(stacked, columns, strict=True))
-        for name in {*names} - {*stacked}:
-            values[name] = sequence_logprobs(self._full[name], sequences, **how)
-        return values
+        for name in names:
+            if name in self._full:
+                values[name] = sequence_logprobs(self._full[name], sequences, **how)
+        return {name: values[name] for name in names}
 
 
 def sequence_logprobs(model: Any, sequences: Sequences, *, batch_size: int, pad_id: int) -> list[float]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from mpo_ray.cluster.preflight import check_placement, check_storage_everywhere
 from mpo_ray.config import RunConfig
 from mpo_ray.evaluation.rewards import IMPLICIT, is_callable_spec, load_reward
-from mpo_ray.policies.loading import check_model_files, load_tokenizer
+from mpo_ray.policies.loading import check_comparable, check_model_files, load_tokenizer
 from mpo_ray.run import Run
 from mpo_ray.stages.data import prepare_data, write_embedded
 from mpo_ray.stages.judging import check_judge
@@ -63,6 +63,7 @@ def check_run(config: RunConfig, console: Console, *, update: bool = False) -> F
         if context.uses_embedded():
             write_embedded(context)
         look("reference model", lambda: check_model(context))
+        look("models to compare", lambda: check_compared_models(context))
         look("rewards", lambda: check_rewards(context))
         if config.evaluation.judge is not None:
             look("judge", lambda: check_judge(context))
@@ -76,6 +77,14 @@ def check_model(context: Context) -> None:
     if context.config.reference.model != EMBEDDED:
         check_model_files(context.given_model())
         load_tokenizer(context.given_model())
+
+
+def check_compared_models(context: Context) -> None:
+    """Refuse a model of `evaluation.models` that could not be compared with the reference. Raises ModelError."""
+    for name, path in context.compared_models().items():
+        check_model_files(path)
+        if context.config.reference.model != EMBEDDED or context.run.exists(f"{EMBEDDED}/model"):
+            check_comparable(name, path, context.given_model())
 
 
 def check_rewards(context: Context) -> None:

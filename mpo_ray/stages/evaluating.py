@@ -2,76 +2,142 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mpo_ray.cluster.evaluate import CandidateEvaluator
 from mpo_ray.cluster.parts import Part, process_parts
 from mpo_ray.data.scores import scores_from_table
-from mpo_ray.evaluation.metrics import MPO, UNIFORM, Metrics, evaluate_completions
+from mpo_ray.evaluation.candidates import Candidate, grid_candidates, named_candidates
+from mpo_ray.evaluation.metrics import Metrics, evaluate_completions
+from mpo_ray.evaluation.pareto import Pareto, compare_points, families_of
 from mpo_ray.evaluation.report import write_report
+from mpo_ray.evaluation.rewards import IMPLICIT
 from mpo_ray.evaluation.terminal import print_summary
 from mpo_ray.fitting.trade_off import predict_trade_off
-from mpo_ray.records import REFERENCE, digest
+from mpo_ray.records import digest
+from mpo_ray.run import stage_inputs
+from mpo_ray.stages.check import check_compared_models
 from mpo_ray.stages.stage import Context, Stage, content
 from mpo_ray.stages.training import ACTOR_PLACEMENT
 
-
-def candidates(objectives: list[str], fitted: dict[str, float]) -> dict[str, list[float] | None]:
-    """Every candidate's weights λ in the order of the objectives; None for the reference."""
-    vertices = {name: [1.0 if other == name else 0.0 for other in objectives] for name in objectives}
-    uniform = [1 / len(objectives)] * len(objectives)
-    return {REFERENCE: None, **vertices, UNIFORM: uniform, MPO: [fitted[name] for name in objectives]}
+PARTS = "evaluation/parts"
 
 
 def evaluate(context: Context) -> dict[str, Any]:
-    """Completions, rewards and KL of every candidate, then win rates and intervals."""
+    """Completions, rewards and KL of every candidate, then win rates, intervals and the front."""
     config, run = context.config, context.run
-    objectives = list(config.objectives)
-    prompts = run.parts("prompts/evaluation")
-    parts = [
-        Part(
-            source,
-            f"evaluation/parts/{name}-{index:05d}.parquet",
-            context.inputs(EVALUATION),
-            {"candidate": name, "weights": weights, "seed": int(digest([config.seed, name, index])[:12], 16)},
-        )
-        for name, weights in candidates(objectives, run.read_json("fit.json")["weights"]).items()
-        for index, source in enumerate(prompts)
-    ]
-    evaluation = config.evaluation
+    check_compared_models(context)
+    objectives, settings = list(config.objectives), config.evaluation
+    named = named_candidates(objectives, run.read_json("fit.json"), settings, context.compared_models())
+    grid = grid_candidates(len(objectives), settings)
+    # A point of the grid that is a named candidate takes its completions; the others have the first prompts only.
+    known = {candidate.distribution for candidate in named.values()}
+    parts = {name: _parts(context, candidate) for name, candidate in named.items()}
+    for name, candidate in grid.items():
+        first = None if candidate.distribution in known else settings.grid_prompts
+        parts[name] = _parts(context, candidate, first=first)
+    _generate(context, list({part.target: part for own in parts.values() for part in own}.values()))
+    table = _table(context, {name: parts[name] for name in named})
+    metrics = evaluate_completions(table, objectives, **_resampling(context))
+    run.write_table("evaluation/completions.parquet", table)
+    points = table
+    if grid:
+        points = pa.concat_tables([table, _table(context, {name: parts[name] for name in grid})])
+        points = points.filter(pc.is_in(points["prompt_id"], pa.array(_first_prompts(context))))
+        run.write_table("evaluation/grid.parquet", points)
+    if len(objectives) > 1:
+        metrics = replace(metrics, pareto=_pareto(context, points, named, grid))
+    run.write_json("evaluation/metrics.json", metrics.as_json())
+    return {name: c.minimum_win_rate.value for name, c in metrics.candidates.items()}
+
+
+def _parts(context: Context, candidate: Candidate, *, first: int | None = None) -> list[Part]:
+    """One part for every file of prompts, or as many as hold the first ones; named by the candidate's distribution."""
+    config, run = context.config, context.run
+    same = candidate.distribution
+    weights = {name: w for name, w in zip(config.objectives, same.weights or (), strict=False) if w > 0}
+    identity = [same.kind, weights, same.path and content(same.path)]
+    made_from = [*_made_from(context), {name: context.trained_from(f"policies/{name}") for name in weights}]
+    size, parts = config.scoring.prompts_per_part, []
+    for index, source in enumerate(run.parts("prompts/evaluation")):
+        num_prompts = size if first is None else min(size, first - index * size)
+        if num_prompts <= 0:
+            break
+        values = {
+            "candidate": same.as_json(),
+            "seed": int(digest([config.seed, identity, index])[:12], 16),
+            "num_prompts": num_prompts,
+        }
+        target = f"{PARTS}/{same.kind}-{digest([identity, num_prompts])[:12]}-{index:05d}.parquet"
+        inputs = stage_inputs("completions", identity, values["seed"], num_prompts, run.inputs_of(source), made_from)
+        parts.append(Part(source, target, inputs, values))
+    return parts
+
+
+def _made_from(context: Context) -> list[Any]:
+    """What every completion and its columns depend on. Not who else is compared: others' completions are kept."""
+    config = context.config
+    sampling = config.evaluation.model_dump(include={"completions_per_prompt", "max_new_tokens", "temperature"})
+    implicit = [context.trained_from(f"policies/{name}") for name in config.objectives]
+    rewards = {
+        name: [implicit, config.policies.beta] if spec == IMPLICIT else content(spec)
+        for name, spec in context.rewards().items()
+    }
+    return [sampling, config.scoring.precision, rewards, context.reference_inputs()]
+
+
+def _generate(context: Context, parts: list[Part]) -> None:
+    config = context.config
     process_parts(
-        run,
+        context.run,
         parts,
         CandidateEvaluator,
         {
-            "artefact": str(run.fetch("mixture")),
+            "artefact": str(context.run.fetch("mixture")),
             "reference": context.reference(),
             "policies": context.policies(),
             "rewards": context.rewards(),
             "beta": config.policies.beta,
             "actors": config.scoring.model_dump(),
-            "num_completions": evaluation.completions_per_prompt,
-            "max_new_tokens": evaluation.max_new_tokens,
-            "temperature": evaluation.temperature,
+            "num_completions": config.evaluation.completions_per_prompt,
+            "max_new_tokens": config.evaluation.max_new_tokens,
+            "temperature": config.evaluation.temperature,
         },
         actors=config.scoring,
         console=context.console,
         title="completions",
     )
-    table = pa.concat_tables(run.read_table(part.target) for part in parts)
-    metrics = evaluate_completions(
-        table,
-        objectives,
-        draws=evaluation.bootstrap_draws,
-        confidence=evaluation.confidence,
-        seed=config.seed,
-    )
-    run.write_table("evaluation/completions.parquet", table)
-    run.write_json("evaluation/metrics.json", metrics.as_json())
-    return {name: c.minimum_win_rate.value for name, c in metrics.candidates.items()}
+
+
+def _table(context: Context, parts: Mapping[str, Iterable[Part]]) -> pa.Table:
+    """The completions of every candidate, under its name."""
+    tables = []
+    for name, own in parts.items():
+        table = pa.concat_tables(context.run.read_table(part.target) for part in own)
+        tables.append(table.add_column(0, "candidate", pa.array([name] * table.num_rows)))
+    return pa.concat_tables(tables)
+
+
+def _first_prompts(context: Context) -> list[str]:
+    ids = context.run.read_table("prompts/evaluation")["prompt_id"].to_pylist()
+    return list(ids[: context.config.evaluation.grid_prompts])
+
+
+def _pareto(context: Context, points: pa.Table, named: dict[str, Candidate], grid: dict[str, Candidate]) -> Pareto:
+    objectives = list(context.config.objectives)
+    families = families_of(objectives, named, grid)
+    return compare_points(points, objectives, named | grid, families, **_resampling(context))
+
+
+def _resampling(context: Context) -> dict[str, Any]:
+    evaluation = context.config.evaluation
+    return {"draws": evaluation.bootstrap_draws, "confidence": evaluation.confidence, "seed": context.config.seed}
 
 
 def report(context: Context) -> None:
@@ -104,7 +170,8 @@ def predictions(context: Context) -> dict[str, Any]:
     """What the scored samples predict of every candidate that is a mixture with known weights."""
     config, run = context.config, context.run
     objectives, fit = list(config.objectives), run.read_json("fit.json")
-    weights = {name: w for name, w in candidates(objectives, fit["weights"]).items() if w is not None}
+    named = named_candidates(objectives, fit, config.evaluation, {})
+    weights = {name: candidate.weights for name, candidate in named.items() if candidate.kind == "mixture"}
     predicted = predict_trade_off(
         scores_from_table(run.read_table("scores"), objectives, min_objectives=1),
         np.array(list(weights.values())),
@@ -129,7 +196,8 @@ EVALUATION = Stage(
     after=("mixture",),
     outputs=lambda context: ["evaluation/completions.parquet", "evaluation/metrics.json"],
     depends_on=lambda context: [
-        context.config.evaluation.model_dump(exclude={"prompts", "num_prompts", "judge"}),
+        context.config.evaluation.model_dump(exclude={"prompts", "num_prompts", "models", "judge"}),
+        {name: content(path) for name, path in context.compared_models().items()},
         context.config.scoring.model_dump(exclude=ACTOR_PLACEMENT),
         {name: content(spec) for name, spec in context.rewards().items()},
         context.config.seed,

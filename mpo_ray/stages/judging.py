@@ -18,15 +18,13 @@ from mpo_ray.evaluation.judge_client import ChatClient, JudgeError
 from mpo_ray.evaluation.judge_cost import Budget
 from mpo_ray.evaluation.judge_prompt import JudgePrompt
 from mpo_ray.evaluation.judgements import Outcome, Tally, judged_candidates, tally
-from mpo_ray.records import REFERENCE, decode_prompt, digest
+from mpo_ray.records import GRID_PREFIX, REFERENCE, decode_prompt, digest
 from mpo_ray.run import Run
 from mpo_ray.stages.stage import Context, Stage
 
 CACHE = "evaluation/judge_cache.jsonl"
 RESULT = "evaluation/judge.json"
 TABLE = "evaluation/judge.parquet"
-#: Points of the grid that draws the front are many, and no candidates of their own.
-GRID = "grid-"
 SCHEMA = pa.schema(
     {name: pa.string() for name in ("candidate", "objective", "prompt_id", "prompt", "response", "reference")}
     | {"outcome": pa.string(), "score": pa.float64()}
@@ -75,7 +73,7 @@ def pairs_to_judge(completions: pa.Table, objectives: list[str], num_prompts: in
     first: dict[tuple[str, str], dict[str, Any]] = {}
     for row in completions.select(columns).sort_by("completion_id").to_pylist():
         first.setdefault((row["candidate"], row["prompt_id"]), row)
-    candidates = [c for c in dict.fromkeys(c for c, _ in first) if c != REFERENCE and not c.startswith(GRID)]
+    candidates = [c for c in dict.fromkeys(c for c, _ in first) if c != REFERENCE and not c.startswith(GRID_PREFIX)]
     prompts = sorted((p for c, p in first if c == REFERENCE), key=lambda p: digest(["judge", seed, p]))[:num_prompts]
     pairs = []
     for prompt in prompts:

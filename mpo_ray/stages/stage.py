@@ -72,6 +72,10 @@ class Context:
         """Every objective's reward, with absolute paths."""
         return {name: absolute(objective.reward) for name, objective in self.config.objectives.items()}
 
+    def compared_models(self) -> dict[str, str]:
+        """Other people's models by name, with absolute paths."""
+        return {name: absolute(path) for name, path in self.config.evaluation.models.items()}
+
     def uses_embedded(self) -> bool:
         return self.config.reference.model == EMBEDDED or any(s.embedded for s in self.sources().values())
 

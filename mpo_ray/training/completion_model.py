@@ -26,13 +26,18 @@ class CompletionModel(nn.Module):
 
     def forward(self, batch: TokenBatch, *, length_normalized: bool = False) -> torch.Tensor:
         """log π(completion | prompt), nats: summed, or averaged over tokens if `length_normalized`. Returns (B,)."""
+        logits = self.predictions(batch)
+        return sequence_logprob(logits, batch.input_ids, batch.completion_mask, length_normalized=length_normalized)
+
+    def predictions(self, batch: TokenBatch) -> torch.Tensor:
+        """Logits (N, V) that predict the completions' N tokens, row after row."""
         kept = prediction_mask(batch.completion_mask)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if self.packs:
             places, inputs = packed_inputs(batch.input_ids, batch.attention_mask, _stand_ins(batch))
             kept = kept.flatten()[places].unsqueeze(0)
-        logits = self.causal_lm(**inputs, logits_to_keep=kept, use_cache=False).logits
-        return sequence_logprob(logits, batch.input_ids, batch.completion_mask, length_normalized=length_normalized)
+        logits: torch.Tensor = self.causal_lm(**inputs, logits_to_keep=kept, use_cache=False).logits
+        return logits
 
 
 def _stand_ins(batch: TokenBatch) -> torch.Tensor | None:

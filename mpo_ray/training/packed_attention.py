@@ -60,9 +60,8 @@ def packed_inputs(
     if stand_ins is not None:
         wanted = stand_ins.flatten()[real]
         places = real[wanted == real]
-        number = (
-            torch.zeros_like(stand_ins).flatten().index_copy(0, places, torch.arange(len(places), device=real.device))
-        )
+        numbers = torch.arange(len(places), device=real.device)
+        number = torch.zeros_like(stand_ins).flatten().index_copy(0, places, numbers)
         sources = number[wanted]
     return places, {
         "input_ids": input_ids.flatten()[places].unsqueeze(0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -10,14 +11,21 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
+from mpo_ray.drawing import DPI, png
 from mpo_ray.evaluation import figures
 from mpo_ray.evaluation.metrics import Metrics
-from tests.evaluation.world import OBJECTIVES, completions, evaluate_completions, evaluated
+from tests.evaluation.world import OBJECTIVES, completions, evaluate_completions, evaluated, with_front
 
 
 @pytest.fixture(scope="module")
 def metrics() -> Metrics:
     return evaluated()
+
+
+@pytest.fixture(scope="module")
+def full() -> Metrics:
+    """Every kind of candidate, with a grid of mixtures and soups."""
+    return with_front()
 
 
 def legend_of(figure) -> list[str]:
@@ -114,16 +122,75 @@ def test_a_candidate_has_one_colour_in_all_pictures_and_no_two_share_one(metrics
     assert len({figures.style(name, OBJECTIVES)[1] for name in metrics.candidates}) == 6
 
 
-def test_a_png_is_a_picture_of_the_figure_s_size_with_nothing_cut_off(metrics):
+def test_soups_are_hollow_in_the_colour_of_the_mixture_at_their_weights(full):
+    bars = {
+        c.get_label(): c.patches[0] for c in figures.win_rate_figure(full).axes[0].containers if hasattr(c, "patches")
+    }
+    for soup, mixture in (("uniform soup", "uniform mixture"), ("soup at MPO's λ", "MPO mixture")):
+        assert bars[soup].get_edgecolor() == bars[mixture].get_facecolor()
+        assert to_hex(bars[soup].get_facecolor()) == "#ffffff"
+        assert bars[soup].get_hatch()
+        assert not bars[mixture].get_hatch()
+
+
+def test_no_two_candidates_look_the_same(full):
+    """Colour, marker and fill together, for every kind of candidate."""
+    names = list(full.candidates)
+    looks = {(*figures.style(name, OBJECTIVES, names), name in figures.HOLLOW) for name in names}
+    assert len(looks) == len(names) == 11
+
+
+def lines_of(axes, label: str) -> np.ndarray:
+    """(N, 2) what the lines of a label go through."""
+    return np.vstack([line.get_xydata() for line in axes.lines if line.get_label() == label])
+
+
+def test_the_front_picture_has_every_point_of_the_grid_at_its_win_rates(full):
+    """Mixtures and soups as two families, named candidates with their intervals, a panel per pair of objectives."""
+    points = full.pareto.points
+    figure = figures.pareto_figure(full, full.pareto)
+    for axes, pair in zip(figure.axes, combinations(OBJECTIVES, 2), strict=True):
+        assert (axes.get_xlabel(), axes.get_ylabel()) == tuple(f"win rate: {objective}" for objective in pair)
+        for label, kind in (("mixtures, grid of λ", "mixture"), ("soups, grid of λ", "soup")):
+            expected = [
+                [point.win_rates[objective].value for objective in pair]
+                for name, point in points.items()
+                if name.startswith("grid-") and point.kind == kind
+            ]
+            assert sorted(lines_of(axes, label).tolist()) == sorted(expected)
+        named = points_of(axes)
+        for name in full.candidates:
+            x, y, horizontal, vertical = named[full.label(name)]
+            first, second = (points[name].win_rates[objective] for objective in pair)
+            assert (x, y) == (first.value, second.value)
+            np.testing.assert_allclose([*horizontal, *vertical], [first.low, first.high, second.low, second.high])
+
+
+def test_no_point_lies_above_the_stair_and_its_corners_are_points(full):
+    """For every point some corner of the stair is at least as good on both objectives."""
+    axes = figures.pareto_figure(full, full.pareto).axes[0]
+    first, second = OBJECTIVES[:2]
+    points = [(p.win_rates[first].value, p.win_rates[second].value) for p in full.pareto.points.values()]
+    corners = [tuple(corner) for corner in lines_of(axes, "front of the two").tolist() if tuple(corner) in points]
+    assert len(corners) > 2
+    assert all(any(x <= cx and y <= cy for cx, cy in corners) for x, y in points)
+
+
+def test_a_single_objective_has_no_front_to_draw(full):
+    with pytest.raises(ValueError, match="at least two objectives"):
+        figures.pareto_figure(replace(full, objectives=["positive"]), full.pareto)
+
+
+def test_a_png_is_a_picture_of_the_figure_s_size_with_nothing_cut_off(metrics, full):
     """Every text, the legend's too, lies inside the picture."""
-    for draw in (figures.win_rate_figure, figures.trade_off_figure, figures.kl_figure):
-        figure = draw(metrics)
-        pixels = imread(io.BytesIO(figures.png(figure)), format="png")
-        width, height = (figure.get_size_inches() * figures.DPI).astype(int)
+    drawn = [draw(metrics) for draw in (figures.win_rate_figure, figures.trade_off_figure, figures.kl_figure)]
+    for figure in (*drawn, figures.win_rate_figure(full), figures.pareto_figure(full, full.pareto)):
+        pixels = imread(io.BytesIO(png(figure)), format="png")
+        width, height = (figure.get_size_inches() * DPI).astype(int)
         assert pixels.shape[:2] == (height, width)
         assert pixels[..., :3].std() > 0.05
         box = figure.get_tightbbox()  # inches
         assert box.x0 >= 0.0
         assert box.y0 >= 0.0
-        assert box.x1 * figures.DPI <= width + 1
-        assert box.y1 * figures.DPI <= height + 1
+        assert box.x1 * DPI <= width + 1
+        assert box.y1 * DPI <= height + 1

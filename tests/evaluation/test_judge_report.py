@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mpo_ray.evaluation.estimates import number
 from mpo_ray.evaluation.judgements import Outcome, judged_candidates
-from mpo_ray.evaluation.metrics import number
 from tests.evaluation.test_report import Page, report, squeezed
 from tests.evaluation.world import OBJECTIVES
 

@@ -9,8 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from mpo_ray.evaluation.metrics import Estimate, Metrics, evaluate_completions, number, verdict, written
-from tests.evaluation.world import OBJECTIVES, WORLD, Tendency, completions, evaluated
+from mpo_ray.evaluation.estimates import Estimate, number, written
+from mpo_ray.evaluation.metrics import Metrics, evaluate_completions
+from mpo_ray.evaluation.verdict import baseline_verdict, verdict
+from mpo_ray.maths.statistics import SignTest, sign_test
+from tests.evaluation.world import ALL_KINDS, OBJECTIVES, WORLD, Tendency, completions, evaluated, with_front
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,7 @@ def test_every_number_is_the_mean_over_prompts_of_the_table(table, metrics):
             assert candidate.win_rates[objective].value == pytest.approx(np.mean(pairs))
         assert candidate.minimum_win_rate.value == min(w.value for w in candidate.win_rates.values())
         assert candidate.kl.value == pytest.approx(pc.mean(rows["kl"]).as_py())
+        assert candidate.log_z.value == pytest.approx(pc.mean(rows["log_z"]).as_py())
         assert candidate.num_tokens == pytest.approx(pc.mean(rows["num_tokens"]).as_py())
         assert candidate.finished_share == pytest.approx(pc.mean(rows["finished"]).as_py())
     assert (metrics.num_prompts, metrics.num_completions) == (120, 120 * 2 * 6)
@@ -59,7 +63,7 @@ def test_intervals_hold_their_estimate_and_the_reference_has_none_against_itself
     """The reference wins ½ against itself and has KL 0 by definition; its mean reward is an estimate."""
     reference = metrics.candidates["reference"]
     assert all(win == Estimate(0.5) for win in (*reference.win_rates.values(), reference.minimum_win_rate))
-    assert reference.kl == Estimate(0.0)
+    assert reference.kl == reference.log_z == metrics.candidates["positive"].log_z == Estimate(0.0)
     assert reference.rewards["positive"].low is not None
     for name in ("positive", "uniform", "mpo"):
         candidate = metrics.candidates[name]
@@ -78,6 +82,51 @@ def test_the_interval_of_a_win_rate_is_that_of_a_mean_over_prompts(table, metric
     assert metrics.candidates["mpo"].win_rates["positive"].half_width == pytest.approx(expected, rel=0.15)
 
 
+def test_a_normalised_reward_is_in_the_references_standard_deviations(table, metrics):
+    """z = (mean − mean_ref) / std_ref over the reference's completions; the reference has 0 by definition."""
+    for name, candidate in metrics.candidates.items():
+        for objective in OBJECTIVES:
+            theirs = rewards(table, "reference", objective)
+            expected = (rewards(table, name, objective).mean() - theirs.mean()) / theirs.std()
+            z = candidate.normalized_rewards[objective]
+            assert z.value == pytest.approx(expected, abs=1e-12)
+            assert z == Estimate(0.0) if name == "reference" else z.low < z.value < z.high
+
+
+def test_the_interval_of_a_normalised_reward_knows_that_its_scale_is_an_estimate():
+    """A candidate that is the reference plus a constant c has z = c/s, whose interval is that of the scale s alone."""
+    table = completions(num_prompts=40, world=dict.fromkeys(("reference", "mpo"), WORLD["reference"]))
+    reference = table.filter(pc.equal(table["candidate"], "reference"))
+    index = reference.column_names.index("reward_positive")
+    shifted = reference.set_column(index, "reward_positive", pc.add(reference["reward_positive"], 10.0))
+    mpo = shifted.set_column(0, "candidate", pa.array(["mpo"] * shifted.num_rows))
+    metrics = evaluate_completions(pa.concat_tables([reference, mpo]), ["positive"], draws=400, confidence=0.95, seed=0)
+    z = metrics.candidates["mpo"].normalized_rewards["positive"]
+    scale = reference["reward_positive"].to_numpy().std()
+    assert z.value == pytest.approx(10 / scale)
+    assert 0.05 < z.half_width / z.value < 0.3
+
+
+def test_rewards_that_are_all_equal_for_the_reference_have_no_normalised_form(table):
+    index = table.column_names.index("reward_concise")
+    values = np.where(table["candidate"].to_numpy() == "reference", 3.0, table["reward_concise"].to_numpy())
+    metrics = evaluated(table.set_column(index, "reward_concise", pa.array(values)))
+    assert set(metrics.candidates["mpo"].normalized_rewards) == {"positive", "detailed"}
+    json.dumps(metrics.as_json(), allow_nan=False)
+
+
+def test_the_sign_test_counts_prompts_with_the_higher_mean_reward(table, metrics):
+    """Per objective, MPO against each candidate; p is the exact binomial's."""
+    for name in ("reference", "concise", "uniform"):
+        for objective in OBJECTIVES:
+            gap = rewards(table, "mpo", objective).mean(axis=1) - rewards(table, name, objective).mean(axis=1)
+            test = metrics.candidates[name].sign_tests[objective]
+            assert (test.above, test.below, test.ties) == ((gap > 0).sum(), (gap < 0).sum(), (gap == 0).sum())
+            assert test == sign_test(gap)
+    assert metrics.candidates["concise"].sign_tests["concise"].p_value < 0.01
+    assert metrics.candidates["mpo"].sign_tests is None
+
+
 def test_the_order_of_the_rows_does_not_matter(table, metrics):
     shuffled = table.take(np.random.default_rng(0).permutation(table.num_rows))
     again = evaluated(shuffled)
@@ -92,6 +141,7 @@ def test_a_copy_of_mpo_differs_from_it_by_exactly_nothing(table):
     others = table.filter(pc.not_equal(table["candidate"], "uniform"))
     metrics = evaluated(pa.concat_tables([others, copy]))
     assert metrics.candidates["uniform"].mpo_minus_this == Estimate(0.0, 0.0, 0.0)
+    assert metrics.candidates["uniform"].sign_tests["concise"] == SignTest(0, 0, 120, 1.0)
     assert metrics.candidates["mpo"].mpo_minus_this is None
 
 
@@ -104,12 +154,14 @@ def test_the_difference_is_that_of_the_minima(metrics):
 
 def test_without_mpo_there_is_no_difference_and_no_verdict(table):
     metrics = evaluated(table.filter(pc.not_equal(table["candidate"], "mpo")))
-    assert all(candidate.mpo_minus_this is None for candidate in metrics.candidates.values())
+    assert all(c.mpo_minus_this is None and c.sign_tests is None for c in metrics.candidates.values())
+    assert baseline_verdict(metrics) is None
     assert verdict(metrics) is None
 
 
 def test_metrics_survive_json(metrics):
-    assert Metrics.from_json(json.loads(json.dumps(metrics.as_json(), allow_nan=False))) == metrics
+    for found in (metrics, with_front(), with_front(steps=None)):
+        assert Metrics.from_json(json.loads(json.dumps(found.as_json(), allow_nan=False))) == found
 
 
 def test_the_verdict_is_above_when_mpo_is_outside_the_intervals(metrics):
@@ -132,6 +184,34 @@ def test_the_verdict_is_below_when_a_policy_has_the_higher_minimum():
     assert found.kind == "below"
     assert "not above" in found.sentence
     assert "'concise'" in found.sentence
+
+
+def test_the_verdict_on_baselines_is_at_least_when_no_baseline_has_the_higher_minimum(metrics):
+    """Uniform is the best baseline here; the sentence has the paired difference and says whether it excludes 0."""
+    found = baseline_verdict(metrics)
+    gap = metrics.candidates["uniform"].mpo_minus_this
+    assert found.kind == "at least"
+    assert "(uniform mixture)" in found.sentence
+    assert f"difference {written(gap, 3)}, which {'excludes' if gap.low > 0 else 'holds'} 0" in found.sentence
+
+
+def test_the_verdict_on_baselines_is_below_when_a_soup_has_the_higher_minimum():
+    world = {**WORLD, "soup-uniform": WORLD["mpo"], "mpo": WORLD["reference"], "fit-paper": Tendency(0.9, 3.0, 0.9, 1)}
+    found = baseline_verdict(evaluated(completions(world=world)))
+    assert found.kind == "below"
+    assert "(uniform soup)" in found.sentence  # and not another fit of MPO's weights, though it is better
+
+
+def test_every_kind_of_candidate_has_a_label():
+    metrics = with_front()
+    assert [metrics.label(name) for name in ("soup-uniform", "soup-mpo", "fit-paper", "mostly-concise", "morlhf")] == [
+        "uniform soup",
+        "soup at MPO's λ",
+        "paper fit",
+        "mostly-concise",
+        "morlhf",
+    ]
+    assert list(metrics.candidates) == list(ALL_KINDS)[:5] + list(ALL_KINDS)[6:] + ["mpo"]
 
 
 def test_an_estimate_is_written_with_its_interval_and_no_negative_zero():
@@ -180,7 +260,7 @@ def row_of(table: pa.Table, candidate: str) -> int:
             lambda t: change(t, row_of(t, "mpo"), "prompt_id", f"{1:016x}"),
             "'mpo' has 1 completion.s. of prompt '0000000000000000' and 3 of '0000000000000001'",
         ),
-        (lambda t: t.filter(pc.not_equal(t["candidate"], "reference")), "no candidate 'reference'.*it has concise"),
+        (lambda t: t.filter(pc.not_equal(t["candidate"], "reference")), "no candidate 'reference'.*it has positive"),
         (lambda t: t.slice(0, 0), "no candidate 'reference'.*no rows"),
         (lambda t: t.drop_columns(["reward_concise"]), "no column 'reward_concise'; it has candidate, "),
     ],

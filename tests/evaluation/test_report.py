@@ -13,9 +13,11 @@ import pytest
 
 from mpo_ray.config import Fit
 from mpo_ray.data.scores import scores_from_table
-from mpo_ray.evaluation.metrics import Metrics, number, verdict
-from mpo_ray.evaluation.metrics import written as written_as
+from mpo_ray.evaluation.estimates import number
+from mpo_ray.evaluation.estimates import written as written_as
+from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.evaluation.report import SHOWN_CHARACTERS, SHOWN_PROMPTS, write_report
+from mpo_ray.evaluation.verdict import verdict
 from mpo_ray.fitting.standalone import fit_scores
 from mpo_ray.records import encode_prompt
 from tests.evaluation.world import (
@@ -135,7 +137,7 @@ def test_the_page_shows_every_number_of_the_table_and_the_verdict(written):
 
 
 def test_the_page_says_which_mixture_is_decoded(written):
-    assert "Both mixtures are token-level" in Page(written[1]).text
+    assert "All mixtures are token-level" in Page(written[1]).text
 
 
 def test_every_part_is_there(written):

@@ -7,14 +7,21 @@ import io
 import pytest
 from rich.console import Console
 
-from mpo_ray.evaluation.metrics import Metrics, number, written
+from mpo_ray.evaluation.estimates import Estimate, number, written
+from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.evaluation.terminal import metrics_table, print_summary
-from tests.evaluation.world import OBJECTIVES, evaluated, fit
+from mpo_ray.evaluation.verdict import baseline_verdict, verdict
+from tests.evaluation.world import OBJECTIVES, evaluated, fit, with_front
 
 
 @pytest.fixture(scope="module")
 def metrics() -> Metrics:
     return evaluated()
+
+
+@pytest.fixture(scope="module")
+def full() -> Metrics:
+    return with_front()
 
 
 def summary(metrics: Metrics, **diagnostics: object) -> str:
@@ -27,24 +34,41 @@ def line_of(text: str, label: str, occurrence: int = 0) -> str:
     return [line for line in text.splitlines() if line.strip().startswith(label)][occurrence]
 
 
-def test_every_candidate_has_its_win_rates_minimum_kl_and_length_on_one_line(metrics):
+def plus_minus(estimate: Estimate) -> str:
+    return f"{number(estimate.value)} ±{number(estimate.half_width)}"
+
+
+def test_every_candidate_has_its_win_rates_minimum_and_distance_to_mpo_on_one_line(metrics):
     text = summary(metrics)
     for name, candidate in metrics.candidates.items():
         wins = [candidate.win_rates[o] for o in OBJECTIVES]
-        expected = [number(w.value) + (f" ±{number(w.half_width)}" if name != "reference" else "") for w in wins]
-        expected += [written(candidate.minimum_win_rate), number(candidate.kl.value), number(candidate.num_tokens, 1)]
+        expected = [number(w.value) if name == "reference" else plus_minus(w) for w in wins]
+        expected += [written(candidate.minimum_win_rate)]
+        expected += [] if name == "mpo" else [plus_minus(candidate.mpo_minus_this)]
         assert line_of(text, metrics.label(name)).split() == [*metrics.label(name).split(), *" ".join(expected).split()]
 
 
-def test_mean_rewards_have_their_own_table(metrics):
-    row = line_of(summary(metrics), "MPO mixture", occurrence=1)
-    for objective in OBJECTIVES:
-        reward = metrics.candidates["mpo"].rewards[objective]
-        assert f"{number(reward.value)} ±{number(reward.half_width)}" in row
-
-
-def test_without_a_terminal_the_lines_are_plain_and_at_most_100_columns(metrics):
+def test_mean_rewards_kl_log_z_and_length_have_their_own_table(metrics):
     text = summary(metrics)
+    for name, candidate in metrics.candidates.items():
+        expected = [plus_minus(candidate.rewards[o]) for o in OBJECTIVES]
+        expected += [number(candidate.kl.value), number(candidate.log_z.value), number(candidate.num_tokens, 1)]
+        row = line_of(text, metrics.label(name), occurrence=1)
+        assert row.split() == [*metrics.label(name).split(), *" ".join(expected).split()]
+
+
+def test_both_verdicts_and_the_volumes_of_both_families_are_told(full):
+    text = " ".join(summary(full).split())
+    assert verdict(full).sentence in text
+    assert baseline_verdict(full).sentence in text
+    volume = full.pareto.hypervolume
+    assert f"15 points each: mixtures {written(volume.mixture, 3)}, soups {written(volume.soup, 3)}" in text
+
+
+def test_without_a_terminal_the_lines_are_plain_and_at_most_100_columns(full):
+    """Three objectives and every kind of candidate; no number is broken over two lines."""
+    text = summary(full)
+    assert line_of(text, "soup at MPO's λ").count("±") == 4
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 100
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mpo_ray.config import Fit, MirrorSteps
+from mpo_ray.config import Evaluation, Fit, MirrorSteps
 from mpo_ray.data.scores import ScoreTable, scores_from_table
+from mpo_ray.evaluation.candidates import Candidate, grid_candidates
 from mpo_ray.evaluation.metrics import Metrics, evaluate_completions
+from mpo_ray.evaluation.pareto import compare_points, families_of
 from mpo_ray.fitting.standalone import fit_scores
 from mpo_ray.fitting.trade_off import predict_trade_off
 
@@ -21,6 +23,7 @@ OBJECTIVES = ["positive", "concise", "detailed"]
 GOOD = ["a delight", "warm and funny", "superb", "moving", "well acted"]
 BAD = ["a mess", "dull", "far too long", "badly cast", "forgettable"]
 DETAILS = ["the camera lingers on the harbour", "the second act doubles back", "the score is all strings"]
+FIELDS = ("good", "clauses", "details", "kl")
 OPENINGS = ["I went with my sister and", "The film opens on a pier;", "Nobody told me that", "After two hours,"]
 
 
@@ -32,6 +35,7 @@ class Tendency:
     clauses: float
     details: float
     kl: float
+    log_z: float = 0.0
 
 
 WORLD = {
@@ -39,8 +43,25 @@ WORLD = {
     "positive": Tendency(0.85, 5.0, 0.25, 3.1),
     "concise": Tendency(0.45, 3.2, 0.20, 2.6),
     "detailed": Tendency(0.45, 6.0, 0.50, 3.4),
-    "uniform": Tendency(0.62, 4.6, 0.36, 0.9),
-    "mpo": Tendency(0.63, 4.3, 0.42, 1.2),
+    "uniform": Tendency(0.62, 4.6, 0.36, 0.9, -1.4),
+    "mpo": Tendency(0.63, 4.3, 0.42, 1.2, -1.2),
+}
+
+
+#: All kinds of candidates: soups, another fit's mixture, given weights, somebody's model.
+ALL_KINDS = {
+    **WORLD,
+    "soup-uniform": Tendency(0.60, 4.7, 0.35, 0.8),
+    "soup-mpo": Tendency(0.60, 4.5, 0.38, 1.0),
+    "fit-paper": Tendency(0.55, 4.0, 0.33, 2.0, -0.4),
+    "mostly-concise": Tendency(0.50, 3.7, 0.27, 1.9, -0.9),
+    "morlhf": Tendency(0.60, 4.4, 0.40, 1.5),
+}
+WEIGHTS = {
+    "mpo": (0.41, 0.25, 0.34),
+    "soup-mpo": (0.41, 0.25, 0.34),
+    "fit-paper": (0.1, 0.7, 0.2),
+    "mostly-concise": (0.2, 0.7, 0.1),
 }
 
 
@@ -66,6 +87,7 @@ def completions(
                         "num_tokens": len(text.split()),
                         "finished": finished,
                         "kl": float(tendency.kl * rng.gamma(8.0, 1.0 / 8.0)),
+                        "log_z": tendency.log_z * len(text.split()) / 20.0,
                         "reward_positive": float(sum(w in text for w in GOOD) - sum(w in text for w in BAD)),
                         "reward_concise": -float(len(text.split())),
                         "reward_detailed": float(sum(text.count(w) for w in DETAILS)),
@@ -78,6 +100,46 @@ def evaluated(table: pa.Table | None = None) -> Metrics:
     """The metrics of a table (of the world's, if none is given), with few draws."""
     table = completions() if table is None else table
     return evaluate_completions(table, OBJECTIVES, draws=400, confidence=0.95, seed=0)
+
+
+def records(objectives: list[str] = OBJECTIVES) -> dict[str, Candidate]:
+    """The records of `ALL_KINDS`."""
+    vertices = {name: tuple(float(other == name) for other in objectives) for name in objectives}
+    even = (1 / len(objectives),) * len(objectives)
+    weights = {**vertices, "uniform": even, "soup-uniform": even, **WEIGHTS}
+    mixed = {n: Candidate("soup" if n.startswith("soup") else "mixture", w) for n, w in weights.items()}
+    return {"reference": Candidate("reference"), **mixed, "morlhf": Candidate("model", path="models/morlhf")}
+
+
+def grid(steps: int) -> tuple[dict[str, Candidate], dict[str, Tendency]]:
+    """Mixtures and soups on a grid: between the policies, mixtures a little better than soups."""
+    candidates = grid_candidates(3, Evaluation(grid=steps))
+    corners = [WORLD[name] for name in OBJECTIVES]
+    world = {}
+    for name, candidate in candidates.items():
+        inside = 1.0 - max(candidate.weights or (1.0,))
+        gain = inside * (0.12 if candidate.kind == "mixture" else 0.06)
+        mean = [sum(w * getattr(c, f) for w, c in zip(candidate.weights or (), corners, strict=True)) for f in FIELDS]
+        world[name] = Tendency(mean[0] + gain, mean[1] - gain, mean[2] + gain, mean[3])
+    return candidates, world
+
+
+@cache
+def with_front(*, steps: int | None = 4, num_prompts: int = 40, num_points: int = 24) -> Metrics:
+    """The metrics of all kinds of candidates, with their front; the grid is on the first prompts only."""
+    table = completions(num_prompts=num_prompts, world=ALL_KINDS)
+    candidates, world = ({}, {}) if steps is None else grid(steps)
+    points = completions(num_prompts=num_points, world={**ALL_KINDS, **world})
+    pareto = compare_points(
+        points,
+        OBJECTIVES,
+        records() | candidates,
+        families_of(OBJECTIVES, records(), candidates),
+        draws=100,
+        confidence=0.95,
+        seed=0,
+    )
+    return replace(evaluate_completions(table, OBJECTIVES, draws=200, confidence=0.95, seed=0), pareto=pareto)
 
 
 @cache

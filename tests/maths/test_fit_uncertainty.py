@@ -80,3 +80,15 @@ def test_the_number_of_responses_that_would_do_does() -> None:
         found = np.median(effective_sample_size(normal_table(spread, needed, 1), np.ones(1)))
         assert 2.5 < found < 12.0, (spread, needed, found)
     assert responses_needed(normal_table(6.0, 8, 0), np.ones(1)) > 1e9, "σ = 6 nats: no number of samples will do"
+
+
+def test_a_large_table_is_resampled_in_part_with_the_width_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The m-out-of-n bootstrap of 200 prompts by 50 has about the width of the whole one, around the same fit."""
+    table = SampleTable.of_reference(np.stack([w.log_ratios for w in WORLDS]))
+    start = solve(table).weights[0]
+    whole = bootstrap_fit(table, start, draws=200, confidence=0.9, rng=np.random.default_rng(0))
+    monkeypatch.setattr("mpo_ray.maths.fit_uncertainty.MOST_PROMPTS", 50)
+    part = bootstrap_fit(table, start, draws=200, confidence=0.9, rng=np.random.default_rng(0))
+    for one, other in zip([*whole.weights, whole.objective], [*part.weights, part.objective], strict=True):
+        assert 0.6 < (other[1] - other[0]) / (one[1] - one[0]) < 1.6
+        assert other.mean() == pytest.approx(one.mean(), abs=0.25 * (one[1] - one[0]))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
+from math import comb
+
 import numpy as np
 import pytest
 
-from mpo_ray.maths.simplex import check_simplex, exponentiated_gradient_step, uniform
+from mpo_ray.maths.simplex import check_simplex, exponentiated_gradient_step, simplex_grid, uniform
 
 
 def test_the_mirror_step_minimises_the_linear_model_plus_divergence() -> None:
@@ -64,3 +67,17 @@ def test_weights_off_the_simplex_are_refused_with_their_values(weights: list[flo
     """λ_k ≥ 0, Σ_k λ_k = 1."""
     with pytest.raises(ValueError, match=complaint):
         check_simplex(np.array(weights))
+
+
+@pytest.mark.parametrize(("num_objectives", "steps"), [(1, 3), (2, 4), (3, 5), (4, 3)])
+def test_the_grid_is_every_multiple_of_one_step_on_the_simplex_once(num_objectives: int, steps: int) -> None:
+    """{n/s : n ∈ ℕ^K, Σ n = s}, C(s + K − 1, K − 1) of them, in order."""
+    expected = [n for n in product(range(steps + 1), repeat=num_objectives) if sum(n) == steps]
+    grid = simplex_grid(num_objectives, steps)
+    assert len(grid) == len(expected) == comb(steps + num_objectives - 1, num_objectives - 1)
+    np.testing.assert_array_equal(grid, np.array(expected) / steps)
+
+
+def test_a_grid_without_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1 objective and 1 step; got 2 and 0"):
+        simplex_grid(2, 0)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 
 from mpo_ray.maths import statistics
 from mpo_ray.maths.statistics import (
+    SignTest,
+    binomial_tail,
     bootstrap_counts,
     bootstrap_means,
     difference_of_minima,
     interval,
     minimum_win_rate,
+    sign_test,
     win_probabilities,
 )
 
@@ -136,3 +140,32 @@ def test_the_minimum_is_taken_inside_each_draw():
 def test_a_wrong_argument_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_binomial_tail_is_the_sum_of_the_coefficients():
+    """P(X ≤ s) = Σ_{i ≤ s} C(n, i) / 2^n, exactly, also where 2^−n is below the smallest float."""
+    for trials in (0, 1, 5, 40):
+        for successes in range(trials + 1):
+            exact = sum(math.comb(trials, i) for i in range(successes + 1)) / 2**trials
+            assert binomial_tail(successes, trials) == pytest.approx(exact, rel=1e-12)
+    exact = sum(math.comb(5000, i) for i in range(2401)) / 2**5000
+    assert binomial_tail(2400, 5000) == pytest.approx(exact, rel=1e-9)
+
+
+def test_the_sign_test_is_exact_two_sided_and_leaves_ties_out():
+    """8 of 9 above 0: p = 2 (C(9,0) + C(9,1)) / 2⁹ = 20/512. The sides can be swapped; without signs p is 1."""
+    differences = np.array([1.0, 2, 3, 4, 5, 6, 7, 8, -1, 0, 0, 0])
+    assert sign_test(differences) == SignTest(8, 1, 3, pytest.approx(20 / 512))
+    assert sign_test(-differences).p_value == sign_test(differences).p_value
+    assert sign_test(np.zeros(4)) == SignTest(0, 0, 4, 1.0)
+    assert sign_test(np.array([1.0, -1.0])).p_value == 1.0
+
+
+def test_the_sign_test_rejects_a_fair_coin_at_no_more_than_its_level():
+    """P(p ≤ 0.05) ≤ 0.05 under the hypothesis, by enumeration over the number of heads."""
+    level = sum(
+        math.comb(30, heads) / 2**30
+        for heads in range(31)
+        if sign_test(np.repeat([1.0, -1.0], [heads, 30 - heads])).p_value <= 0.05
+    )
+    assert 0.02 < level <= 0.05

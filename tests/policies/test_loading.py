@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mpo_ray.policies.loading import (
     ModelError,
+    check_comparable,
     check_same_vocabulary,
     load_model,
     load_policy,
@@ -214,3 +215,16 @@ def test_different_vocabularies_are_refused_with_sizes_first_difference_and_reme
         check_same_vocabulary({"helpful": same, "harmless": end})
     with pytest.raises(ModelError, match="their merge rules differ"):
         check_same_vocabulary({"a": bpe([("a", "b"), ("ab", "c")]), "b": bpe([("b", "c"), ("a", "bc")])})
+
+
+def test_a_model_to_compare_shares_the_references_vocabulary_and_output_layer(base: Path, tmp_path: Path) -> None:
+    """Nothing is opened but files; the message names the place in the run file, both models and the difference."""
+    check_comparable("theirs", str(tiny_llama(tmp_path / "twin", tiny_tokenizer(), seed=9)), str(base))
+    fewer = tiny_llama(tmp_path / "fewer", tiny_tokenizer(words=["the", "film"]), seed=1)
+    with pytest.raises(ModelError, match=r"evaluation\.models\.theirs: .*different vocabularies: 9 and 24 tokens"):
+        check_comparable("theirs", str(fewer), str(base))
+    padded = tiny_llama(tmp_path / "padded", tiny_tokenizer(), seed=1, vocab_size=32)
+    with pytest.raises(ModelError, match=r"evaluation\.models\.theirs: the output layers of .* have 32 and 24 entries"):
+        check_comparable("theirs", str(padded), str(base))
+    with pytest.raises(ModelError, match=r"nowhere: no such directory"):
+        check_comparable("theirs", str(tmp_path / "nowhere"), str(base))

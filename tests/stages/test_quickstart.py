@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mpo_ray.evaluation.metrics import MPO, Metrics, verdict
+from mpo_ray.evaluation.metrics import Metrics
+from mpo_ray.evaluation.verdict import verdict
+from mpo_ray.records import MPO
 from tests import tiny_run
 
 

@@ -1,0 +1,57 @@
+"""How far a candidate is from the reference along its own completions, and what its decoding drops on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpo_ray.data.tokens import TokenBatch, collate, shared_prompts
+from mpo_ray.maths.log_linear import log_normalizer
+from mpo_ray.maths.sequence_logprob import prediction_mask, sequence_kl, sum_over_completions
+from mpo_ray.policies.mixture import MixtureForCausalLM
+from mpo_ray.training.completion_model import CompletionModel
+
+#: (prompt ids, completion ids)
+Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
+
+
+@torch.no_grad()
+def divergences(
+    model: Any, reference: Any, sequences: Sequences, *, batch_size: int, pad_id: int
+) -> tuple[list[float], list[float]]:
+    """Σ_t KL(q_t ‖ π_ref,t) and Σ_t log Z_t along every completion, nats   (design 2.3, 2.5)
+
+    The second is 0 for a plain model, and 0 up to rounding for a mixture at a vertex. Batches hold sequences of like
+    length, and only the places that predict a completion's token go through the output layer.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
+    kl, log_z = [0.0] * len(sequences), [0.0] * len(sequences)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        chosen = [sequences[i] for i in rows]
+        batch = replace(collate(chosen, pad_id=pad_id), prompt_rows=shared_prompts(chosen)).to(reference.device)
+        logits = completion_logits(model, batch)
+        distances = sequence_kl(logits, completion_logits(reference, batch), batch.completion_mask).tolist()
+        dropped = [0.0] * len(rows)
+        if isinstance(model, MixtureForCausalLM):
+            dropped = sum_over_completions(log_normalizer(logits), batch.completion_mask).tolist()
+        for i, distance, normalizer in zip(rows, distances, dropped, strict=True):
+            kl[i], log_z[i] = distance, normalizer
+    return kl, log_z
+
+
+def completion_logits(model: Any, batch: TokenBatch) -> Tensor:
+    """Logits (N, V) that predict the completions' N tokens, row after row; for a mixture Σ_k λ_k log π_k."""
+    if not isinstance(model, MixtureForCausalLM):
+        return CompletionModel(model).predictions(batch)
+    kept = prediction_mask(batch.completion_mask)
+    columns = kept.any(dim=0).nonzero().squeeze(-1)
+    output = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=columns
+    )
+    logits: Tensor = output.logits[kept[:, columns]]
+    return logits

@@ -1,0 +1,95 @@
+"""Rewarded Soups: one model whose parameters are the weighted average of the policies' (arXiv 2306.04488).
+
+    θ_λ = Σ_k λ_k θ_k,      θ_k = W + s_k B_k A_k  for a LoRA policy on the reference's weights W
+
+What is averaged is each policy's *effective* weights, so for LoRA policies the products: W + Σ_k λ_k s_k B_k A_k. The
+average of the factors, (Σ_k λ_k B_k)(Σ_k λ_k A_k), is another model, and not the parameter average of the policies.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mpo_ray.policies.loading import PRECISIONS, ModelError, load_policy
+from mpo_ray.records import check_weights
+
+
+def load_soup(
+    reference: str, policies: Mapping[str, str], weights: Mapping[str, float], *, precision: str = "fp32"
+) -> PreTrainedModel:
+    """Open the parameter average of the policies as a plain transformers model, in evaluation mode, on the CPU.
+
+    policies: objective → LoRA adapter of `reference`, or full weights; both kinds may be mixed
+    weights: λ by objective, on the simplex; a policy with weight 0 is not opened
+    Averaged in float32, and rounded to `precision` once, at the end. Two models are in memory at a time. Raises
+    ModelError where the policies have no common parameters, ValueError where λ is not on the simplex.
+    """
+    checked = check_weights(weights, list(policies), where="the soup's weights")
+    shares = {name: weight for name, weight in checked.items() if weight > 0}
+    first, *others = shares
+    soup = load_merged(policies[first], reference)
+    average = soup.state_dict()
+    with torch.no_grad():
+        for tensor in _once(average).values():
+            tensor.mul_(shares[first])
+        for name in others:
+            policy = load_merged(policies[name], reference)
+            _add(average, policy.state_dict(), shares[name], names=(first, name))
+            del policy
+            gc.collect()  # a model refers to itself; without this the third is opened beside the second
+    return soup.to(PRECISIONS[precision]).eval()
+
+
+def load_merged(path: str, reference: str) -> PreTrainedModel:
+    """Open a policy as a plain model in float32: an adapter is added into a copy of the reference's weights."""
+    policy = load_policy(path, reference)
+    if not isinstance(policy, PeftModel):
+        return policy
+    _check_untied(policy, path)
+    merged: PreTrainedModel = policy.merge_and_unload(safe_merge=True)
+    return merged
+
+
+def _add(average: dict[str, Tensor], other: Mapping[str, Tensor], weight: float, *, names: tuple[str, str]) -> None:
+    """average ← average + weight · other, tensor by tensor; a tensor that two names share is counted once."""
+    for key in sorted(average.keys() | other.keys()):
+        shapes = [tuple(state[key].shape) if key in state else None for state in (average, other)]
+        if shapes[0] != shapes[1]:
+            raise ModelError(
+                f"Policies {names[0]!r} and {names[1]!r} have no parameter average: {key} has the shapes {shapes[0]} "
+                f"and {shapes[1]}. Train them from the same base model, or set evaluation.soups to false."
+            )
+    for key, tensor in _once(average).items():
+        if tensor.is_floating_point():
+            tensor.add_(other[key], alpha=weight)
+
+
+def _once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The floating-point tensors of a state, each under the first of its names."""
+    first: dict[int, str] = {}
+    for key, tensor in state.items():
+        if tensor.is_floating_point():
+            first.setdefault(tensor.data_ptr(), key)
+    return {key: state[key] for key in first.values()}
+
+
+def _check_untied(policy: PeftModel, path: str) -> None:
+    """Adding an update to the output layer would change the input embeddings too where both are one tensor."""
+    base = policy.get_base_model()
+    inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
+    if outputs is None or inputs is outputs or not getattr(base.config, "tie_word_embeddings", False):
+        return
+    layers = {"input": inputs, "output": outputs}
+    adapted = [name for name, layer in layers.items() if hasattr(layer, "lora_A") or hasattr(layer, "modules_to_save")]
+    if adapted:
+        raise ModelError(
+            f"{path}: adapts the {adapted[0]} embeddings, which this model ties to the other ones, so the policy is "
+            "not one set of the base model's parameters and has no part in a soup. Set evaluation.soups to false, or "
+            "train with other policies.lora.target_modules."
+        )

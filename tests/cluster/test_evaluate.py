@@ -1,0 +1,90 @@
+"""The actor's work on one part, without Ray: completions of every kind of candidate in one form."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from mpo_ray.cluster.evaluate import CandidateEvaluator
+from mpo_ray.config import Actors
+from mpo_ray.evaluation.candidates import Candidate
+from mpo_ray.policies.artefact import write_artefact
+from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
+
+PROMPTS = pa.table(
+    {
+        "prompt_id": [f"{i:016x}" for i in range(3)],
+        "prompt": ["the film", "a plot", "acting was"],
+        "is_chat": [False] * 3,
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root: Path = tmp_path_factory.mktemp("evaluate")
+    base = tiny_llama(root / "base", tiny_tokenizer(), seed=0)
+    policies = {name: tiny_lora(root / name, base, seed=i) for i, name in enumerate("ab", start=1)}
+    weights = {"a": 0.5, "b": 0.5}
+    write_artefact(root / "mixture", objectives=policies, reference=base, copy_reference=False, weights=weights, fit={})
+    return {name: str(root / name) for name in ("base", "a", "b", "mixture")}
+
+
+@pytest.fixture(scope="module")
+def evaluator(places: dict[str, str]) -> CandidateEvaluator:
+    return CandidateEvaluator(
+        artefact=places["mixture"],
+        reference=places["base"],
+        policies={name: places[name] for name in "ab"},
+        rewards={"a": "implicit", "b": f"{__file__}:length"},
+        beta=0.5,
+        actors=Actors(batch_size=4).model_dump(),
+        num_completions=2,
+        max_new_tokens=6,
+        temperature=1.0,
+    )
+
+
+def length(prompts: list[str], responses: list[str]) -> list[float]:
+    """The reward of objective b."""
+    return [float(len(response.split())) for response in responses]
+
+
+def part(evaluator: CandidateEvaluator, candidate: Candidate, *, seed: int = 7, num_prompts: int = 99) -> pa.Table:
+    return evaluator(PROMPTS, {"candidate": candidate.as_json(), "seed": seed, "num_prompts": num_prompts})
+
+
+def test_every_kind_of_candidate_gives_the_same_columns(evaluator, places) -> None:
+    """KL is 0 for the reference alone, log Z is not 0 for the mixture of two alone."""
+    candidates = {
+        "reference": Candidate("reference"),
+        "mixture": Candidate("mixture", (0.5, 0.5)),
+        "vertex": Candidate("mixture", (0.0, 1.0)),
+        "soup": Candidate("soup", (0.5, 0.5)),
+        "model": Candidate("model", path=places["base"]),
+    }
+    tables = {name: part(evaluator, candidate) for name, candidate in candidates.items()}
+    for name, table in tables.items():
+        assert table.schema.equals(tables["reference"].schema)
+        assert table.num_rows == 6
+        assert table["completion_id"].to_pylist() == [0, 1] * 3
+        assert all(kl > 0.01 for kl in table["kl"].to_pylist()) is (name not in ("reference", "model"))
+        assert any(table["log_z"].to_pylist()) is (name == "mixture")
+        responses = table["response"].to_pylist()
+        assert table["reward_b"].to_pylist() == length([], responses)
+    assert max(map(abs, tables["model"]["kl"].to_pylist())) < 1e-4  # it is the reference under another name
+
+
+def test_the_same_seed_gives_the_same_completions_whatever_came_before(evaluator) -> None:
+    """A part depends on its values alone, so that a resumed run ends with the same files."""
+    candidate = Candidate("mixture", (0.3, 0.7))
+    first = part(evaluator, candidate)
+    part(evaluator, Candidate("soup", (0.4, 0.6)))
+    part(evaluator, Candidate("mixture", (1.0, 0.0)))
+    assert part(evaluator, candidate).equals(first)
+    assert not part(evaluator, candidate, seed=8)["response"].equals(first["response"])
+
+
+def test_a_part_of_the_grid_takes_the_first_prompts_only(evaluator) -> None:
+    found = part(evaluator, Candidate("soup", (0.5, 0.5)), num_prompts=2)
+    assert found["prompt_id"].to_pylist() == [f"{i:016x}" for i in (0, 0, 1, 1)]

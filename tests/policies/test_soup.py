@@ -1,0 +1,122 @@
+"""Soups are parameter averages: checked tensor by tensor, for adapters, full weights and both together."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mpo_ray.policies.loading import ModelError, load_policy
+from mpo_ray.policies.soup import load_merged, load_soup
+from tests.tiny import next_logprobs, tiny_llama, tiny_lora, tiny_tokenizer
+
+IDS = [1, 8, 9, 10, 12]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A reference, two adapters of it, and a policy with full weights."""
+    root: Path = tmp_path_factory.mktemp("soup")
+    tokenizer = tiny_tokenizer()
+    base = tiny_llama(root / "base", tokenizer, seed=0)
+    return {
+        "base": str(base),
+        "first": str(tiny_lora(root / "first", base, seed=1)),
+        "second": str(tiny_lora(root / "second", base, seed=2)),
+        "whole": str(tiny_llama(root / "whole", tokenizer, seed=3)),
+    }
+
+
+def soup(places: dict[str, str], weights: dict[str, float]):
+    return load_soup(places["base"], {name: places[name] for name in weights}, weights)
+
+
+def effective(places: dict[str, str], name: str) -> dict[str, torch.Tensor]:
+    """A policy's weights from its files alone: W + s B A, with s = alpha/r = 2."""
+    if name == "whole":
+        return load_file(Path(places[name]) / "model.safetensors")
+    state = load_file(Path(places["base"]) / "model.safetensors")
+    factors = load_file(Path(places[name]) / "adapter_model.safetensors")
+    for key in [key for key in factors if key.endswith("lora_A.weight")]:
+        target = key.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
+        state[target] = state[target] + 2 * factors[key.replace("lora_A", "lora_B")] @ factors[key]
+    return state
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"first": 0.5, "second": 0.5},
+        {"first": 0.2, "whole": 0.8},
+        {"first": 0.3, "whole": 0.5, "second": 0.2},
+        {"first": 1.0, "second": 0.0},
+    ],
+)
+def test_a_soup_is_the_average_of_the_effective_weights(places: dict[str, str], weights: dict[str, float]) -> None:
+    """θ_λ = Σ_k λ_k (W + s_k B_k A_k), every tensor; adapters, full weights, and mixed."""
+    state = soup(places, weights).state_dict()
+    parts = {name: effective(places, name) for name in weights}
+    assert set(parts["first"]) == set(state)
+    for key, tensor in state.items():
+        expected = sum(weight * parts[name][key].double() for name, weight in weights.items())
+        torch.testing.assert_close(tensor.double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_the_average_of_the_factors_is_another_model(places: dict[str, str]) -> None:
+    """½(B₁A₁ + B₂A₂) ≠ (½B₁ + ½B₂)(½A₁ + ½A₂): the soup is the former."""
+    key = "model.layers.0.mlp.up_proj.weight"
+    prefix = "base_model.model.model.layers.0.mlp.up_proj.lora_"
+    factors = [load_file(Path(places[name]) / "adapter_model.safetensors") for name in ("first", "second")]
+    a, b = (sum(f[f"{prefix}{side}.weight"] for f in factors) / 2 for side in "AB")
+    of_factors = load_file(Path(places["base"]) / "model.safetensors")[key] + 2 * b @ a
+    state = soup(places, {"first": 0.5, "second": 0.5}).state_dict()
+    assert (state[key] - of_factors).abs().max() > 0.1
+
+
+def test_one_hot_weights_are_the_policy(places: dict[str, str]) -> None:
+    """The next-token distribution of the policy as PEFT runs it, or of the full weights."""
+    for name in ("first", "whole"):
+        weights = {other: float(other == name) for other in ("second", "whole", "first")}
+        found = next_logprobs(soup(places, weights), IDS)
+        expected = next_logprobs(load_policy(places[name], places["base"]), IDS)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_tied_embeddings_are_averaged_once(tmp_path: Path) -> None:
+    """Two names of one tensor: the average is λ₁E₁ + λ₂E₂ and not that twice over; and they stay tied."""
+    tokenizer = tiny_tokenizer()
+    paths = {n: str(tiny_llama(tmp_path / n, tokenizer, seed=i, tie_word_embeddings=True)) for i, n in enumerate("abc")}
+    soup = load_soup(paths["a"], {"b": paths["b"], "c": paths["c"]}, {"b": 0.25, "c": 0.75})
+    tensors = [load_file(Path(paths[n]) / "model.safetensors")["model.embed_tokens.weight"] for n in "bc"]
+    torch.testing.assert_close(soup.get_input_embeddings().weight.data, 0.25 * tensors[0] + 0.75 * tensors[1])
+    assert soup.get_input_embeddings().weight is soup.get_output_embeddings().weight
+
+
+def test_it_is_a_plain_model_in_the_precision_that_was_asked_for(places: dict[str, str]) -> None:
+    found = load_soup(places["base"], {"first": places["first"]}, {"first": 1.0}, precision="bf16")
+    assert type(found).__name__ == "LlamaForCausalLM"
+    assert found.dtype == torch.bfloat16
+    assert not found.training
+
+
+def test_policies_of_different_shapes_have_no_average(places: dict[str, str], tmp_path: Path) -> None:
+    wide = str(tiny_llama(tmp_path / "wide", tiny_tokenizer(), seed=0, hidden_size=64))
+    with pytest.raises(
+        ModelError, match=r"'whole' and 'wide' have no parameter average: lm_head\.weight has the shapes"
+    ):
+        load_soup(places["base"], {"whole": places["whole"], "wide": wide}, {"whole": 0.5, "wide": 0.5})
+
+
+def test_weights_off_the_simplex_are_refused(places: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"the soup's weights: .* sum to 1\.5"):
+        soup(places, {"first": 1.0, "second": 0.5})
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_an_adapter_of_tied_embeddings_has_no_part_in_a_soup(tmp_path: Path) -> None:
+    """Merging it would change the other embeddings too; the message says which setting to change."""
+    base = tiny_llama(tmp_path / "base", tiny_tokenizer(), seed=0, tie_word_embeddings=True)
+    adapter = tiny_lora(tmp_path / "adapter", base, seed=1, target_modules=["embed_tokens"])
+    with pytest.raises(ModelError, match=r"adapts the input embeddings.* evaluation\.soups"):
+        load_merged(str(adapter), str(base))
