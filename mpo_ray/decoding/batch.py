@@ -28,7 +28,7 @@ LARGEST_UNIFORM = 1 - 2**-40
 class Completion:
     """Token ids of one completion; `finished` if its end token, which is then the last id, came before the limit.
 
-    log_z: Σ_t log Z_t along a mixture's completion, nats: what decoding token by token drops (design 2.3); 0 for a model
+    log_z: Σ_t log Z_t of a mixture, nats: what decoding token by token drops (design 2.3); 0 for a model
     """
 
     ids: list[int]
