@@ -96,13 +96,13 @@ class _Batch:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
         columns = torch.arange(width, device=model.device)
         mask = (columns >= width - lengths[:, None]).long()
-        self._cache = None if isinstance(model, MixtureForCausalLM) else growing_cache(model.config)
+        self._cache: Any = None if isinstance(model, MixtureForCausalLM) else growing_cache(model.config)
         self._mask = None if bool(mask.all()) else mask
-        self._forward(torch.tensor(padded, device=model.device), (mask.cumsum(-1) - 1).clamp(min=0))
+        logits = self._forward(torch.tensor(padded, device=model.device), (mask.cumsum(-1) - 1).clamp(min=0))
 
         self._cache.batch_repeat_interleave(num_completions)
         self._positions = (lengths - 1).repeat_interleave(num_completions)
-        self.logits = self.logits.repeat_interleave(num_completions, dim=0)
+        self.logits = logits.repeat_interleave(num_completions, dim=0)
         if self._mask is not None:
             self._mask = self._mask.repeat_interleave(num_completions, dim=0)
         self.rows = torch.arange(len(self._positions), device=model.device)
@@ -119,9 +119,10 @@ class _Batch:
         self._positions = self._positions + 1
         if self._mask is not None:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.rows), 1)], dim=1)
-        self._forward(tokens[:, None], self._positions[:, None])
+        self.logits = self._forward(tokens[:, None], self._positions[:, None])
 
-    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> None:
+    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """The logits (rows, V) of the tokens after these."""
         positions = {"position_ids": position_ids} if self._takes_positions else {}
         output = self._model(
             input_ids=input_ids,
@@ -131,7 +132,9 @@ class _Batch:
             logits_to_keep=1,
             **positions,
         )
-        self._cache, self.logits = output.past_key_values, output.logits[:, -1]
+        self._cache = output.past_key_values
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
 
 def _cut(ids: list[int], eos_id: int, log_z: float) -> Completion:
