@@ -44,7 +44,6 @@ from mpo_ray.config import Actors
 from mpo_ray.data.tokens import collate
 from mpo_ray.policies.loading import add_adapter, load_model, load_tokenizer
 from mpo_ray.policies.policy_set import PolicySet, by_length, sequence_logprobs
-from mpo_ray.records import encode_prompt
 from mpo_ray.run import Run
 
 TOLERANCE = 1e-3
@@ -123,11 +122,9 @@ def stage(run: Run, arguments: dict[str, Any], actors: Actors, target: str, num_
     given = {**arguments, "actors": actors.model_dump()}
     process_parts(run, parts, SampleScorer, given, actors=actors, console=Console(quiet=True), title="scores")
     tables = [run.read_table(part.target) for part in parts]
-    order = sorted(
-        ((run.local / part.target).stat().st_mtime, table.num_rows) for part, table in zip(parts, tables, strict=True)
-    )
-    counted = order[actors.num_actors :]
-    rate = sum(rows for _, rows in counted) / (order[-1][0] - order[actors.num_actors - 1][0])
+    finished = sorted((run.local / part.target).stat().st_mtime for part in parts)
+    counted = (num_parts - actors.num_actors) * tables[0].num_rows
+    rate = counted / (finished[-1] - finished[actors.num_actors - 1])
     names = arguments["policies"]
     return rate, [{name: table[f"log_ratio_{name}"].to_numpy() for name in names} for table in tables]
 
@@ -135,7 +132,7 @@ def stage(run: Run, arguments: dict[str, Any], actors: Actors, target: str, num_
 def in_memory(
     base: str, policies: dict[str, str], tables: list[pa.Table], batch_size: int, repeats: int
 ) -> tuple[dict[str, Scores], dict[str, np.ndarray]]:
-    """The log-ratios of every file by each of the three ways, and the seconds of every pass over a file but the first."""
+    """The log-ratios of every file by each way, and the seconds (wall, processor) of every pass over one."""
     names = list(policies)
     stack = PolicySet(base, policies)
     plain, packed = adapted_model(base, policies), adapted_model(base, policies)
@@ -215,11 +212,8 @@ def sample_tables(testbed: Path, num_parts: int, num_prompts: int, num_samples: 
     tables = []
     for part in range(num_parts):
         chosen = rows[part * num_prompts : (part + 1) * num_prompts]
-        encoded = [(row["prompt_id"], *encode_prompt(row["prompt"])) for row in chosen]
-        prompts = pa.table(
-            dict(zip(("prompt_id", "prompt", "is_chat"), map(list, zip(*encoded, strict=True)), strict=True))
-        )
-        how = {"num": num_samples, "max_new_tokens": 96, "temperature": 1.0, "seed": part}
+        prompts = pa.Table.from_pylist([{**row, "is_chat": False} for row in chosen])
+        how: dict[str, Any] = {"num": num_samples, "max_new_tokens": 96, "temperature": 1.0, "seed": part}
         table = draw(reference, tokenizer, prompts, **how)
         log_ref = sequence_logprobs(reference, sequences(table), batch_size=64, pad_id=tokenizer.pad_token_id)
         tables.append(table.append_column("log_ref", [log_ref]))

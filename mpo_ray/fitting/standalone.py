@@ -15,7 +15,7 @@ from mpo_ray.data.scores import ScoreTable, open_scores
 from mpo_ray.drawing import png
 from mpo_ray.fitting.figures import fit_figures
 from mpo_ray.fitting.table_fit import Estimator, fit_table
-from mpo_ray.fitting.trade_off import predict_trade_off, grid_of
+from mpo_ray.fitting.trade_off import grid_of, predict_trade_off
 from mpo_ray.fitting.trust import warnings
 
 

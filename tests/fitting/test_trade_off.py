@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpo_ray.data.scores import scores_from_table
-from mpo_ray.fitting.trade_off import MOST_POINTS, best_minimum, minimum_win_rate, predict_trade_off, grid_of
+from mpo_ray.fitting.trade_off import MOST_POINTS, best_minimum, grid_of, minimum_win_rate, predict_trade_off
 from tests.fitting.tables import NAMES, reward, score_rows, scores, worlds
 
 
