@@ -236,6 +236,19 @@ def test_the_weights_are_shown_with_interval_balance_gain_and_certificate(writte
     assert "24 prompts × 16 responses, drawn by: reference 96, positive 96, concise 96, detailed 96" in text
 
 
+def test_a_decoded_fit_shows_the_gain_of_its_answer_and_has_no_interval_of_f(tmp_path):
+    gains, errors = {"positive": 0.05, "concise": 0.061, "detailed": -0.0104}, dict.fromkeys(OBJECTIVES, 0.012)
+    step = {"weights": dict.fromkeys(OBJECTIVES, 1 / 3), "gains": gains, "standard_errors": errors}
+    played = {"gain": "win_rate", "gains": gains, "standard_errors": errors, "steps": [step, step]}
+    found = {**fit(), "method": "decoded", "decoded": played}
+    found["intervals"]["objective_value"] = None
+    text = squeezed(Page(report(tmp_path, fit=found)).text)
+    assert "decoded gain, win rate − ½ binds" in text
+    assert "+0.061 ± 0.012" in text
+    assert f"F(λ), nats {found['objective_value']:.4f} gap" in text
+    assert "found on what is decoded" in text
+
+
 def test_the_balance_table_ends_each_row_with_its_minimum(written):
     text = squeezed(Page(written[1]).text)
     for point, label in {"mpo": "this fit", "concise": "concise policy", "reference": "reference"}.items():
