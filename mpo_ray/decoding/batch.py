@@ -98,7 +98,7 @@ class _Batch:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
         columns = torch.arange(width, device=model.device)
         mask = (columns >= width - lengths[:, None]).long()
-        self._cache: Any = None if isinstance(model, MixtureForCausalLM) else growing_cache(model.config)
+        self._cache = _empty_cache(model)
         self._mask = None if bool(mask.all()) else mask
         logits = self._forward(torch.tensor(padded, device=model.device), (mask.cumsum(-1) - 1).clamp(min=0))
 
@@ -137,6 +137,11 @@ class _Batch:
         self._cache = output.past_key_values
         logits: Tensor = output.logits[:, -1]
         return logits
+
+
+def _empty_cache(model: Any) -> Any:
+    """A mixture makes its own, one for each policy."""
+    return None if isinstance(model, MixtureForCausalLM) else growing_cache(model.config)
 
 
 def _cut(ids: list[int], eos_id: int, log_z: float | None) -> Completion:
