@@ -117,13 +117,10 @@ def implicit(context: Context, tokenizer: Any) -> Rewards:
 
     def rewards(prompts: Sequence[Prompt], responses: Sequence[str], ids: Sequence[Sequence[int]]) -> Floats:
         rows = [(prompt_token_ids(tokenizer, p), list(i)) for p, i in zip(prompts, ids, strict=True)]
-
-        def logprobs(name: str) -> Floats:
-            size = config.scoring.batch_size
-            return np.array(policies.logprobs(name, rows, batch_size=size, pad_id=tokenizer.pad_token_id))
-
-        reference = logprobs(REFERENCE)
-        return config.policies.beta * np.stack([logprobs(name) - reference for name in paths], axis=1)
+        how: dict[str, Any] = {"batch_size": config.scoring.batch_size, "pad_id": tokenizer.pad_token_id}
+        found = policies.logprobs([REFERENCE, *paths], rows, **how)
+        columns = {name: np.array(values) for name, values in found.items()}
+        return config.policies.beta * np.stack([columns[name] - columns[REFERENCE] for name in paths], axis=1)
 
     return rewards
 

@@ -44,7 +44,6 @@ from mpo_ray.config import Actors
 from mpo_ray.data.tokens import collate
 from mpo_ray.policies.loading import add_adapter, load_model, load_tokenizer
 from mpo_ray.policies.policy_set import PolicySet, by_length, sequence_logprobs
-from mpo_ray.records import encode_prompt
 from mpo_ray.run import Run
 
 TOLERANCE = 1e-3
@@ -119,13 +118,13 @@ def report(rates: dict[int, list[float]], seconds: dict[str, np.ndarray], *, num
 
 def stage(run: Run, arguments: dict[str, Any], actors: Actors, target: str, num_parts: int) -> tuple[float, Scores]:
     """Sequences per second once every actor has finished a file, and what was written."""
-    parts = [Part(f"samples/{i:03d}.parquet", f"{target}/{i:03d}.parquet", {}) for i in range(num_parts)]
+    parts = [Part(f"samples/{i:03d}.parquet", f"{target}/{i:03d}.parquet", target) for i in range(num_parts)]
     given = {**arguments, "actors": actors.model_dump()}
     process_parts(run, parts, SampleScorer, given, actors=actors, console=Console(quiet=True), title="scores")
     tables = [run.read_table(part.target) for part in parts]
-    order = sorted(((run.local / part.target).stat().st_mtime, table.num_rows) for part, table in zip(parts, tables, strict=True))
-    counted = order[actors.num_actors :]
-    rate = sum(rows for _, rows in counted) / (order[-1][0] - order[actors.num_actors - 1][0])
+    finished = sorted((run.local / part.target).stat().st_mtime for part in parts)
+    counted = (num_parts - actors.num_actors) * tables[0].num_rows
+    rate = counted / (finished[-1] - finished[actors.num_actors - 1])
     names = arguments["policies"]
     return rate, [{name: table[f"log_ratio_{name}"].to_numpy() for name in names} for table in tables]
 
@@ -133,37 +132,32 @@ def stage(run: Run, arguments: dict[str, Any], actors: Actors, target: str, num_
 def in_memory(
     base: str, policies: dict[str, str], tables: list[pa.Table], batch_size: int, repeats: int
 ) -> tuple[dict[str, Scores], dict[str, np.ndarray]]:
-    """The log-ratios of every file by each of the three ways, and the seconds of every pass over a file but the first."""
+    """The log-ratios of every file by each way, and the seconds (wall, processor) of every pass over one."""
     names = list(policies)
     stack = PolicySet(base, policies)
-    adapted: Any = load_model(base)
-    for name, path in policies.items():
-        adapted = add_adapter(adapted, path, name=name)
+    plain, packed = adapted_model(base, policies), adapted_model(base, policies)
     how: dict[str, Any] = {"batch_size": batch_size, "pad_id": load_tokenizer(base).pad_token_id}
 
-    def one_by_one(score: Callable[..., list[float]], rows: Any) -> dict[str, list[float]]:
+    def one_by_one(model: Any, score: Callable[..., list[float]], rows: Any) -> dict[str, list[float]]:
         values = {}
         for name in names:
-            adapted.set_adapter(name)
-            values[name] = score(adapted, rows, **how)
+            model.set_adapter(name)
+            values[name] = score(model, rows, **how)
         return values
 
     sides: dict[str, Callable[[Any], dict[str, list[float]]]] = {
         "stacked": lambda rows: stack.logprobs(names, rows, **how),
-        "separate": lambda rows: one_by_one(padded_logprobs, rows),
-        "packed": lambda rows: one_by_one(sequence_logprobs, rows),
+        "separate": lambda rows: one_by_one(plain, padded_logprobs, rows),
+        "packed": lambda rows: one_by_one(packed, sequence_logprobs, rows),
     }
     scores: dict[str, Scores] = {name: [] for name in sides}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    for side, score in sides.items():
-        adapted.get_base_model().set_attn_implementation("sdpa")
+    for score in sides.values():
         score(sequences(tables[0]))
     for repeat in range(repeats):
         for table in tables:
             rows, log_ref = sequences(table), np.array(table["log_ref"].to_pylist())
             for side, score in sides.items():
-                if side == "separate":  # transformers' own attention, as it was loaded
-                    adapted.get_base_model().set_attn_implementation("sdpa")
                 began, began_cpu = time.perf_counter(), time.thread_time()
                 values = score(rows)
                 seconds[side].append((time.perf_counter() - began, time.thread_time() - began_cpu))
@@ -188,6 +182,14 @@ def padded_logprobs(model: Any, rows: Any, *, batch_size: int, pad_id: int) -> l
     return values
 
 
+def adapted_model(base: str, policies: dict[str, str]) -> Any:
+    """The base with all the adapters on it, as PEFT has them."""
+    model: Any = load_model(base)
+    for name, path in policies.items():
+        model = add_adapter(model, path, name=name)
+    return model
+
+
 def random_lora(directory: Path, base: str, *, seed: int) -> str:
     """Save an adapter of rank 16 with random factors: a policy that is not the base."""
     model = get_peft_model(
@@ -210,9 +212,8 @@ def sample_tables(testbed: Path, num_parts: int, num_prompts: int, num_samples: 
     tables = []
     for part in range(num_parts):
         chosen = rows[part * num_prompts : (part + 1) * num_prompts]
-        encoded = [(row["prompt_id"], *encode_prompt(row["prompt"])) for row in chosen]
-        prompts = pa.table(dict(zip(("prompt_id", "prompt", "is_chat"), map(list, zip(*encoded, strict=True)), strict=True)))
-        how = {"num": num_samples, "max_new_tokens": 96, "temperature": 1.0, "seed": part}
+        prompts = pa.Table.from_pylist([{**row, "is_chat": False} for row in chosen])
+        how: dict[str, Any] = {"num": num_samples, "max_new_tokens": 96, "temperature": 1.0, "seed": part}
         table = draw(reference, tokenizer, prompts, **how)
         log_ref = sequence_logprobs(reference, sequences(table), batch_size=64, pad_id=tokenizer.pad_token_id)
         tables.append(table.append_column("log_ref", [log_ref]))

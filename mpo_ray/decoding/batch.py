@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpo_ray.maths.log_linear import log_normalizer
 from mpo_ray.policies.cache import growing_cache
 from mpo_ray.policies.mixture import MixtureForCausalLM
 
@@ -25,10 +26,14 @@ LARGEST_UNIFORM = 1 - 2**-40
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Token ids of one completion; `finished` if its end token, which is then the last id, came before the limit."""
+    """Token ids of one completion; `finished` if its end token, which is then the last id, came before the limit.
+
+    log_z: Σ_t log Z_t of a mixture, nats: what decoding token by token drops (design 2.3); 0 for a model
+    """
 
     ids: list[int]
     finished: bool
+    log_z: float = 0.0
 
 
 @torch.no_grad()
@@ -53,15 +58,18 @@ def sample_completions(
     uniforms = torch.rand(max_new_tokens, num_rows, generator=generator, dtype=torch.float64).clamp(max=LARGEST_UNIFORM)
     uniforms = uniforms.to(model.device)
     drawn = torch.full((num_rows, max_new_tokens), eos_id, device=model.device)
+    log_z = torch.zeros(num_rows, device=model.device, dtype=torch.float64)
     batch = _Batch(model, prompts, num_completions, pad_id)
     for step in range(max_new_tokens):
+        if isinstance(model, MixtureForCausalLM):
+            log_z[batch.rows[batch.unfinished]] += log_normalizer(batch.logits[batch.unfinished]).double()
         tokens = draw_tokens(batch.logits, uniforms[step, batch.rows], temperature=temperature)
         drawn[batch.rows[batch.unfinished], step] = tokens[batch.unfinished]
         batch.unfinished &= tokens != eos_id
         if step + 1 == max_new_tokens or not bool(batch.unfinished.any()):
             break
         batch.advance(tokens)
-    completions = [_cut(row, eos_id) for row in drawn.tolist()]
+    completions = [_cut(row, eos_id, z) for row, z in zip(drawn.tolist(), log_z.tolist(), strict=True)]
     return [completions[i : i + num_completions] for i in range(0, num_rows, num_completions)]
 
 
@@ -126,7 +134,7 @@ class _Batch:
         self._cache, self.logits = output.past_key_values, output.logits[:, -1]
 
 
-def _cut(ids: list[int], eos_id: int) -> Completion:
+def _cut(ids: list[int], eos_id: int, log_z: float) -> Completion:
     if eos_id not in ids:
-        return Completion(ids, finished=False)
-    return Completion(ids[: ids.index(eos_id) + 1], finished=True)
+        return Completion(ids, finished=False, log_z=log_z)
+    return Completion(ids[: ids.index(eos_id) + 1], finished=True, log_z=log_z)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,10 +28,8 @@ def divergences(
     The second is 0 for a plain model, and 0 up to rounding for a mixture at a vertex. Batches hold sequences of like
     length, and only the places that predict a completion's token go through the output layer.
     """
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
     kl, log_z = [0.0] * len(sequences), [0.0] * len(sequences)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in _batches([len(prompt) + len(completion) for prompt, completion in sequences], batch_size):
         chosen = [sequences[i] for i in rows]
         batch = replace(collate(chosen, pad_id=pad_id), prompt_rows=shared_prompts(chosen)).to(reference.device)
         logits = completion_logits(model, batch)
@@ -42,6 +40,21 @@ def divergences(
         for i, distance, normalizer in zip(rows, distances, dropped, strict=True):
             kl[i], log_z[i] = distance, normalizer
     return kl, log_z
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Places of the sequences, the shortest first, in batches whose longest is at most a fifth longer than the first.
+
+    A mixture computes padding like any token, and most of a batch of all lengths is padding.
+    """
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) == batch_size or lengths[place] > 1.2 * lengths[batch[0]]):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
 
 
 def completion_logits(model: Any, batch: TokenBatch) -> Tensor:

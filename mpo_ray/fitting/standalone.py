@@ -15,7 +15,7 @@ from mpo_ray.data.scores import ScoreTable, open_scores
 from mpo_ray.drawing import png
 from mpo_ray.fitting.figures import fit_figures
 from mpo_ray.fitting.table_fit import Estimator, fit_table
-from mpo_ray.fitting.trade_off import predict_trade_off, simplex_grid
+from mpo_ray.fitting.trade_off import grid_of, predict_trade_off
 from mpo_ray.fitting.trust import warnings
 
 
@@ -54,7 +54,7 @@ def trade_off_of(scores: ScoreTable, fit: Mapping[str, Any], settings: Fit, *, s
     own = np.array([list(fit["weights"].values())])
     return predict_trade_off(
         scores,
-        np.vstack([own, simplex_grid(len(scores.objectives), settings.grid)]),
+        np.vstack([own, grid_of(len(scores.objectives), settings.grid)]),
         estimator=fit["estimator"],
         draws=settings.bootstrap_draws,
         confidence=settings.confidence,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from math import comb
 from typing import Any
 
@@ -14,21 +13,18 @@ from mpo_ray.fitting.table_fit import Estimator
 from mpo_ray.maths.fit_uncertainty import ENOUGH
 from mpo_ray.maths.prediction import Prediction, predict, win_values
 from mpo_ray.maths.sample_table import SampleTable
-from mpo_ray.maths.simplex import Array
+from mpo_ray.maths.simplex import Array, simplex_grid
 
 #: Points of a predicted surface, and prompts that it is computed from, at most: more would not be seen in a picture.
 MOST_POINTS = 300
 MOST_PROMPTS = 20_000
 
 
-def simplex_grid(num_objectives: int, steps: int) -> Array:
-    """Every λ whose entries are multiples of 1/steps, (G, K); with fewer steps where that makes over MOST_POINTS."""
+def grid_of(num_objectives: int, steps: int) -> Array:
+    """`simplex_grid`, with fewer steps where that would make more than MOST_POINTS."""
     while steps > 1 and comb(steps + num_objectives - 1, num_objectives - 1) > MOST_POINTS:
         steps -= 1
-    # Stars and bars: the places of K − 1 bars among `steps` stars cut them into K numbers.
-    bars = list(combinations(range(steps + num_objectives - 1), num_objectives - 1))
-    ends = np.array([[-1, *places, steps + num_objectives - 1] for places in bars])
-    return np.asarray((np.diff(ends, axis=1) - 1) / steps)
+    return simplex_grid(num_objectives, steps)
 
 
 def predict_trade_off(

@@ -20,18 +20,18 @@ def fit(context: Context) -> dict[str, Any]:
     """Find λ by the config's method, describe it and what the other fits would say, and predict the trade-off."""
     config, names = context.config, list(context.config.objectives)
     scores = scores_from_table(context.run.read_table("scores"), names, min_objectives=1)
-    given = {"seed": config.seed, "beta": config.policies.beta}
+    seed, beta = config.seed, config.policies.beta
     if config.fit.method == "decoded" and len(names) > 1:
         result = _decoded(context, scores)
     else:  # one policy has the weight 1, and no game to play
         method = "exact" if config.fit.method == "decoded" else config.fit.method
         estimator = usable_estimator(scores, config.fit.estimator)
-        result = fit_table(scores, config.fit, method=method, estimator=estimator, **given)
+        result = fit_table(scores, config.fit, method=method, estimator=estimator, seed=seed, beta=beta)
     trade_off = trade_off_of(scores, result, config.fit, seed=config.seed)
     result["warnings"] = warnings(scores, result, trade_off)
     result["alternatives"] = {
         estimator: fit_scores(
-            scores, config.fit.model_copy(update={"estimator": estimator}), method="exact", **given
+            scores, config.fit.model_copy(update={"estimator": estimator}), method="exact", seed=seed, beta=beta
         )[0]
         for estimator in available_estimators(scores)
     }

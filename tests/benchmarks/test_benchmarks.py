@@ -42,9 +42,11 @@ def test_our_dpo_step_and_trls_give_the_same_losses(shared: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_scoring_stage_and_the_bare_models_give_the_same_scores(shared: Path) -> None:
-    options = ("--parts=2", "--part-size=8", "--policies=2", "--batch-size=4", "--repeats=1")
-    assert _ratio(_run("score_throughput.py", *options, shared=shared)) > 0
+def test_stage_stacked_and_separate_passes_give_the_same_scores(shared: Path) -> None:
+    options = ("--parts=3", "--prompts=2", "--samples=3", "--policies=2", "--batch-size=4", "--repeats=1")
+    output = _run("score_throughput.py", *options, shared=shared)
+    assert _ratio(output) > 0
+    assert len(re.findall(r"^ratio of the medians, .*: \d", output, re.MULTILINE)) == 4
 
 
 @pytest.mark.parametrize("name", ["dpo_throughput.py", "score_throughput.py"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -97,7 +98,7 @@ class JudgeServer:
 
 def _handler(judge: JudgeServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        timeout = 10
+        timeout = 60
 
         def do_GET(self) -> None:
             if self.path != "/v1/models":
@@ -116,12 +117,13 @@ def _handler(judge: JudgeServer) -> type[BaseHTTPRequestHandler]:
 
         def _send(self, answer: dict[str, Any]) -> None:
             content = answer["body"].encode()
-            self.send_response(answer["status"])
-            for name, value in answer["headers"].items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+            with contextlib.suppress(ConnectionError):  # of a client that waited no longer
+                self.send_response(answer["status"])
+                for name, value in answer["headers"].items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
 
         def log_message(self, format: str, *args: object) -> None:
             pass

@@ -31,7 +31,7 @@ def judge(url: str, cache: AnswerCache, pairs: list[Pair], **changes: Any) -> Ju
     budget = changes.pop("budget", None) or Budget(max_tokens=64, spent=cache.spent)
     concurrency = changes.pop("concurrency", 2)
     prompt, criteria = changes.pop("prompt", OWN), changes.pop("criteria", {})
-    settings = {"retries": 1, "timeout_s": 5.0, "max_tokens": 64, "pause": lambda seconds: None, **changes}
+    settings = {"retries": 1, "timeout_s": 60.0, "max_tokens": 64, "pause": lambda seconds: None, **changes}
     with ChatClient(url, settings.pop("model", "judge-1"), budget=budget, **settings) as client:
         return judge_pairs(
             pairs,
@@ -93,7 +93,7 @@ def test_requests_are_side_by_side_up_to_the_concurrency(cache: AnswerCache) -> 
         with lock:
             inside += 1
             most = max(most, inside)
-        together.wait(timeout=5)
+        together.wait(timeout=60)
         with lock:
             inside -= 1
         return prefers_shorter(question)
@@ -323,7 +323,7 @@ def test_a_request_waits_for_others_that_may_turn_out_cheaper() -> None:
         thread.start()
         assert not admitted.wait(0.1)
         promise.settle((1, 8))
-    thread.join(timeout=5)
+    thread.join(timeout=60)
     assert admitted.is_set()
     assert budget.spent == 16.0
 

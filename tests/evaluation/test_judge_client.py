@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 import socket
+import threading
 import time
 from email.utils import formatdate
 from typing import Any
@@ -25,7 +26,7 @@ class Waits(list[float]):
 
 
 def client(url: str, waits: Waits | None = None, **changes: Any) -> ChatClient:
-    settings = {"budget": Budget(max_tokens=64), "retries": 3, "timeout_s": 5.0, "max_tokens": 64, **changes}
+    settings = {"budget": Budget(max_tokens=64), "retries": 3, "timeout_s": 60.0, "max_tokens": 64, **changes}
     return ChatClient(url, settings.pop("model", "judge-1"), pause=Waits() if waits is None else waits, **settings)
 
 
@@ -102,17 +103,29 @@ def test_a_message_without_content_is_the_empty_answer() -> None:
 
 def test_a_timeout_is_tried_again_and_its_price_is_counted() -> None:
     """The server may have answered and charged: the estimate counts as spent, beside the answer's own price."""
+    over = threading.Event()
 
     def slow_once(question: str) -> str:
         if server.num_requests == 1:
-            time.sleep(0.4)
+            over.wait(60)
         return always_a(question)
 
     budget = Budget(output_price=1e6, max_tokens=64)
     with JudgeServer(slow_once) as server:
-        answer = ask(server, timeout_s=0.15, budget=budget)
+        answer = ask(server, timeout_s=0.5, retries=20, budget=budget)
+        over.set()
+        num_timeouts = server.num_requests - 1
     assert answer.cost == 8.0
-    assert budget.spent == 64.0 + 8.0
+    assert num_timeouts >= 1
+    assert budget.spent == 64.0 * num_timeouts + 8.0
+
+
+def test_a_server_that_is_never_in_time_is_an_error_that_names_the_setting() -> None:
+    over = threading.Event()
+    with JudgeServer(lambda question: str(over.wait(60))) as server:
+        with pytest.raises(JudgeError, match=r"no answer in time\. Raise evaluation\.judge\.timeout_s"):
+            ask(server, timeout_s=0.1, retries=1)
+        over.set()
 
 
 def test_nobody_at_the_url_is_an_error_that_names_url_model_and_remedy() -> None:

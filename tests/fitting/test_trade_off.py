@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from mpo_ray.data.scores import scores_from_table
-from mpo_ray.fitting.trade_off import MOST_POINTS, best_minimum, minimum_win_rate, predict_trade_off, simplex_grid
+from mpo_ray.fitting.trade_off import MOST_POINTS, best_minimum, grid_of, minimum_win_rate, predict_trade_off
 from tests.fitting.tables import NAMES, reward, score_rows, scores, worlds
 
 
 @pytest.mark.parametrize(("num_objectives", "steps"), [(1, 10), (2, 10), (3, 10), (8, 10), (16, 10)])
 def test_the_grid_is_even_holds_the_vertices_and_stays_small(num_objectives: int, steps: int) -> None:
     """Every multiple of 1/steps on the simplex, once; fewer steps where these are too many."""
-    grid = simplex_grid(num_objectives, steps)
+    grid = grid_of(num_objectives, steps)
     assert len(grid) <= MOST_POINTS
     assert len({tuple(row) for row in grid.round(9)}) == len(grid)
     np.testing.assert_allclose(grid.sum(axis=1), 1.0)

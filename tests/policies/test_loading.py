@@ -221,10 +221,10 @@ def test_a_model_to_compare_shares_the_references_vocabulary_and_output_layer(ba
     """Nothing is opened but files; the message names the place in the run file, both models and the difference."""
     check_comparable("theirs", str(tiny_llama(tmp_path / "twin", tiny_tokenizer(), seed=9)), str(base))
     fewer = tiny_llama(tmp_path / "fewer", tiny_tokenizer(words=["the", "film"]), seed=1)
-    with pytest.raises(ModelError, match=r"evaluation\.models\.theirs: .*different vocabularies: 9 and 24 tokens"):
+    with pytest.raises(ModelError, match=r"evaluation\.models\.theirs: .*different vocabularies: 9 and 25 tokens"):
         check_comparable("theirs", str(fewer), str(base))
     padded = tiny_llama(tmp_path / "padded", tiny_tokenizer(), seed=1, vocab_size=32)
-    with pytest.raises(ModelError, match=r"evaluation\.models\.theirs: the output layers of .* have 32 and 24 entries"):
+    with pytest.raises(ModelError, match=r"evaluation\.models\.theirs: the output layers of .* have 32 and 25 entries"):
         check_comparable("theirs", str(padded), str(base))
     with pytest.raises(ModelError, match=r"nowhere: no such directory"):
         check_comparable("theirs", str(tmp_path / "nowhere"), str(base))

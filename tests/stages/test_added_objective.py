@@ -1,5 +1,6 @@
 """A new objective is one more column: an objective that is added, or taken out, leaves the others' work as it is."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -23,9 +24,9 @@ ADDED = "detailed"
 
 def _do(config: RunConfig) -> str:
     """Do the stages up to the scores; returns what they say."""
-    console = Console(record=True, quiet=True, width=200)
-    run_single(Context(config, Run.open(config, update=True), console), *STAGES)
-    return console.export_text()
+    said = io.StringIO()
+    run_single(Context(config, Run.open(config, update=True), Console(file=said, width=200)), *STAGES)
+    return said.getvalue()
 
 
 def _written(run: Path) -> dict[str, int]:

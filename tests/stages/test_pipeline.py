@@ -146,7 +146,7 @@ def test_a_run_killed_in_training_scoring_and_evaluation_ends_with_the_weights_o
         return 0 < len(list(run.glob("scores/*.parquet"))) < 32
 
     def in_evaluation() -> bool:
-        return 0 < len(list(run.glob("evaluation/parts/*.parquet"))) < 48
+        return 0 < len(list(run.glob("evaluation/parts/*.parquet"))) < 64
 
     for stage, moment in (("policies", in_training), ("scores", in_scoring), ("evaluation", in_evaluation)):
         _kill_when(moment, tiny_run.command("run", tmp_path, "killed"))

@@ -1,0 +1,133 @@
+"""Several finished runs side by side, as Markdown: python benchmarks/compare_runs.py RUN [RUN …]
+
+Three tables: the minimum win rate of every candidate in every run, with MPO's paired difference from the best baseline;
+the evidence on each fit (λ, effective samples, KL of the policies, Σ log Z_t); and what the samples predicted against
+what decoding gave, for every mixture of each run. Runs need `evaluation.fits: true` for the fits that were not chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mpo_ray.data.scores import scores_from_table
+from mpo_ray.evaluation.metrics import Metrics
+from mpo_ray.fitting.trade_off import predict_trade_off
+from mpo_ray.records import FIT_PREFIX, MPO, REFERENCE, UNIFORM
+from mpo_ray.run import Run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="run directories")
+    runs = {Run.at(path).name: Run.at(path) for path in parser.parse_args().runs}
+    metrics = {name: Metrics.from_json(run.read_json("evaluation/metrics.json")) for name, run in runs.items()}
+    fits = {name: run.read_json("fit.json") for name, run in runs.items()}
+    print(quality(metrics))
+    print(evidence(metrics, fits))
+    print(prediction(runs, metrics, fits))
+    return 0
+
+
+def quality(metrics: Mapping[str, Metrics]) -> str:
+    """Minimum win rates; single policies are one column, the best of them."""
+    names = list(dict.fromkeys(c for m in metrics.values() for c in m.candidates))
+    policies = {o for m in metrics.values() for o in m.objectives}
+    columns = [c for c in names if c not in policies and c not in (REFERENCE, MPO)]
+    header = ["run", "best single policy", *columns, "MPO", "best baseline", "MPO − best baseline", "MPO − best policy"]
+    rows = []
+    for name, found in metrics.items():
+        candidates = found.candidates
+        single = max(found.objectives, key=lambda o: candidates[o].minimum_win_rate.value)
+        baselines = [c for c in candidates if c not in (REFERENCE, MPO) and not c.startswith(FIT_PREFIX)]
+        best = max(baselines, key=lambda c: candidates[c].minimum_win_rate.value)
+        rows.append(
+            [
+                name,
+                f"{shown(candidates[single].minimum_win_rate)} ({single})",
+                *(shown(candidates[c].minimum_win_rate) if c in candidates else "" for c in columns),
+                f"**{shown(candidates[MPO].minimum_win_rate)}**",
+                best,
+                interval(candidates[best].mpo_minus_this),
+                interval(candidates[single].mpo_minus_this),
+            ]
+        )
+    return "Minimum win rate\n\n" + table(header, rows)
+
+
+def evidence(metrics: Mapping[str, Metrics], fits: Mapping[str, Any]) -> str:
+    """λ of every fit, how many effective samples it rests on, and what token-level decoding drops there."""
+    header = ["run", "KL of the policies", "fit", "λ", "effective samples (median)", "Σ log Z_t", "tokens", "minimum"]
+    rows = []
+    for name, found in metrics.items():
+        kl = ", ".join(f"{o} {found.candidates[o].kl.value:.2f}" for o in found.objectives)
+        entries = {f"{FIT_PREFIX}{e}": f for e, f in fits[name]["alternatives"].items()} | {MPO: fits[name]}
+        for candidate, fit in entries.items():
+            if candidate not in found.candidates:
+                continue
+            own, size = found.candidates[candidate], fit["effective_sample_size"]["median"]
+            rows.append(
+                [
+                    name,
+                    kl,
+                    f"{fit['method']}, {fit['estimator']}" if candidate != MPO else fit["method"],
+                    ", ".join(f"{w:.2f}" for w in fit["weights"].values()),
+                    f"{size:.1f} of {fit['samples_per_prompt']['max']}",
+                    f"{own.log_z.value:.2f}",
+                    f"{own.num_tokens:.0f}",
+                    shown(own.minimum_win_rate),
+                ]
+            )
+    return "The fits\n\n" + table(header, rows)
+
+
+def prediction(runs: Mapping[str, Run], metrics: Mapping[str, Metrics], fits: Mapping[str, Any]) -> str:
+    """Win rates and KL predicted for π_λ from the samples, and those of the token-level mixture as decoded."""
+    header = ["run", "mixture", "win rates predicted", "decoded", "KL predicted", "decoded", "effective samples"]
+    rows = []
+    for name, run in runs.items():
+        found, objectives = metrics[name], metrics[name].objectives
+        mixtures = {UNIFORM: dict.fromkeys(objectives, 1 / len(objectives)), MPO: fits[name]["weights"]}
+        mixtures |= {f"{FIT_PREFIX}{e}": fit["weights"] for e, fit in fits[name]["alternatives"].items()}
+        mixtures = {c: w for c, w in mixtures.items() if c in found.candidates}
+        predicted = predict_trade_off(
+            scores_from_table(run.read_table("scores"), objectives, min_objectives=1),
+            list(mixtures.values()),
+            estimator="balanced",
+            draws=0,
+            confidence=0.95,
+            seed=0,
+        )["points"]
+        for (candidate, _), point in zip(mixtures.items(), predicted, strict=True):
+            own = found.candidates[candidate]
+            rows.append(
+                [
+                    name,
+                    candidate,
+                    " ".join(f"{point['win_rates'][o][0]:.2f}" for o in objectives),
+                    " ".join(f"{own.win_rates[o].value:.2f}" for o in objectives),
+                    f"{point['kl'][0]:.2f}",
+                    f"{own.kl.value:.2f}",
+                    f"{point['effective_sample_size']:.1f}{'' if point['reliable'] else ' (too few)'}",
+                ]
+            )
+    return "Predicted and decoded\n\n" + table(header, rows)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def shown(estimate: Any) -> str:
+    return f"{estimate.value:.3f} ±{estimate.half_width:.3f}"
+
+
+def interval(estimate: Any) -> str:
+    return f"{estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
