@@ -53,7 +53,6 @@ class CandidateEvaluator:
         table = table.slice(0, int(values["num_prompts"]))
         model = self._models.open(candidate)
         rows = draw(model, self._tokenizer, table, seed=int(values["seed"]), **self._drawing)
-        rows = rows.drop_columns([name for name in ("log_z",) if name in rows.column_names])  # `divergences` has it
         pad_id = self._tokenizer.pad_token_id
         kl = log_z = [0.0] * rows.num_rows
         if candidate.kind != "reference":

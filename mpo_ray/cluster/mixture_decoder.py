@@ -62,12 +62,13 @@ class MixtureDecoder:
     def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
         """values: `weights`, λ in the order of the objectives; `seed`."""
         self._mixture.set_weights(dict(zip(self._names, values["weights"], strict=True)))
-        rows = draw(self._mixture, self._tokenizer, table, seed=int(values["seed"]), **self._drawing)
-        lengths = [len(ids) for ids in rows["response_ids"].to_pylist()]
+        seed = int(values["seed"])
+        rows = draw(self._mixture, self._tokenizer, table, seed=seed, with_log_z=True, **self._drawing)
         ratios: dict[str, list[float]] = {}
         if self._scored is not None:
             ratios = log_ratios(self._scored, self._names, rows, self._actors, self._tokenizer.pad_token_id)
             for name, column in ratios.items():
                 rows = rows.append_column(f"log_ratio_{name}", pa.array(column, pa.float64()))
         rows = with_rewards(rows, self._rewards, self._tokenizer, ratios, self._beta)
+        lengths = [len(ids) for ids in rows["response_ids"].to_pylist()]
         return rows.append_column("num_tokens", pa.array(lengths, pa.int32()))

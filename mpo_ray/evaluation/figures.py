@@ -41,52 +41,6 @@ def style(candidate: str, objectives: Sequence[str], others: Sequence[str] = ())
     return COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
 
 
-def weights_figure(steps: Floats, trace: Floats, average: Floats, objectives: Sequence[str]) -> Figure:
-    """λ over the iterations of mirror descent, with its running average; the average at the end is the answer.
-
-    steps: (S,) the steps that were kept; trace: (S, K) the iterates λ at these; average: (K,) the fitted weights
-    Between kept steps the running average is the trapezoid rule's.
-    """
-    figure, axes = single_axes(7.2, 3.6)
-    running = running_average(steps, trace)
-    for k, name in enumerate(objectives):
-        colour, _ = style(name, objectives)
-        axes.plot(steps, trace[:, k], color=colour, linewidth=0.9, alpha=0.45)
-        axes.plot(steps, running[:, k], color=colour, linewidth=2.2, label=f"{name} {average[k]:.3f}")
-        axes.plot(
-            [steps[-1]], [average[k]], marker="o", color=colour, markersize=7, markeredgecolor="white", clip_on=False
-        )
-    axes.set_xlim(float(steps[0]), float(steps[-1]))
-    axes.set_ylim(0.0, min(1.0, 1.15 * float(trace.max())))
-    axes.set_xlabel("step")
-    axes.set_ylabel("weight λ")
-    axes.set_title("thin: the iterate; thick: the running average; dot: the fitted weight", fontsize=9, loc="left")
-    legend(figure, axes)
-    return figure
-
-
-def given_weights_figure(weights: Mapping[str, float]) -> Figure:
-    """Weights that were given and not fitted, as bars."""
-    figure, axes = single_axes(7.2, 0.8 + 0.45 * len(weights))
-    names = list(weights)
-    bars = axes.barh(names, list(weights.values()), color=[style(name, names)[0] for name in names], height=0.6)
-    axes.bar_label(bars, fmt="%.3f", padding=4, fontsize=9)
-    axes.invert_yaxis()
-    axes.set_xlim(0.0, 1.08)
-    axes.set_xlabel("weight λ, as given")
-    axes.grid(visible=False, axis="y")
-    return figure
-
-
-def running_average(steps: Floats, trace: Floats) -> Floats:
-    """(S, K) mean of the trace (S, K) from the first step to each, by the trapezoid rule.
-
-    With every step kept it differs from the mean of the iterates by half of a step's share at both ends.
-    """
-    area = np.cumsum(np.diff(steps)[:, None] * (trace[1:] + trace[:-1]) / 2.0, axis=0)
-    return np.vstack([trace[:1], area / (steps[1:] - steps[0])[:, None]])
-
-
 def win_rate_figure(metrics: Metrics) -> Figure:
     """Win rates against the reference with intervals, grouped by objective, and the minimum as a group of its own."""
     names = [name for name in metrics.candidates if name != REFERENCE]

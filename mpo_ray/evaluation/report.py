@@ -23,8 +23,8 @@ from mpo_ray.drawing import png
 from mpo_ray.evaluation import figures
 from mpo_ray.evaluation.completions import REWARD
 from mpo_ray.evaluation.estimates import number
+from mpo_ray.evaluation.fit_section import fit_pictures, fit_section
 from mpo_ray.evaluation.metrics import Metrics
-from mpo_ray.evaluation.terminal import FEW_SAMPLES
 from mpo_ray.evaluation.verdict import baseline_verdict, verdict
 from mpo_ray.records import GRID_PREFIX, MPO, decode_prompt
 
@@ -35,13 +35,9 @@ SHOWN_CHARACTERS = 900
 #: The counts of judge.json that the page shows.
 JUDGE_KINDS = ("wins", "losses", "ties", "first", "second", "identical", "unparsed", "refused", "missing")
 
-#: Names of what fit.json holds, where the key alone does not say the unit.
-FIT_NAMES = {"objective_value": "F(λ), nats", "gap": "gap, nats", "step_size": "step size η", "gradient": "∂F/∂λ"}
-
 CAPTIONS = {
     "win_rates": "Win rate against the reference, with intervals. The dashed line is parity; the shaded group is the "
     "worst objective of each candidate.",
-    "weights": "The mixture's weights.",
     "trade_off": "Mean rewards of two objectives at a time. Up and to the right is better; crosses are the intervals.",
     "pareto": "Win rates of two objectives at a time. Up and to the right is better; crosses are the intervals, "
     "the stair is the front of the two objectives.",
@@ -56,6 +52,8 @@ def write_report(
     run_name: str,
     metrics: Metrics,
     fit: Mapping[str, Any],
+    trade_off: Mapping[str, Any] | None,
+    predicted: Mapping[str, Mapping[str, Any]],
     completions: pa.Table,
     counts: Mapping[str, Mapping[str, Any]],
     conflict: Sequence[Mapping[str, Any]] | None,
@@ -65,8 +63,9 @@ def write_report(
 ) -> Path:
     """Write report.html, metrics.json and the pictures into `directory`, and return the path of report.html.
 
-    fit: what fit.json holds; `weights` and `method` are required. `trace`, a list of [step, λ_1 … λ_K], is drawn if it
-        has two rows or more; everything else is listed as it is.
+    fit: what fit.json holds
+    trade_off: what trade_off.json holds; None if nothing was predicted
+    predicted: candidate with known weights → its predictions, as a point of trade_off.json
     completions: the evaluation's table, with `prompt`, `is_chat` and `response` besides what the metrics are made of
     counts: objective → what was counted of its comparisons (numbers, or one level of named numbers)
     conflict: per pair of objectives `first`, `second`, `disagreement`, `rank_correlation`, `sentence`; None if unknown
@@ -75,9 +74,14 @@ def write_report(
     training: objective → `steps`, `heldout` (named numbers) and `history` (a list of {"step", "loss"}), each optional
     """
     directory.mkdir(parents=True, exist_ok=True)
-    pictures = {name: png(figure) for name, figure in _figures(metrics, fit, training).items()}
-    for name, content in pictures.items():
+    drawn = {name: (figure, CAPTIONS[name]) for name, figure in _figures(metrics, training).items()}
+    drawn |= fit_pictures(fit, trade_off, predicted, metrics)
+    pictures = {}
+    for name, (figure, caption) in drawn.items():
+        content = png(figure)
         (directory / f"{name}.png").write_bytes(content)
+        source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+        pictures[name] = {"source": source, "caption": caption}
     _write_json(directory / "metrics.json", metrics.as_json())
     verdicts = [found for found in (verdict(metrics), baseline_verdict(metrics)) if found is not None]
     page = _template().render(
@@ -87,13 +91,8 @@ def write_report(
         verdicts=verdicts,
         pareto=metrics.pareto,
         front=_front(metrics),
-        pictures={
-            name: {"source": f"data:image/png;base64,{base64.b64encode(content).decode()}", "caption": CAPTIONS[name]}
-            for name, content in pictures.items()
-        },
-        weights=fit["weights"],
-        fit=_flat({FIT_NAMES.get(k, k): v for k, v in fit.items() if k not in ("weights", "trace", "objectives")}),
-        few_samples=_median_size(fit) < FEW_SAMPLES,
+        pictures=pictures,
+        fit=fit_section(fit, predicted, metrics),
         examples=_examples(metrics, completions),
         counts=_table_of(counts),
         conflict=conflict,
@@ -107,8 +106,8 @@ def write_report(
     return path
 
 
-def _figures(metrics: Metrics, fit: Mapping[str, Any], training: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
-    drawn = {"win_rates": figures.win_rate_figure(metrics), "weights": _weights_figure(fit)}
+def _figures(metrics: Metrics, training: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
+    drawn = {"win_rates": figures.win_rate_figure(metrics)}
     if len(metrics.objectives) > 1:
         drawn["trade_off"] = figures.trade_off_figure(metrics)
     if metrics.pareto is not None:
@@ -121,14 +120,6 @@ def _figures(metrics: Metrics, fit: Mapping[str, Any], training: Mapping[str, Ma
     if any(len(points) > 1 for points in curves.values()):
         drawn["training"] = figures.training_figure({name: points for name, points in curves.items() if points})
     return drawn
-
-
-def _weights_figure(fit: Mapping[str, Any]) -> Figure:
-    trace = np.array(fit.get("trace") or [], dtype=np.float64)
-    if len(trace) < 2:
-        return figures.given_weights_figure(fit["weights"])
-    average = np.array(list(fit["weights"].values()), dtype=np.float64)
-    return figures.weights_figure(trace[:, 0], trace[:, 1:], average, list(fit["weights"]))
 
 
 def _examples(metrics: Metrics, completions: pa.Table) -> list[dict[str, Any]]:
@@ -222,19 +213,18 @@ def _p_value(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _median_size(fit: Mapping[str, Any]) -> float:
-    size = fit.get("effective_sample_size")
-    return float("inf") if size is None else float(size["median"])
-
-
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(lambda name: files(__package__).joinpath(name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["number"] = number
     environment.filters["p_value"] = _p_value
-    return environment.from_string(files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"))
+    return environment.get_template("report.html.j2")

@@ -18,20 +18,15 @@ from mpo_ray.evaluation.estimates import Estimate, number, written
 from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.evaluation.pareto import Pareto
 from mpo_ray.evaluation.verdict import baseline_verdict, verdict
+from mpo_ray.fitting.summary import fit_summary
 from mpo_ray.records import MPO
 
 #: Width where the output is not a terminal.
 PLAIN_WIDTH = 100
-#: Below this median effective sample size a fit follows single samples (design 2.2).
-FEW_SAMPLES = 2.0
 
 
-def metrics_table(metrics: Metrics, weights: Mapping[str, float], diagnostics: Mapping[str, Any]) -> RenderableType:
-    """The summary of an evaluation: win rates, mean rewards, the verdict, and the weights λ with their fit.
-
-    diagnostics: what fit.json holds; `method`, `objective_value` (nats), `effective_sample_size` (`min`, `median`),
-        `samples_per_prompt` and `gap` (nats) are shown where present.
-    """
+def metrics_table(metrics: Metrics, fit: Mapping[str, Any]) -> RenderableType:
+    """The summary of an evaluation: win rates, mean rewards, the verdict, and what fit.json says of the weights λ."""
     verdicts = [found for found in (verdict(metrics), baseline_verdict(metrics)) if found is not None]
     lines = [Text(found.sentence, style="bold") for found in verdicts]
     if metrics.pareto is not None and metrics.pareto.hypervolume.soup is not None:
@@ -47,47 +42,17 @@ def metrics_table(metrics: Metrics, weights: Mapping[str, float], diagnostics: M
         _rewards(metrics),
         *lines,
         Text(),
-        *fit_lines(weights, diagnostics),
+        fit_summary(fit),
         Text(),
         notes,
     )
 
 
-def fit_lines(weights: Mapping[str, float], diagnostics: Mapping[str, Any]) -> list[Text]:
-    """The weights λ, the method that gave them, and how far they can be trusted."""
-    given = " · ".join(f"{name} {number(value, 3)}" for name, value in weights.items())
-    method = diagnostics.get("method")
-    lines = [Text.assemble(("weights λ  ", "bold"), given, f"  ({method})" if method else "")]
-    facts = []
-    if (objective := diagnostics.get("objective_value")) is not None:
-        facts.append(f"F(λ) {number(objective, 4)} nats")
-    if (gap := diagnostics.get("gap")) is not None:
-        facts.append(f"gap {gap:.2g} nats")
-    size = diagnostics.get("effective_sample_size")
-    if size is not None:
-        samples = diagnostics.get("samples_per_prompt")
-        out_of = f" of {samples}" if samples else ""
-        facts.append(f"effective sample size: median {number(size['median'], 1)}{out_of}, min {number(size['min'], 1)}")
-    if facts:
-        lines.append(Text("fit        " + "; ".join(facts)))
-    if size is not None and size["median"] < FEW_SAMPLES:
-        lines.append(
-            Text(
-                f"caution    a median effective sample size below {FEW_SAMPLES:g} means that single samples decide the "
-                "weights; keep the policies nearer the reference (larger policies.beta) or draw more samples.",
-                style="yellow",
-            )
-        )
-    return lines
-
-
-def print_summary(
-    metrics: Metrics, weights: Mapping[str, float], diagnostics: Mapping[str, Any], *, file: TextIO | None = None
-) -> None:
+def print_summary(metrics: Metrics, fit: Mapping[str, Any], *, file: TextIO | None = None) -> None:
     """Print `metrics_table` to `file` (standard output if none), plainly where that is not a terminal."""
     out = sys.stdout if file is None else file
     console = Console(file=out, highlight=False, width=None if out.isatty() else PLAIN_WIDTH)
-    console.print(metrics_table(metrics, weights, diagnostics))
+    console.print(metrics_table(metrics, fit))
 
 
 def _volumes(pareto: Pareto) -> Text:

@@ -35,7 +35,7 @@ def fit_figures(
     """Pictures by name: `weights`, `gap`, `balance`, `trade_off`, as far as there is something to draw.
 
     fit, trade_off: what fit.json and trade_off.json hold
-    decoded: name → {"weights": {objective: λ}, "win_rates": {objective: [value, low, high]}} of points that were decoded
+    decoded: what was really decoded, name → {"weights": {objective: λ}, "win_rates": {objective: [value, low, high]}}
     """
     drawn = {"weights": given_weights_figure(fit) if fit["method"] == "fixed" else weights_figure(fit)}
     if fit["decoded"] is not None:
@@ -198,9 +198,9 @@ def balance_figure(fit: Mapping[str, Any]) -> Figure:
             label=name,
             zorder=3,
         )
-    _rows(axes, [labels.get(row, f"{row} policy") for row in rows], np.arange(len(rows)))
+    _rows(axes, [labels.get(row, f"{row} policy") for row in rows], range(len(rows)))
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("E[ℓ], nats: log-ratio of each objective's policy to the reference")
+    axes.set_xlabel("E[ℓ], nats, with ℓ = log π_k − log π_ref")
     legend(figure, axes)
     return figure
 
@@ -242,7 +242,7 @@ def _values(fit: Mapping[str, Any], names: Sequence[str]) -> Array:
     return np.array([fit["weights"][name] for name in names], dtype=np.float64)
 
 
-def _rows(axes: Any, names: Sequence[str], places: Array) -> None:
+def _rows(axes: Any, names: Sequence[str], places: Array | range) -> None:
     axes.set_yticks(places, names)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)

@@ -52,7 +52,7 @@ def line_figure(trade_off: Mapping[str, Any], decoded: Decoded, kind: str) -> Fi
     together = kind == "win_rates"
     best = best_minimum(trade_off) if together else None
     figure = Figure(figsize=(7.2, 4.2 if together else 5.6), layout="constrained")
-    panels = figure.subplots(1 if together else 2, 1, squeeze=False, sharex=True)[:, 0]
+    panels = figure.subplots(1 if together else 2, 1, squeeze=False, sharex=True)[:, 0].tolist()
     for axes in panels:
         plain(axes)
         axes.axvline(own, color=FIT_COLOUR, linewidth=1.4, linestyle="--", label=f"this fit, λ = {own:.3f}", zorder=2)

@@ -6,17 +6,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mpo_ray.cluster.evaluate import CandidateEvaluator
 from mpo_ray.cluster.parts import Part, process_parts
+from mpo_ray.data.scores import scores_from_table
 from mpo_ray.evaluation.candidates import Candidate, grid_candidates, named_candidates
 from mpo_ray.evaluation.metrics import Metrics, evaluate_completions
 from mpo_ray.evaluation.pareto import Pareto, compare_points, families_of
 from mpo_ray.evaluation.report import write_report
 from mpo_ray.evaluation.rewards import IMPLICIT
 from mpo_ray.evaluation.terminal import print_summary
+from mpo_ray.fitting.trade_off import predict_trade_off
 from mpo_ray.records import digest
 from mpo_ray.run import stage_inputs
 from mpo_ray.stages.check import check_compared_models
@@ -148,6 +151,8 @@ def report(context: Context) -> None:
             run_name=run.name,
             metrics=metrics,
             fit=run.read_json("fit.json"),
+            trade_off=run.read_json("trade_off.json"),
+            predicted=predictions(context),
             completions=run.read_table("evaluation/completions.parquet"),
             counts=run.read_json("comparisons/counts.json"),
             conflict=run.read_json("comparisons/conflict.json"),
@@ -161,11 +166,27 @@ def report(context: Context) -> None:
         )
 
 
+def predictions(context: Context) -> dict[str, Any]:
+    """What the scored samples predict of every candidate that is a mixture with known weights."""
+    config, run = context.config, context.run
+    objectives, fit = list(config.objectives), run.read_json("fit.json")
+    named = named_candidates(objectives, fit, config.evaluation, {})
+    weights = {name: candidate.weights for name, candidate in named.items() if candidate.kind == "mixture"}
+    predicted = predict_trade_off(
+        scores_from_table(run.read_table("scores"), objectives, min_objectives=1),
+        np.array(list(weights.values())),
+        estimator=fit["estimator"],
+        draws=config.fit.bootstrap_draws,
+        confidence=config.fit.confidence,
+        seed=config.seed,
+    )
+    return dict(zip(weights, predicted["points"], strict=True))
+
+
 def show_summary(context: Context) -> None:
     """Print the table of candidates and where the report lies."""
     metrics = Metrics.from_json(context.run.read_json("evaluation/metrics.json"))
-    result = context.run.read_json("fit.json")
-    print_summary(metrics, result["weights"], result)
+    print_summary(metrics, context.run.read_json("fit.json"))
     print(f"report: {context.run.root}/report/report.html")
 
 

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from mpo_ray.drawing import DPI, png
 from mpo_ray.evaluation import figures
 from mpo_ray.evaluation.metrics import Metrics
-from tests.evaluation.world import OBJECTIVES, completions, evaluate_completions, evaluated, fit, with_front
+from tests.evaluation.world import OBJECTIVES, completions, evaluate_completions, evaluated, with_front
 
 
 @pytest.fixture(scope="module")
@@ -105,32 +105,6 @@ def test_the_kl_picture_has_every_candidate_at_its_kl_and_minimum(metrics):
     points = points_of(figures.kl_figure(metrics).axes[0])
     for name, candidate in metrics.candidates.items():
         assert points[metrics.label(name)][:2] == (candidate.kl.value, candidate.minimum_win_rate.value)
-
-
-def test_weights_are_drawn_with_the_average_that_was_fitted():
-    trace = np.array(fit()["trace"])
-    average = np.array([0.41, 0.25, 0.34])
-    figure = figures.weights_figure(trace[:, 0], trace[:, 1:], average, OBJECTIVES)
-    lines = figure.axes[0].lines
-    for k in range(3):
-        iterate, running, dot = lines[3 * k : 3 * k + 3]
-        np.testing.assert_array_equal(iterate.get_ydata(), trace[:, 1 + k])
-        np.testing.assert_array_equal(running.get_xdata(), trace[:, 0])
-        assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (200, average[k])
-    assert legend_of(figure) == ["positive 0.410", "concise 0.250", "detailed 0.340"]
-
-
-def test_the_running_average_is_the_mean_of_the_trace_so_far_also_when_thinned():
-    """λ(t) = t/T has the running average t/(2T), whichever steps were kept."""
-    for steps in (np.arange(101.0), np.array([0.0, 1, 5, 20, 21, 60, 100])):
-        trace = np.stack([steps / 100, 1 - steps / 100], axis=1)
-        expected = np.stack([steps / 200, 1 - steps / 200], axis=1)
-        np.testing.assert_allclose(figures.running_average(steps, trace), expected, atol=1e-12)
-
-
-def test_given_weights_are_bars_of_their_size():
-    figure = figures.given_weights_figure({"a": 0.7, "b": 0.3})
-    assert [patch.get_width() for patch in figure.axes[0].patches] == [0.7, 0.3]
 
 
 def test_training_curves_are_the_losses():

@@ -11,12 +11,25 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from mpo_ray.config import Fit
+from mpo_ray.data.scores import scores_from_table
 from mpo_ray.evaluation.estimates import number
+from mpo_ray.evaluation.estimates import written as written_as
 from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.evaluation.report import SHOWN_CHARACTERS, SHOWN_PROMPTS, write_report
 from mpo_ray.evaluation.verdict import verdict
+from mpo_ray.fitting.standalone import fit_scores
 from mpo_ray.records import encode_prompt
-from tests.evaluation.world import OBJECTIVES, completions, evaluate_completions, evaluated, fit
+from tests.evaluation.world import (
+    OBJECTIVES,
+    completions,
+    evaluate_completions,
+    evaluated,
+    fit,
+    predicted,
+    scores,
+    trade_off,
+)
 
 CONFLICT = [
     {"first": "positive", "second": "concise", "sentence": "positive and concise are unrelated: 52% of 90 pairs."}
@@ -59,6 +72,8 @@ def report(directory: Path, **changes: object) -> str:
         "run_name": "quickstart",
         "metrics": evaluated(table),
         "fit": fit(),
+        "trade_off": trade_off(),
+        "predicted": predicted(),
         "completions": table,
         "counts": {o: {"comparisons": 2900 + n, "refused": {"empty": 7}} for n, o in enumerate(OBJECTIVES)},
         "conflict": CONFLICT,
@@ -90,7 +105,7 @@ def squeezed(text: str) -> str:
 def test_the_page_needs_nothing_from_elsewhere(written):
     """Every address is a data URI, there is no script, and the style imports nothing."""
     page = Page(written[1])
-    assert len(page.addresses) == 5
+    assert len(page.addresses) == 8
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
     assert not re.search(r"@import|url\(|https?://", written[1])
@@ -99,7 +114,7 @@ def test_the_page_needs_nothing_from_elsewhere(written):
 def test_the_embedded_pictures_are_the_files_beside_it(written):
     directory, source = written
     embedded = {base64.b64decode(address.split(",")[1]) for address in Page(source).addresses}
-    names = ["weights", "win_rates", "trade_off", "kl", "training"]
+    names = ["win_rates", "trade_off", "kl", "training", "weights", "gap", "balance", "predicted_trade_off"]
     assert embedded == {(directory / f"{name}.png").read_bytes() for name in names}
     assert all(png.startswith(b"\x89PNG") for png in embedded)
 
@@ -130,6 +145,7 @@ def test_every_part_is_there(written):
     assert page.headings == [
         "Candidates",
         "Weights",
+        "Predicted trade-off",
         "Trade-off",
         "Completions side by side",
         "Data",
@@ -141,7 +157,6 @@ def test_every_part_is_there(written):
     assert CONFLICT[0]["sentence"] in text
     assert "policy steps held-out loss held-out accuracy held-out margin positive 90 0.4321 0.83 1.25" in text
     assert "versions: torch 2.13.0 seed 11 config digest cafe" in text
-    assert "λ positive 0.4100 λ concise 0.2500 λ detailed 0.3400 method bsmd F(λ), nats -0.31" in text
 
 
 def test_a_few_prompts_are_shown_with_a_completion_of_every_candidate(written):
@@ -170,7 +185,7 @@ def test_text_from_models_and_data_is_escaped(tmp_path):
     )
     page = Page(source)
     assert "script" not in page.tags
-    assert page.tags.count("img") == 5
+    assert page.tags.count("img") == 8
     assert page.text.count(attack) == 2 + 4 * (1 + 6) + 1 + 1 + 1  # title, h1, 4 prompts of 6, the others
 
 
@@ -191,24 +206,104 @@ def test_a_long_completion_is_cut_and_says_by_how_much(tmp_path):
     assert long not in source
 
 
+def given() -> dict[str, object]:
+    """Weights that were not fitted: no trace, no intervals, nothing to compare with."""
+    settings = Fit(method="fixed", weights={"positive": 0.2, "concise": 0.3, "detailed": 0.5})
+    return fit_scores(scores(), settings, seed=0, method="fixed")[0] | {"warnings": []}
+
+
 def test_given_weights_and_absent_parts_leave_a_smaller_page(tmp_path):
-    """Weights that were not fitted have no trace and no diagnostics; no conflict, no training, no counts."""
-    given = {"method": "fixed", "weights": {"positive": 0.2, "concise": 0.3, "detailed": 0.5}, "trace": None}
-    source = report(tmp_path, fit=given, counts={}, conflict=None, training={}, provenance={})
+    """No trace, no predictions, no other fits; no conflict, no training, no counts."""
+    absent = {"counts": {}, "conflict": None, "training": {}, "provenance": {}, "trade_off": None, "predicted": {}}
+    source = report(tmp_path, fit=given(), **absent)
     page = Page(source)
     assert page.headings == ["Candidates", "Weights", "Trade-off", "Completions side by side"]
+    assert "Other fits" not in page.text
     assert (tmp_path / "weights.png").is_file()
-    assert not (tmp_path / "training.png").exists()
+    assert not any((tmp_path / f"{name}.png").exists() for name in ("gap", "predicted_trade_off", "training"))
     assert 'class="caution"' not in source
 
 
-def test_a_fit_that_follows_single_samples_is_cautioned(tmp_path):
-    assert 'class="caution"' in report(tmp_path, fit={**fit(), "effective_sample_size": {"min": 1.0, "median": 1.06}})
+def test_the_weights_are_shown_with_interval_balance_gain_and_certificate(written):
+    text, found = squeezed(Page(written[1]).text), fit()
+    for name, value in found["weights"].items():
+        low, high = found["intervals"]["weights"][name]
+        at = [found["balance"][point][name] for point in ("mpo", "reference")]
+        gain = f"{at[0] - at[1]:+z.3f}"
+        assert f"{name} {value:.3f} [{low:z.3f}, {high:z.3f}] {at[0]:z.3f} {at[1]:z.3f} {gain}" in text
+    low, high = found["intervals"]["objective_value"]
+    assert f"F(λ), nats {found['objective_value']:.4f} [{low:.4f}, {high:.4f}] gap, nats {found['gap']:.1e}" in text
+    assert "24 prompts × 16 responses, drawn by: reference 96, positive 96, concise 96, detailed 96" in text
+
+
+def test_a_decoded_fit_shows_the_gain_of_its_answer_and_has_no_interval_of_f(tmp_path):
+    gains, errors = {"positive": 0.05, "concise": 0.061, "detailed": -0.0104}, dict.fromkeys(OBJECTIVES, 0.012)
+    step = {"weights": dict.fromkeys(OBJECTIVES, 1 / 3), "gains": gains, "standard_errors": errors}
+    played = {"gain": "win_rate", "gains": gains, "standard_errors": errors, "steps": [step, step]}
+    found = {**fit(), "method": "decoded", "decoded": played}
+    found["intervals"]["objective_value"] = None
+    text = squeezed(Page(report(tmp_path, fit=found)).text)
+    assert "decoded gain, win rate − ½ binds" in text
+    assert "+0.061 ± 0.012" in text
+    assert f"F(λ), nats {found['objective_value']:.4f} gap" in text
+    assert "found on what is decoded" in text
+
+
+def test_the_balance_table_ends_each_row_with_its_minimum(written):
+    text = squeezed(Page(written[1]).text)
+    for point, label in {"mpo": "this fit", "concise": "concise policy", "reference": "reference"}.items():
+        values = [fit()["balance"][point][name] for name in OBJECTIVES]
+        assert f"{label} {' '.join(f'{value:z.3f}' for value in [*values, min(values)])}" in text
+
+
+def test_what_is_left_out_has_no_weight_and_its_loss_is_shown(written):
+    text = squeezed(Page(written[1]).text)
+    other = fit()["leave_one_out"]["concise"]
+    weights = f"{other['weights']['positive']:.3f} – {other['weights']['detailed']:.3f}"
+    gains = " ".join(f"{other['gains'][name]:+z.3f}" for name in OBJECTIVES)
+    assert f"without concise {weights} {other['objective_value']:z.4f} {gains}" in text
+
+
+def test_other_fits_stand_beside_this_one_with_their_cautions(tmp_path):
+    found = fit()
+    found["alternatives"]["paper"]["warnings"] = ["Too few; set `fit.estimator` to <balanced>."]
+    page = Page(source := report(tmp_path, fit=found))
+    text = squeezed(page.text)
+    weights = {n: " ".join(f"{v:z.3f}" for v in o["weights"].values()) for n, o in found["alternatives"].items()}
+    assert f"exact, paper estimator {weights['paper']}" in text
+    assert f"exact, balanced estimator {weights['balanced']}" in text
+    assert "exact, paper estimator: Too few; set fit.estimator to <balanced>." in text
+    assert "<code>fit.estimator</code> to &lt;balanced&gt;" in source
+
+
+def test_predictions_stand_above_what_decoding_gave(written):
+    """Each candidate with known weights, and no other, has both rows."""
+    text, metrics = squeezed(Page(written[1]).text), evaluated(completions(num_prompts=30))
+    for name, point in predicted().items():
+        rates = [point["win_rates"][o] for o in OBJECTIVES]
+        shown = [f"{v:.2f} [{low:.2f}, {high:.2f}]" for v, low, high in rates]
+        assert f"{metrics.label(name)}, predicted {' '.join(shown)} {min(rate[0] for rate in rates):.2f}" in text
+        decoded = [metrics.candidates[name].win_rates[o] for o in OBJECTIVES]
+        assert f"{metrics.label(name)}, decoded {' '.join(written_as(e) for e in decoded)}" in text
+    assert "reference, predicted" not in text
+
+
+def test_candidates_that_were_not_decoded_are_left_out_of_the_comparison(tmp_path):
+    source = report(tmp_path, predicted={"other": predicted()["uniform"]})
+    assert ", predicted" not in squeezed(Page(source).text)
+
+
+def test_a_fit_s_cautions_are_on_the_page(tmp_path):
+    source = report(tmp_path, fit={**fit(), "warnings": ["The weights are at a vertex."], "alternatives": {}})
+    assert '<p class="caution">The weights are at a vertex.' in squeezed(source)
 
 
 def test_one_objective_has_a_report_without_a_trade_off(tmp_path):
     table = completions(num_prompts=5)
     metrics = evaluate_completions(table, ["positive"], draws=50, confidence=0.9, seed=0)
-    source = report(tmp_path, metrics=metrics, fit={"method": "fixed", "weights": {"positive": 1.0}}, completions=table)
-    assert not (tmp_path / "trade_off.png").exists()
+    rows = {"prompt_id": ["a", "a", "b", "b"], "sample_id": [0, 1, 0, 1], "log_ratio_positive": [0.1, 0.2, -0.3, 0.1]}
+    one = scores_from_table(pa.table(rows), min_objectives=1)
+    found, surface = fit_scores(one, Fit(method="exact"), seed=0, method="exact")
+    source = report(tmp_path, metrics=metrics, fit=found, trade_off=surface, predicted={}, completions=table)
+    assert not any((tmp_path / f"{name}.png").exists() for name in ("trade_off", "predicted_trade_off"))
     assert "positive policy" in Page(source).text

@@ -26,7 +26,7 @@ def full() -> Metrics:
 
 def summary(metrics: Metrics, **diagnostics: object) -> str:
     out = io.StringIO()
-    print_summary(metrics, fit()["weights"], {**fit(), **diagnostics}, file=out)
+    print_summary(metrics, {**fit(), **diagnostics}, file=out)
     return out.getvalue()
 
 
@@ -76,24 +76,22 @@ def test_without_a_terminal_the_lines_are_plain_and_at_most_100_columns(full):
 def test_on_a_terminal_the_lines_fit_its_width(metrics):
     for width in (80, 100, 140):
         console = Console(file=io.StringIO(), force_terminal=True, width=width, record=True)
-        console.print(metrics_table(metrics, fit()["weights"], fit()))
+        console.print(metrics_table(metrics, fit()))
         assert max(map(len, console.export_text().splitlines())) <= width
 
 
-def test_the_weights_stand_with_their_method_and_the_quality_of_the_fit(metrics):
-    text = summary(metrics, gap=0.00123)
-    assert "positive 0.410 · concise 0.250 · detailed 0.340  (bsmd)" in text
-    assert "F(λ) -0.3100 nats; gap 0.0012 nats; effective sample size: median 5.2 of 8, min 1.4" in text
-    assert "caution" not in text
+def test_the_weights_stand_with_their_method_interval_and_certificate(metrics):
+    """The same lines that `mpo-ray fit` prints."""
+    text = summary(metrics)
+    assert "weights (bsmd, balanced estimator)" in text
+    found = fit()
+    for name, value in found["weights"].items():
+        low, high = found["intervals"]["weights"][name]
+        row = next(line for line in text.splitlines() if line.startswith(f" {name} ") and f"[{low:.3f}" in line)
+        assert row.split()[:4] == [name, f"{value:.3f}", f"[{low:.3f},", f"{high:.3f}]"]
+    assert f"gap {found['gap']:.1e}" in text
 
 
-def test_a_fit_that_follows_single_samples_is_cautioned(metrics):
-    """Design 2.2: a median effective sample size near 1 means that the largest sample decides."""
-    assert "single samples decide" in summary(metrics, effective_sample_size={"min": 1.0, "median": 1.06})
-
-
-def test_given_weights_need_no_diagnostics(metrics):
-    out = io.StringIO()
-    print_summary(metrics, {"positive": 0.5, "concise": 0.5}, {"method": "fixed"}, file=out)
-    assert "positive 0.500 · concise 0.500  (fixed)" in out.getvalue()
-    assert "effective sample size" not in out.getvalue()
+def test_the_fit_s_cautions_are_printed(metrics):
+    assert "caution: The policies differ in length." in summary(metrics, warnings=["The policies differ in length."])
+    assert "caution" not in summary(metrics, warnings=[])

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from mpo_ray.config import Evaluation
+from mpo_ray.config import Evaluation, Fit, MirrorSteps
+from mpo_ray.data.scores import ScoreTable, scores_from_table
 from mpo_ray.evaluation.candidates import Candidate, grid_candidates
 from mpo_ray.evaluation.metrics import Metrics, evaluate_completions
 from mpo_ray.evaluation.pareto import compare_points, families_of
+from mpo_ray.fitting.standalone import fit_scores
+from mpo_ray.fitting.trade_off import predict_trade_off
 
 OBJECTIVES = ["positive", "concise", "detailed"]
 GOOD = ["a delight", "warm and funny", "superb", "moving", "well acted"]
@@ -136,25 +142,52 @@ def with_front(*, steps: int | None = 4, num_prompts: int = 40, num_points: int 
     return replace(evaluate_completions(table, OBJECTIVES, draws=200, confidence=0.95, seed=0), pareto=pareto)
 
 
-def fit() -> dict[str, object]:
-    """What a BSMD fit of this world could have written: 200 steps, every tenth kept."""
-    steps = np.arange(0, 201, 10)
-    logits = np.log(3 * np.array([0.42, 0.24, 0.34]))[None] * (1 - np.exp(-steps / 40.0))[:, None]
-    logits += 0.05 * np.random.default_rng(1).normal(size=logits.shape) * (steps > 0)[:, None]
-    trace = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    return {
-        "method": "bsmd",
-        "objectives": OBJECTIVES,
-        "weights": {"positive": 0.41, "concise": 0.25, "detailed": 0.34},
-        "trace": [[int(step), *row] for step, row in zip(steps, trace.tolist(), strict=True)],
-        "objective_value": -0.31,
-        "effective_sample_size": {"min": 1.4, "median": 5.2},
-        "gradient": {"positive": -0.21, "concise": -0.2, "detailed": -0.22},
-        "num_prompts": 256,
-        "samples_per_prompt": 8,
-        "steps": 200,
-        "step_size": 0.0707,
+@cache
+def scores() -> ScoreTable:
+    """Scored samples of the reference and of the policies of this world, with rewards and lengths."""
+    rng = np.random.default_rng(2)
+    rows: dict[str, list[object]] = {}
+    for p, proposal, sample in product(range(24), ["reference", *OBJECTIVES], range(4)):
+        log_ratios = rng.normal(-0.3, 0.8, size=3) + [1.1 * (proposal == name) for name in OBJECTIVES]
+        log_ratios[1] -= 0.9 * log_ratios[2]
+        values = {"prompt_id": f"{p:016x}", "proposal": proposal, "num_tokens": int(rng.integers(10, 40))}
+        values["sample_id"] = 4 * ["reference", *OBJECTIVES].index(proposal) + sample
+        for name, log_ratio in zip(OBJECTIVES, log_ratios, strict=True):
+            values |= {f"log_ratio_{name}": log_ratio, f"reward_{name}": log_ratio + 0.5 * rng.normal()}
+        for name, value in values.items():
+            rows.setdefault(name, []).append(value)
+    return scores_from_table(pa.table(rows))
+
+
+@cache
+def _fitted() -> tuple[dict[str, Any], dict[str, Any]]:
+    settings = Fit(method="bsmd", bsmd=MirrorSteps(steps=200, step_scale=4.0), bootstrap_draws=40, grid=5)
+    found, trade_off = fit_scores(scores(), settings, seed=0, method="bsmd", beta=0.5)
+    exact = {
+        name: fit_scores(scores(), settings.model_copy(update={"estimator": name}), seed=0, method="exact", beta=0.5)[0]
+        for name in ("paper", "balanced")
     }
+    return found | {"alternatives": exact}, trade_off
+
+
+def fit() -> dict[str, Any]:
+    """What fit.json holds for this world: BSMD by the balanced estimator, and both exact fits beside it."""
+    return deepcopy(_fitted()[0])
+
+
+def trade_off() -> dict[str, Any]:
+    """What trade_off.json holds for this world."""
+    return deepcopy(_fitted()[1])
+
+
+def predicted() -> dict[str, Any]:
+    """What the samples predict of the candidates with known weights."""
+    vertices = {name: {name: 1.0} for name in OBJECTIVES}
+    weights = {**vertices, "uniform": dict.fromkeys(OBJECTIVES, 1 / 3), "mpo": fit()["weights"]}
+    points = predict_trade_off(
+        scores(), list(weights.values()), estimator="balanced", draws=40, confidence=0.95, seed=0
+    )["points"]
+    return dict(zip(weights, points, strict=True))
 
 
 def _review(tendency: Tendency, rng: np.random.Generator) -> tuple[str, bool]:
