@@ -117,15 +117,7 @@ class SampleScorer:
 
 
 def draw(
-    model: Any,
-    tokenizer: Any,
-    prompts: pa.Table,
-    *,
-    num: int,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    with_log_z: bool = False,
+    model: Any, tokenizer: Any, prompts: pa.Table, *, num: int, max_new_tokens: int, temperature: float, seed: int
 ) -> pa.Table:
     """Sample `num` completions for every row of a prompt table; one row per completion.
 
