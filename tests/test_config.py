@@ -37,7 +37,7 @@ def complaint(raw: object, *overrides: str) -> str:
 def test_a_minimal_file_gets_its_defaults_and_states_them(raw: dict[str, Any]) -> None:
     """What as_json says is the whole configuration: reading it again gives the same."""
     config = parse_config(raw)
-    assert config.samples.samples_per_prompt == 8
+    assert config.samples.samples_per_prompt == 4
     assert list(config.objectives) == ["helpful", "harmless"]
     again = parse_config(config.as_json())
     assert again == config
@@ -47,8 +47,8 @@ def test_a_minimal_file_gets_its_defaults_and_states_them(raw: dict[str, Any]) -
 def test_the_digest_names_the_content(raw: dict[str, Any]) -> None:
     """A default that is written out changes nothing; another value does."""
     config = parse_config(raw)
-    assert parse_config(raw, ["fit.steps=2000"]).digest == config.digest
-    assert parse_config(raw, ["fit.steps=2001"]).digest != config.digest
+    assert parse_config(raw, ["fit.bsmd.steps=2000"]).digest == config.digest
+    assert parse_config(raw, ["fit.bsmd.steps=2001"]).digest != config.digest
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_the_digest_names_the_content(raw: dict[str, Any]) -> None:
             {"pth": "x"},
             "objectives.helpful.preferences.pth: unknown key; did you mean 'path'?",
         ),
-        (("fit",), {"zzzzz": 1}, "fit.zzzzz: unknown key; known keys: method, steps, step_scale, weights."),
+        (("fit",), {"zzzzz": 1}, "fit.zzzzz: unknown key; known keys: method, estimator, bsmd, decoded, weights,"),
     ],
 )
 def test_an_unknown_key_is_refused_and_the_nearest_known_one_named(
@@ -176,7 +176,7 @@ def test_a_number_in_scientific_notation_is_a_number(raw: dict[str, Any]) -> Non
         ("fit.steps", "write key.path=value"),
         ("=3", "write key.path=value"),
         ("seed.deeper=3", "'seed' is a value, not a mapping"),
-        ("fit.stesp=3", "fit.stesp: unknown key; did you mean 'steps'?"),
+        ("fit.methd=bsmd", "fit.methd: unknown key; did you mean 'method'?"),
         ("fit.steps=[1", "not valid YAML"),
     ],
 )
@@ -236,7 +236,10 @@ def test_weights_come_back_in_the_order_of_the_objectives() -> None:
     ("section", "expected"),
     [
         ({"fit": {"method": "fixed"}}, "weights go with method `fixed` and only with it; method is 'fixed'"),
-        ({"fit": {"weights": {"helpful": 1.0}}}, "weights go with method `fixed` and only with it; method is 'bsmd'"),
+        (
+            {"fit": {"weights": {"helpful": 1.0}}},
+            "weights go with method `fixed` and only with it; method is 'decoded'",
+        ),
         ({"samples": {"samples_per_prompt": 1}}, "samples.samples_per_prompt: Input should be greater than or equal"),
         (
             {"policies": {"batch_size": 30, "micro_batch_size": 8}},

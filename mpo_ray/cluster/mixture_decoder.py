@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 
 from mpo_ray.cluster.score import draw, load_rewards, log_ratios, with_rewards
 from mpo_ray.config import Actors
-from mpo_ray.maths.log_linear import log_normalizer
 from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.policies.mixture import MixtureForCausalLM
@@ -64,29 +62,13 @@ class MixtureDecoder:
     def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
         """values: `weights`, λ in the order of the objectives; `seed`."""
         self._mixture.set_weights(dict(zip(self._names, values["weights"], strict=True)))
-        with _recorded_log_z(self._mixture) as log_z:
-            rows = draw(self._mixture, self._tokenizer, table, seed=int(values["seed"]), **self._drawing)
-        lengths = [len(ids) for ids in rows["response_ids"].to_pylist()]
-        along = torch.stack(log_z, dim=1).double().cpu()
-        totals = [float(row[:length].sum()) for row, length in zip(along, lengths, strict=True)]
+        seed = int(values["seed"])
+        rows = draw(self._mixture, self._tokenizer, table, seed=seed, with_log_z=True, **self._drawing)
         ratios: dict[str, list[float]] = {}
         if self._scored is not None:
             ratios = log_ratios(self._scored, self._names, rows, self._actors, self._tokenizer.pad_token_id)
             for name, column in ratios.items():
                 rows = rows.append_column(f"log_ratio_{name}", pa.array(column, pa.float64()))
         rows = with_rewards(rows, self._rewards, self._tokenizer, ratios, self._beta)
-        rows = rows.append_column("num_tokens", pa.array(lengths, pa.int32()))
-        return rows.append_column("log_z", pa.array(totals, pa.float64()))
-
-
-@contextmanager
-def _recorded_log_z(mixture: MixtureForCausalLM) -> Iterator[list[torch.Tensor]]:
-    """log Z_t, (B,), of the token that each forward pass inside the block is asked for."""
-    recorded: list[torch.Tensor] = []
-    hook = mixture.register_forward_hook(
-        lambda _module, _given, output: recorded.append(log_normalizer(output.logits[:, -1]))
-    )
-    try:
-        yield recorded
-    finally:
-        hook.remove()
+        lengths = [len(ids) for ids in rows["response_ids"].to_pylist()]
+        return rows.append_column("num_tokens", pa.array(lengths, pa.int32()))

@@ -117,9 +117,20 @@ class SampleScorer:
 
 
 def draw(
-    model: Any, tokenizer: Any, prompts: pa.Table, *, num: int, max_new_tokens: int, temperature: float, seed: int
+    model: Any,
+    tokenizer: Any,
+    prompts: pa.Table,
+    *,
+    num: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    with_log_z: bool = False,
 ) -> pa.Table:
-    """Sample `num` completions for every row of a prompt table; one row per completion."""
+    """Sample `num` completions for every row of a prompt table; one row per completion.
+
+    with_log_z: add the column `log_z`, Σ_t log Z_t in nats; the model is then a mixture
+    """
     rows = prompts.to_pylist()
     ids = [prompt_token_ids(tokenizer, decode_prompt(r["prompt"], r["is_chat"])) for r in rows]
     drawn = sample_completions(
@@ -148,7 +159,10 @@ def draw(
             )
             for name, cell in zip(_SAMPLE_SCHEMA.names, cells, strict=True):
                 columns[name].append(cell)
-    return pa.table(columns, schema=_SAMPLE_SCHEMA)
+    table = pa.table(columns, schema=_SAMPLE_SCHEMA)
+    if not with_log_z:
+        return table
+    return table.append_column("log_z", pa.array([c.log_z for row in drawn for c in row], pa.float64()))
 
 
 _SAMPLE_SCHEMA = pa.schema(

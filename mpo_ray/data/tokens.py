@@ -43,8 +43,12 @@ class TokenBatch:
         rows = self.prompt_rows
         if rows is not None:
             rows = (torch.arange(times, device=rows.device)[:, None] * len(rows) + rows).flatten()
-        tokens = (self.input_ids, self.attention_mask, self.completion_mask)
-        return TokenBatch(*(each.repeat(times, 1) for each in tokens), rows)
+        return TokenBatch(
+            self.input_ids.repeat(times, 1),
+            self.attention_mask.repeat(times, 1),
+            self.completion_mask.repeat(times, 1),
+            rows,
+        )
 
 
 def render_prompt(tokenizer: Any, prompt: Prompt) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpo_ray.maths.log_linear import log_normalizer
 from mpo_ray.policies.cache import growing_cache
 from mpo_ray.policies.mixture import MixtureForCausalLM
 
@@ -25,10 +26,14 @@ LARGEST_UNIFORM = 1 - 2**-40
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Token ids of one completion; `finished` if its end token, which is then the last id, came before the limit."""
+    """Token ids of one completion; `finished` if its end token, which is then the last id, came before the limit.
+
+    log_z: Σ_t log Z_t over its tokens, nats, where a mixture drew it (design 2.3)
+    """
 
     ids: list[int]
     finished: bool
+    log_z: float | None = None
 
 
 @torch.no_grad()
@@ -53,15 +58,20 @@ def sample_completions(
     uniforms = torch.rand(max_new_tokens, num_rows, generator=generator, dtype=torch.float64).clamp(max=LARGEST_UNIFORM)
     uniforms = uniforms.to(model.device)
     drawn = torch.full((num_rows, max_new_tokens), eos_id, device=model.device)
+    is_mixture = isinstance(model, MixtureForCausalLM)
+    log_z = torch.zeros(num_rows, dtype=torch.float64, device=model.device)
     batch = _Batch(model, prompts, num_completions, pad_id)
     for step in range(max_new_tokens):
+        if is_mixture:
+            log_z[batch.rows] += log_normalizer(batch.logits).double() * batch.unfinished
         tokens = draw_tokens(batch.logits, uniforms[step, batch.rows], temperature=temperature)
         drawn[batch.rows[batch.unfinished], step] = tokens[batch.unfinished]
         batch.unfinished &= tokens != eos_id
         if step + 1 == max_new_tokens or not bool(batch.unfinished.any()):
             break
         batch.advance(tokens)
-    completions = [_cut(row, eos_id) for row in drawn.tolist()]
+    totals = log_z.tolist() if is_mixture else [None] * num_rows
+    completions = [_cut(row, eos_id, total) for row, total in zip(drawn.tolist(), totals, strict=True)]
     return [completions[i : i + num_completions] for i in range(0, num_rows, num_completions)]
 
 
@@ -88,13 +98,13 @@ class _Batch:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
         columns = torch.arange(width, device=model.device)
         mask = (columns >= width - lengths[:, None]).long()
-        self._cache = None if isinstance(model, MixtureForCausalLM) else growing_cache(model.config)
+        self._cache = _empty_cache(model)
         self._mask = None if bool(mask.all()) else mask
-        self._forward(torch.tensor(padded, device=model.device), (mask.cumsum(-1) - 1).clamp(min=0))
+        logits = self._forward(torch.tensor(padded, device=model.device), (mask.cumsum(-1) - 1).clamp(min=0))
 
         self._cache.batch_repeat_interleave(num_completions)
         self._positions = (lengths - 1).repeat_interleave(num_completions)
-        self.logits = self.logits.repeat_interleave(num_completions, dim=0)
+        self.logits = logits.repeat_interleave(num_completions, dim=0)
         if self._mask is not None:
             self._mask = self._mask.repeat_interleave(num_completions, dim=0)
         self.rows = torch.arange(len(self._positions), device=model.device)
@@ -111,9 +121,10 @@ class _Batch:
         self._positions = self._positions + 1
         if self._mask is not None:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.rows), 1)], dim=1)
-        self._forward(tokens[:, None], self._positions[:, None])
+        self.logits = self._forward(tokens[:, None], self._positions[:, None])
 
-    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> None:
+    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """The logits (rows, V) of the tokens after these."""
         positions = {"position_ids": position_ids} if self._takes_positions else {}
         output = self._model(
             input_ids=input_ids,
@@ -123,10 +134,17 @@ class _Batch:
             logits_to_keep=1,
             **positions,
         )
-        self._cache, self.logits = output.past_key_values, output.logits[:, -1]
+        self._cache = output.past_key_values
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
 
-def _cut(ids: list[int], eos_id: int) -> Completion:
+def _empty_cache(model: Any) -> Any:
+    """A mixture makes its own, one for each policy."""
+    return None if isinstance(model, MixtureForCausalLM) else growing_cache(model.config)
+
+
+def _cut(ids: list[int], eos_id: int, log_z: float | None) -> Completion:
     if eos_id not in ids:
-        return Completion(ids, finished=False)
-    return Completion(ids[: ids.index(eos_id) + 1], finished=True)
+        return Completion(ids, finished=False, log_z=log_z)
+    return Completion(ids[: ids.index(eos_id) + 1], finished=True, log_z=log_z)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpo_ray.data.tokens import TokenBatch, collate, shared_prompts
 from mpo_ray.maths.log_linear import log_normalizer
-from mpo_ray.maths.sequence_logprob import prediction_mask, sequence_kl, sum_over_completions
+from mpo_ray.maths.sequence_logprob import sequence_kl, sum_over_completions
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.training.completion_model import CompletionModel
 
@@ -59,12 +59,5 @@ def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 def completion_logits(model: Any, batch: TokenBatch) -> Tensor:
     """Logits (N, V) that predict the completions' N tokens, row after row; for a mixture Σ_k λ_k log π_k."""
-    if not isinstance(model, MixtureForCausalLM):
-        return CompletionModel(model).predictions(batch)
-    kept = prediction_mask(batch.completion_mask)
-    columns = kept.any(dim=0).nonzero().squeeze(-1)
-    output = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=columns
-    )
-    logits: Tensor = output.logits[kept[:, columns]]
-    return logits
+    source = model if isinstance(model, MixtureForCausalLM) else CompletionModel(model)
+    return source.predictions(batch)

@@ -28,6 +28,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     `keys` and `values` (rows, heads, tokens, d) are views of the beginnings of larger tensors.
     """
 
+    keys: Any
+    values: Any
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._rooms: dict[str, Tensor] = {}
@@ -112,4 +115,5 @@ def _in_every_group(rows: Tensor, layer: DynamicLayer, num_groups: int) -> Tenso
     if layer.get_seq_length() == 0:
         return rows
     starts = torch.arange(num_groups, device=rows.device) * (layer.keys.shape[0] // num_groups)
-    return (starts[:, None] + rows).flatten()
+    places: Tensor = (starts[:, None] + rows).flatten()
+    return places

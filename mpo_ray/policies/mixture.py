@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mpo_ray.data.tokens import TokenBatch
 from mpo_ray.maths.log_linear import mix_logprobs
 from mpo_ray.policies.adapters import AdapterStack, repeat_rows
 from mpo_ray.policies.artefact import check_artefact, policy_path, reference_path
@@ -22,6 +23,7 @@ from mpo_ray.policies.loading import PRECISIONS, ModelError, is_adapter, load_mo
 from mpo_ray.policies.lora_file import check_stackable
 from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.records import check_weights
+from mpo_ray.training.completion_model import CompletionModel
 
 
 class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -171,7 +173,8 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
                 use_cache=cache is not None,
                 logits_to_keep=logits_to_keep,
             )
-            logprobs.append(torch.log_softmax(logits.float(), dim=-1).unflatten(0, (len(policies), -1)))
+            grouped = logits.view(len(policies), -1, *logits.shape[1:])
+            logprobs.append(torch.log_softmax(grouped.float(), dim=-1))
         order = [k for policies in branches.values() for k in policies]
         stacked = logprobs[0] if len(logprobs) == 1 else torch.cat(logprobs)
         logits = mix_logprobs(stacked, weights[:, order].T.to(input_ids.device))
@@ -180,6 +183,26 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
         result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return result if return_dict is not False else result.to_tuple()
+
+    @torch.no_grad()
+    def predictions(self, batch: TokenBatch) -> Tensor:
+        """Logits Σ_k λ_k log π_k (N, V) that predict the completions' N tokens, row after row, by the model's own λ.
+
+        As `CompletionModel` computes them: no padding where the architecture allows it, a shared prompt once.
+        """
+        active = self._weights.nonzero()[:, 0].tolist()
+        logprobs: dict[int, Tensor] = {}
+        for place, policies in self._branches_of(active).items():
+            branch: Any = self.branches[place]
+            if isinstance(branch, AdapterStack):
+                with branch.running([self.config.objectives[k] for k in policies]) as base:
+                    logits = CompletionModel(base).predictions(batch.repeated(len(policies)))
+            else:
+                logits = CompletionModel(branch).predictions(batch)
+            grouped = logits.view(len(policies), -1, logits.shape[-1]).float().log_softmax(-1)
+            logprobs.update(zip(policies, grouped, strict=True))
+        stacked = torch.stack([logprobs[k] for k in active]) if len(self.branches) > 1 else grouped
+        return mix_logprobs(stacked, self._weights[active].to(stacked.device))
 
     def _branches_of(self, policies: Sequence[int]) -> dict[int, tuple[int, ...]]:
         """The branches that hold these policies, and which of them each holds."""

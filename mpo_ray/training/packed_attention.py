@@ -68,7 +68,7 @@ def packed_inputs(
         "position_ids": (places % input_ids.shape[1]).unsqueeze(0),
         # transformers hands a mask of four dimensions through as it is; here it keeps it from building one
         "attention_mask": torch.empty(1, 1, 1, 1, device=places.device),
-        "packing": Packing(tuple(input_ids.shape), real, places, sources),
+        "packing": Packing((input_ids.shape[0], input_ids.shape[1]), real, places, sources),
     }
 
 

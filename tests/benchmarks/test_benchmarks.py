@@ -55,6 +55,7 @@ def test_without_the_testbed_a_benchmark_names_what_is_missing(name: str, tmp_pa
     assert output == f"skipped: the testbed is not at {tmp_path / 'testbed' / 'imdb'}; set MPO_RAY_SHARED\n"
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_fit_reads_every_row_and_prints_the_slope(shared: Path) -> None:
     output = _run("fit.py", "--prompts", "20", "40", "--samples=4", "--objectives=3", "--shuffled", shared=shared)
     assert re.findall(r"^ +(\d+) +(\d+) .* (?:read|exact) ", output, re.MULTILINE) == [

@@ -48,6 +48,7 @@ def run(tmp_path: Path) -> Run:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_scoring_goes_on_when_an_actor_is_killed_and_resumes_when_the_driver_is(run: Run) -> None:
     """SIGKILL an actor at work, then the driver, then run again: the table of one call of the scorer, to the bit."""
 
@@ -61,10 +62,10 @@ def test_scoring_goes_on_when_an_actor_is_killed_and_resumes_when_the_driver_is(
 
     driver = _start(run)
     try:
-        _wait_until(lambda: len(run.parts("scores")) >= 2 and at_work(), driver)
+        _wait_until(lambda: len(run.parts("scores")) >= 2 and at_work(), driver, run)
         actor, victim = calls()[-1]
         os.kill(actor, signal.SIGKILL)
-        _wait_until(lambda: len(run.parts("scores")) >= 5 and at_work(), driver)
+        _wait_until(lambda: len(run.parts("scores")) >= 5 and at_work(), driver, run)
         second_actor, in_flight = calls()[-1]
     finally:
         driver.kill()
@@ -74,7 +75,7 @@ def test_scoring_goes_on_when_an_actor_is_killed_and_resumes_when_the_driver_is(
     assert 5 <= len(finished) < NUM_PARTS
 
     driver = _start(run)
-    assert driver.wait(timeout=300) == 0
+    assert driver.wait(timeout=600) == 0, run.read_text("driver.log")
     assert all((run.local / node).stat().st_mtime_ns == written for node, written in finished.items())
     assert len(run.parts("scores")) == NUM_PARTS
     made = Counter(part for _, part in calls())
@@ -87,18 +88,19 @@ def test_scoring_goes_on_when_an_actor_is_killed_and_resumes_when_the_driver_is(
 
 
 def _start(run: Run) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.cluster.killed_scoring", run.root],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**environment(), "PAUSE": "0.5"},
-        cwd=ROOT,
-    )
+    with (run.local / "driver.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.cluster.killed_scoring", run.root],
+            stdout=log,
+            stderr=log,
+            env={**environment(), "PAUSE": "0.5"},
+            cwd=ROOT,
+        )
 
 
-def _wait_until(moment: Callable[[], bool], driver: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 300
+def _wait_until(moment: Callable[[], bool], driver: "subprocess.Popen[bytes]", run: Run) -> None:
+    deadline = time.monotonic() + 600
     while not moment():
-        assert driver.poll() is None, "the driver ended before the moment came"
-        assert time.monotonic() < deadline, "the moment never came"
+        assert driver.poll() is None, run.read_text("driver.log")
+        assert time.monotonic() < deadline, run.read_text("driver.log")
         time.sleep(0.02)

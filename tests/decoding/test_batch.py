@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from mpo_ray.decoding.batch import sample_completions
+from mpo_ray.decoding import batch
+from mpo_ray.decoding.batch import draw_tokens, sample_completions
 from mpo_ray.policies.loading import load_model
 from tests.tiny import next_logprobs, tiny_llama, tiny_tokenizer
 
@@ -57,3 +58,47 @@ def test_a_completion_ends_with_its_first_end_token_or_at_the_limit(model: PreTr
     for completion in completions:
         assert completion.ids.count(2) == completion.finished
         assert completion.ids[-1] == 2 if completion.finished else len(completion.ids) == 12
+
+
+def test_rows_that_ended_may_leave_the_batch_at_any_time(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a row draws depends on its own random numbers alone: dropped at once, now and then, or never."""
+    drawn = []
+    for share in (1e-9, batch.DROPPED_SHARE, 2.0):
+        monkeypatch.setattr(batch, "DROPPED_SHARE", share)
+        drawn.append(_sample(model, num_completions=40, max_new_tokens=20))
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert len({len(completion.ids) for group in drawn[0] for completion in group}) > 8
+
+
+def test_rows_leave_the_batch_once_enough_have_ended(model: PreTrainedModel) -> None:
+    """No step runs more rows than had not ended, but for the tolerated share of its batch."""
+    rows: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda layer, inputs, out: rows.append(len(out)))
+    drawn = _sample(model, num_completions=40, max_new_tokens=20)
+    hook.remove()
+    lengths = [len(completion.ids) for group in drawn for completion in group]
+    assert rows[0] == len(PROMPTS)  # a prompt is computed once for all its completions
+    for step, num_rows in enumerate(rows[1:], start=1):
+        unfinished = sum(length > step for length in lengths)
+        assert unfinished >= (1 - batch.DROPPED_SHARE) * num_rows - 1
+
+
+def test_a_lower_limit_cuts_the_same_completions_earlier(model: PreTrainedModel) -> None:
+    long = [c.ids for group in _sample(model, num_completions=10, max_new_tokens=12) for c in group]
+    short = [c.ids for group in _sample(model, num_completions=10, max_new_tokens=5) for c in group]
+    assert short == [ids[:5] for ids in long]
+
+
+def test_draws_invert_the_cumulative_distribution() -> None:
+    """v is drawn for u in [P(<v), P(≤v)), so with probability π(v); what has probability 0 never is."""
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.125, 0.375, 0.0])
+    uniforms = torch.tensor([0.0, 0.499, 0.5, 0.624, 0.625, batch.LARGEST_UNIFORM], dtype=torch.float64)
+    logits = probabilities.log().expand(6, -1)
+    assert draw_tokens(logits, uniforms, temperature=1.0).tolist() == [1, 1, 3, 3, 4, 4]
+    assert draw_tokens(logits, uniforms, temperature=0.0).tolist() == [1] * 6
+    half = torch.linspace(0, 1, 4001, dtype=torch.float64)[:-1]
+    counts = draw_tokens(probabilities.log().expand(4000, -1), half, temperature=0.5).bincount(minlength=6)
+    squares = probabilities**2 / (probabilities**2).sum()
+    torch.testing.assert_close(counts / 4000, squares, atol=1e-3, rtol=0)

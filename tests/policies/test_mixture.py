@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import mpo_ray  # noqa: F401 - registers the mixture with transformers
+from mpo_ray.data.tokens import collate, shared_prompts
+from mpo_ray.decoding.batch import sample_completions
 from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.loading import ModelError, load_policy
 from mpo_ray.policies.mixture import MixtureForCausalLM
@@ -243,6 +247,58 @@ def test_beam_search_reorders_every_cache(artefact, model) -> None:
         model.generate(ids, max_new_tokens=8, num_beams=3, do_sample=False, use_cache=use) for use in (True, False)
     )
     assert with_cache.tolist() == without.tolist()
+
+
+def test_batch_sampling_of_a_mixture_is_generation_row_by_row(artefact, model, monkeypatch) -> None:
+    """Greedy, prompts of different lengths, rows leaving the batch one by one: every policy's rows leave with them."""
+    monkeypatch.setattr("mpo_ray.decoding.batch.DROPPED_SHARE", 1e-9)
+    prompts = [ids_of(artefact, text) for text in ("the", "the film was very good and", "I liked it", "not at all")]
+    eos_id = model.generation_config.eos_token_id[0]
+    how = {"max_new_tokens": 12, "temperature": 0.0, "eos_id": eos_id, "pad_id": 0, "seed": 0}
+    for prompt, group in zip(prompts, sample_completions(model, prompts, num_completions=2, **how), strict=True):
+        alone = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
+        assert [completion.ids for completion in group] == [alone, alone]
+
+
+def test_predictions_of_completions_are_those_of_the_whole_model(artefact, model) -> None:
+    """Packed, the prompt shared: the logits of `forward` at the places that predict the completions."""
+    rows = [([1, 8, 9], [10, 11, 2]), ([1, 8, 9], [12, 2]), ([1, 9, 8, 7], [2])]
+    for weights in (WEIGHTS, {"concise": 1.0}, {"positive": 0.5, "detailed": 0.5}):
+        model.set_weights(weights)
+        found = model.predictions(replace(collate(rows, pad_id=0), prompt_rows=shared_prompts(rows)))
+        expected = [
+            model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1] for prompt, completion in rows
+        ]
+        torch.testing.assert_close(found, torch.cat(expected), atol=1e-4, rtol=1e-5)
+
+
+def test_threads_may_share_a_mixture(artefact, model) -> None:
+    """Each with its own weights: none sees the other's policies."""
+    ids, wrong = torch.tensor([ids_of(artefact)]), []
+    rows = [torch.tensor([row]) for row in ([1.0, 0.0, 0.0], [0.0, 0.0, 1.0])]
+    expected = [model(ids, mixture_weights=row).logits for row in rows]
+
+    def work(index: int) -> None:
+        for _ in range(20):
+            if not torch.allclose(model(ids, mixture_weights=rows[index]).logits, expected[index], atol=1e-4):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_cache_that_holds_more_policies_stays_whole(artefact, model) -> None:
+    """Weights that leave a policy out for one step do not leave a hole in its past."""
+    ids = torch.tensor([ids_of(artefact, "the film was very good")])
+    vertex, all_three = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([list(WEIGHTS.values())])
+    cache = model(ids[:, :3], mixture_weights=all_three, use_cache=True).past_key_values
+    model(ids[:, 3:4], mixture_weights=vertex, past_key_values=cache)
+    found = model(ids[:, 4:], mixture_weights=all_three, past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(found, model(ids).logits[:, -1], atol=1e-4, rtol=0)
 
 
 def test_the_loss_is_that_of_the_normalised_mixture(artefact, model, policies) -> None:
