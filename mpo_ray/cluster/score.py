@@ -15,7 +15,6 @@ from mpo_ray.data.tokens import prompt_token_ids, render_prompt, response_token_
 from mpo_ray.decoding.batch import sample_completions
 from mpo_ray.evaluation.rewards import IMPLICIT, Reward, load_reward
 from mpo_ray.policies.loading import load_tokenizer
-from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.policies.policy_set import PolicySet, Sequences
 from mpo_ray.records import REFERENCE, decode_prompt
 
@@ -118,9 +117,20 @@ class SampleScorer:
 
 
 def draw(
-    model: Any, tokenizer: Any, prompts: pa.Table, *, num: int, max_new_tokens: int, temperature: float, seed: int
+    model: Any,
+    tokenizer: Any,
+    prompts: pa.Table,
+    *,
+    num: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    with_log_z: bool = False,
 ) -> pa.Table:
-    """Sample `num` completions for every row of a prompt table; one row per completion, a mixture's with `log_z`."""
+    """Sample `num` completions for every row of a prompt table; one row per completion.
+
+    with_log_z: add the column `log_z`, Σ_t log Z_t in nats; the model is then a mixture
+    """
     rows = prompts.to_pylist()
     ids = [prompt_token_ids(tokenizer, decode_prompt(r["prompt"], r["is_chat"])) for r in rows]
     drawn = sample_completions(
@@ -149,11 +159,10 @@ def draw(
             )
             for name, cell in zip(_SAMPLE_SCHEMA.names, cells, strict=True):
                 columns[name].append(cell)
-    samples = pa.table(columns, schema=_SAMPLE_SCHEMA)
-    if isinstance(model, MixtureForCausalLM):
-        dropped = [completion.log_z for completions in drawn for completion in completions]
-        samples = samples.append_column("log_z", pa.array(dropped, pa.float64()))
-    return samples
+    table = pa.table(columns, schema=_SAMPLE_SCHEMA)
+    if not with_log_z:
+        return table
+    return table.append_column("log_z", pa.array([c.log_z for row in drawn for c in row], pa.float64()))
 
 
 _SAMPLE_SCHEMA = pa.schema(
