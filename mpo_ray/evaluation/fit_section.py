@@ -34,14 +34,12 @@ def fit_pictures(
     metrics: Metrics,
 ) -> dict[str, tuple[Figure, str]]:
     """The pictures of a fit with their captions; candidates with known weights are drawn as decoded points."""
-    decoded = {
-        name: {
-            "weights": point["weights"],
-            "win_rates": {o: _values(rate) for o, rate in metrics.candidates[name].win_rates.items()},
-        }
-        for name, point in predicted.items()
-        if name in metrics.candidates
-    }
+    decoded = {}  # by λ: candidates with the same weights are the same completions, and one point
+    for name, point in predicted.items():
+        if name in metrics.candidates:
+            rates = {o: _values(rate) for o, rate in metrics.candidates[name].win_rates.items()}
+            weights = [f"{weight:.6f}" for weight in point["weights"].values()]
+            decoded[" ".join(weights)] = {"weights": point["weights"], "win_rates": rates}
     pictures = {}
     for name, figure in fit_figures(fit, trade_off, decoded).items():
         title = PICTURES.get(name, name)

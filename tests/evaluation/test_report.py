@@ -15,6 +15,7 @@ from mpo_ray.config import Fit
 from mpo_ray.data.scores import scores_from_table
 from mpo_ray.evaluation.estimates import number
 from mpo_ray.evaluation.estimates import written as written_as
+from mpo_ray.evaluation.fit_section import fit_pictures
 from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.evaluation.report import SHOWN_CHARACTERS, SHOWN_PROMPTS, write_report
 from mpo_ray.evaluation.verdict import verdict
@@ -291,6 +292,14 @@ def test_predictions_stand_above_what_decoding_gave(written):
 def test_candidates_that_were_not_decoded_are_left_out_of_the_comparison(tmp_path):
     source = report(tmp_path, predicted={"other": predicted()["uniform"]})
     assert ", predicted" not in squeezed(Page(source).text)
+
+
+def test_candidates_with_the_same_weights_are_one_decoded_point():
+    """Else their labels would lie on one another."""
+    twice = {name: predicted()["uniform"] for name in ("uniform", "mpo")} | {"positive": predicted()["positive"]}
+    figure, _ = fit_pictures(fit(), trade_off(), twice, evaluated())["predicted_trade_off"]
+    values = [text.get_text() for text in figure.axes[0].texts if text.get_text()[0].isdigit()]
+    assert values == [f"{evaluated().candidates[name].minimum_win_rate.value:.2f}" for name in ("mpo", "positive")]
 
 
 def test_a_fit_s_cautions_are_on_the_page(tmp_path):

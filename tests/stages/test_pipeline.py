@@ -100,12 +100,12 @@ def test_the_same_command_skips_everything_and_says_so(finished_run: Path) -> No
 
 
 def test_another_config_under_the_same_name_is_refused_until_told_to_update(finished_run: Path) -> None:
-    arguments = tiny_run.command("fit", finished_run.parent, "unbroken", "--set", "fit.bsmd.steps=100")
+    arguments = tiny_run.command("fit", finished_run.parent, "unbroken", "--set", "fit.decoded.steps=3")
     done = subprocess.run(
         arguments, capture_output=True, text=True, env=tiny_run.environment(), cwd=tiny_run.ROOT, timeout=300
     )
     assert done.returncode == 1
-    assert "belongs to another config: fit.bsmd.steps is 200 there and 100 here" in done.stderr
+    assert "belongs to another config: fit.decoded.steps is 2 there and 3 here" in done.stderr
     assert "--update" in done.stderr
 
 
