@@ -108,7 +108,7 @@ def play(
                 figures = {f"λ {n}": v for n, v in steps[-1].weights.items()}
                 figures |= {f"gain {n}": v for n, v in steps[-1].gains.items()}
                 shown.show("decoded fit", (t + 1) * len(tasks), settings.steps * len(tasks), figures)
-                console.print(f"[dim]  {_line(t, steps[-1], time.monotonic() - started)}[/dim]")
+                console.print(_line(t, steps[-1], time.monotonic() - started), style="dim", soft_wrap=True)
     finally:
         crew.dismiss()
     for left_over in set(run.parts(STEPS)) - wanted:
@@ -185,7 +185,7 @@ def _line(t: int, step: Step, seconds: float) -> str:
         f"{name} {weight:.3f} ({step.gains[name]:+.3f} ± {step.standard_errors[name]:.3f})"
         for name, weight in step.weights.items()
     )
-    return f"step {t + 1}: λ (gain): {shown}; {seconds:.1f} s"
+    return f"  step {t + 1}: λ (gain): {shown}; {seconds:.1f} s"
 
 
 def _intervals(config: RunConfig, seen: Observations, known: Observations) -> Array | None:
