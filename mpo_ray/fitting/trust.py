@@ -49,9 +49,14 @@ def _few_samples(scores: ScoreTable, fit: Mapping[str, Any], weights: Any) -> li
         if estimator == "paper"
         else ""
     )
+    decided = (
+        "single responses decide these weights"
+        if fit["method"] in ("exact", "bsmd")
+        else "what the table says of these weights (F, E[ℓ], the predictions) rests on single responses"
+    )
     return [
         f"The median effective sample size is {size:.1f} of {fit['samples_per_prompt']['max']} responses per prompt: "
-        f"single responses decide these weights. {remedy[0].upper()}{remedy[1:]}{other}; or keep the policies nearer "
+        f"{decided}. {remedy[0].upper()}{remedy[1:]}{other}; or keep the policies nearer "
         "the reference (a larger policies.beta)."
     ]
 

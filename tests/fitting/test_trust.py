@@ -41,6 +41,16 @@ def test_too_few_effective_samples_are_named_with_the_number_that_would_do() -> 
     assert all("estimator: balanced" not in text for text in balanced)
 
 
+def test_weights_that_the_table_did_not_decide_are_not_blamed_on_it() -> None:
+    """Given weights stay as they are: too few effective samples spoil only what the table says of them."""
+    log_ratios = np.random.default_rng(0).normal(0, 3.0, size=(60, 6, 2)) - 2.0
+    settings = Fit(method="fixed", weights={"warm": 0.5, "brief": 0.5}, bootstrap_draws=0, grid=4)
+    found = fit_scores(tables_of(log_ratios), settings, seed=0, method="fixed")[0]["warnings"]
+    text = only(list(found), "The median effective sample size")
+    assert "what the table says of these weights" in text
+    assert "decide these weights" not in text
+
+
 def test_a_vertex_is_named_as_the_policy_that_it_is() -> None:
     """One objective far below the other under any mixture."""
     log_ratios = np.random.default_rng(0).normal(0, 0.3, size=(50, 12, 2)) + np.array([0.0, -3.0])
