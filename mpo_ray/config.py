@@ -193,7 +193,7 @@ class DecodedSteps(Strict):
     """Equation (6b): mirror descent on the gains of what is decoded with λ."""
 
     steps: PositiveInt = 10
-    step_scale: PositiveFloat = Field(6.0, description="c of η_t = c/√t, per unit of gain")
+    step_scale: PositiveFloat = Field(6.0, description="c of η_t = c/√t, per unit of win rate")
     gain: Literal["win_rate", "reward", "implicit"] = Field(
         "win_rate",
         description="against the reference: the win rate, the reward in its standard deviations, or ℓ_k in nats",
