@@ -1,8 +1,9 @@
 """Several finished runs side by side, as Markdown: python benchmarks/compare_runs.py RUN [RUN …]
 
-Three tables: the minimum win rate of every candidate in every run, with MPO's paired difference from the best baseline;
-the evidence on each fit (λ, effective samples, KL of the policies, Σ log Z_t); and what the samples predicted against
-what decoding gave, for every mixture of each run. Runs need `evaluation.fits: true` for the fits that were not chosen.
+Four tables: the minimum win rate of every candidate in every run, with MPO's paired difference from the best baseline;
+the same as means over the seeds of a setting (objectives and β); the evidence on each fit (λ, effective samples, KL of
+the policies, Σ log Z_t); and what the samples predicted against what decoding gave, for every mixture of each run. Runs
+need `evaluation.fits: true` for the fits that were not chosen.
 """
 
 from __future__ import annotations
@@ -12,9 +13,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from mpo_ray.data.scores import scores_from_table
+from mpo_ray.evaluation.completions import resample
+from mpo_ray.evaluation.estimates import Estimate
 from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.fitting.trade_off import predict_trade_off
+from mpo_ray.maths.statistics import minimum_win_rate
 from mpo_ray.records import FIT_PREFIX, MPO, REFERENCE, UNIFORM
 from mpo_ray.run import Run
 
@@ -26,6 +32,7 @@ def main() -> int:
     metrics = {name: Metrics.from_json(run.read_json("evaluation/metrics.json")) for name, run in runs.items()}
     fits = {name: run.read_json("fit.json") for name, run in runs.items()}
     print(quality(metrics))
+    print(over_seeds(list(runs.values())))
     print(evidence(metrics, fits))
     print(prediction(runs, metrics, fits))
     return 0
@@ -55,6 +62,32 @@ def quality(metrics: Mapping[str, Metrics]) -> str:
             ]
         )
     return "Minimum win rate\n\n" + table(header, rows)
+
+
+def over_seeds(runs: Sequence[Run], draws: int = 1000) -> str:
+    """Mean over seeds of every candidate's minimum win rate, and of MPO's difference from it, for every setting.
+
+    Intervals are 95 % over prompts, which are resampled for all runs of a setting together: they hold for the policies
+    that these seeds trained.
+    """
+    settings: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        config = run.read_config()
+        settings.setdefault((tuple(config["objectives"]), config["policies"]["beta"]), []).append(run)
+    header = ["setting", "candidate", "minimum win rate", "MPO − this", "of seeds: MPO at least this"]
+    rows = []
+    for (objectives, beta), group in settings.items():
+        tables = [run.read_table("evaluation/completions.parquet") for run in group]
+        wins = [resample(t, objectives, draws=draws, seed=0).wins for t in tables]
+        means = {c: np.array([float(minimum_win_rate(w[c][0])) for w in wins]) for c in wins[0]}
+        drawn = {c: np.mean([minimum_win_rate(w[c][1]) for w in wins], axis=0) for c in wins[0]}
+        for name in (c for c in means if c != REFERENCE):
+            minimum = Estimate.over(means[name].mean(), drawn[name], 0.95)
+            gap = Estimate.over((means[MPO] - means[name]).mean(), drawn[MPO] - drawn[name], 0.95)
+            held = f"{int((means[MPO] >= means[name]).sum())} of {len(group)}"
+            setting = f"K = {len(objectives)}, β = {beta:g}"
+            rows.append([setting, name, shown(minimum), *(["", ""] if name == MPO else [interval(gap), held])])
+    return "Means over seeds\n\n" + table(header, rows)
 
 
 def evidence(metrics: Mapping[str, Metrics], fits: Mapping[str, Any]) -> str:

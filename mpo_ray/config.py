@@ -198,8 +198,8 @@ class DecodedSteps(Strict):
         "win_rate",
         description="against the reference: the win rate, the reward in its standard deviations, or ℓ_k in nats",
     )
-    num_prompts: PositiveInt = Field(96, description="of the fit's prompts, in each step")
-    completions_per_prompt: PositiveInt = 4
+    num_prompts: PositiveInt = Field(192, description="of the fit's prompts, in each step")
+    completions_per_prompt: PositiveInt = 2
 
 
 class Fit(Strict):

@@ -33,13 +33,15 @@ def fit_pictures(
     predicted: Mapping[str, Mapping[str, Any]],
     metrics: Metrics,
 ) -> dict[str, tuple[Figure, str]]:
-    """The pictures of a fit with their captions; candidates with known weights are drawn as decoded points."""
-    decoded = {}  # by λ: candidates with the same weights are the same completions, and one point
-    for name, point in predicted.items():
-        if name in metrics.candidates:
-            rates = {o: _values(rate) for o, rate in metrics.candidates[name].win_rates.items()}
-            weights = [f"{weight:.6f}" for weight in point["weights"].values()]
-            decoded[" ".join(weights)] = {"weights": point["weights"], "win_rates": rates}
+    """The pictures of a fit with their captions; every mixture that was decoded is a point on the predicted ones."""
+    mixtures = [] if metrics.pareto is None else [p for p in metrics.pareto.points.values() if p.kind == "mixture"]
+    found = [(point.weights or {}, point.win_rates) for point in mixtures]
+    named = {name: point["weights"] for name, point in predicted.items() if name in metrics.candidates}
+    found += [(weights, metrics.candidates[name].win_rates) for name, weights in named.items()]
+    decoded = {}  # by λ: the same weights are the same completions, and one point; a named one has more prompts
+    for weights, rates in found:
+        values = {objective: _values(rate) for objective, rate in rates.items()}
+        decoded[" ".join(f"{w:.6f}" for w in weights.values())] = {"weights": weights, "win_rates": values}
     pictures = {}
     for name, figure in fit_figures(fit, trade_off, decoded).items():
         title = PICTURES.get(name, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,10 +14,11 @@ import pytest
 
 from mpo_ray.config import Fit
 from mpo_ray.data.scores import scores_from_table
-from mpo_ray.evaluation.estimates import number
+from mpo_ray.evaluation.estimates import Estimate, number
 from mpo_ray.evaluation.estimates import written as written_as
 from mpo_ray.evaluation.fit_section import fit_pictures
 from mpo_ray.evaluation.metrics import Metrics
+from mpo_ray.evaluation.pareto import Hypervolume, Pareto, Point
 from mpo_ray.evaluation.report import SHOWN_CHARACTERS, SHOWN_PROMPTS, write_report
 from mpo_ray.evaluation.verdict import verdict
 from mpo_ray.fitting.standalone import fit_scores
@@ -300,6 +302,16 @@ def test_candidates_with_the_same_weights_are_one_decoded_point():
     figure, _ = fit_pictures(fit(), trade_off(), twice, evaluated())["predicted_trade_off"]
     values = [text.get_text() for text in figure.axes[0].texts if text.get_text()[0].isdigit()]
     assert values == [f"{evaluated().candidates[name].minimum_win_rate.value:.2f}" for name in ("mpo", "positive")]
+
+
+def test_the_grid_s_mixtures_are_decoded_points_and_its_soups_are_not():
+    rates = {objective: Estimate(0.31 + 0.1 * k, 0.2, 0.8) for k, objective in enumerate(OBJECTIVES)}
+    weights = dict(zip(OBJECTIVES, (0.5, 0.5, 0.0), strict=True))
+    others = dict(zip(OBJECTIVES, (0.0, 0.5, 0.5), strict=True))
+    points = {"grid-0": Point("mixture", weights, rates), "grid-soup-1": Point("soup", others, rates)}
+    pareto = Pareto(points, [], Hypervolume(Estimate(0.1), None, None, 1, dict.fromkeys(OBJECTIVES, 0.0)), 30)
+    figure, _ = fit_pictures(fit(), trade_off(), {}, replace(evaluated(), pareto=pareto))["predicted_trade_off"]
+    assert [text.get_text() for text in figure.axes[0].texts if text.get_text()[0].isdigit()] == ["0.31"]
 
 
 def test_a_fit_s_cautions_are_on_the_page(tmp_path):
