@@ -34,7 +34,7 @@ LAYERS = (
 TOP = len(LAYERS)
 MACHINES = 2
 ONLY_FROM_MACHINES_UP = {"ray", "deepspeed", "fastapi", "starlette", "uvicorn", "vllm"}
-MATHS_MAY_IMPORT = {"numpy", "torch", *sys.stdlib_module_names}
+MATHS_MAY_IMPORT = {"numpy", "scipy", "torch", *sys.stdlib_module_names}
 MOST_LINES_OF_AN_ENTRY_POINT = 40
 
 

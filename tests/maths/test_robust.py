@@ -1,0 +1,92 @@
+"""The robust bound: the shared vectors, and what a minimum over a ball is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpo_ray.maths.robust import chi_slope, robust_bound
+from mpo_ray.maths.simplex import Array
+
+
+@pytest.fixture(scope="module")
+def cases(shared: Path) -> list[dict[str, Any]]:
+    return list(json.loads((shared / "vectors" / "mopo.json").read_text())["robust"])
+
+
+def problem(seed: int, num: int = 12) -> tuple[Array, Array]:
+    rng = np.random.default_rng(seed)
+    log_reference = np.log(rng.dirichlet(np.ones(num)))
+    return log_reference, rng.uniform(0, 2, num)
+
+
+def test_every_shared_vector_is_met(cases: list[dict[str, Any]]) -> None:
+    """The bound to 1e-8 and χ* to 1e-4 of itself, from radius 0 to one that holds the minimum."""
+    for case in cases:
+        found = robust_bound(np.array(case["log_ref"]), np.array(case["values"]), case["radius"])
+        assert found.value == pytest.approx(case["lower_bound"], abs=1e-8)
+        if case["chi"] is not None and case["chi"] > 1e-3:
+            assert found.chi == pytest.approx(case["chi"], rel=1e-4)
+    assert {case["radius"] for case in cases} >= {0.0, 1e-5, 0.15, 1.0}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_distribution_within_the_radius_expects_less_and_the_worst_one_is_among_them(seed: int) -> None:
+    """KL(Q*‖π_ref) = ε and E_{Q*}[v] is the bound; every other Q within the radius expects at least as much."""
+    log_reference, values = problem(seed)
+    reference = np.exp(log_reference)
+    for radius in (1e-6, 1e-3, 0.05, 0.4):
+        found = robust_bound(log_reference, values, radius)
+        worst = reference * found.tilt
+        assert worst.sum() == pytest.approx(1.0, abs=1e-12)
+        assert float(worst @ values) == pytest.approx(found.value, abs=1e-10)
+        assert float(worst @ np.log(np.maximum(found.tilt, 1e-300))) == pytest.approx(radius, rel=1e-6)
+        rng = np.random.default_rng(seed)
+        for _ in range(200):
+            q = reference * np.exp(rng.normal(0, np.sqrt(radius), len(values)))
+            q /= q.sum()
+            if float(q @ np.log(q / reference)) <= radius:
+                assert float(q @ values) >= found.value - 1e-12
+
+
+def test_chi_grows_like_one_over_the_root_of_the_radius() -> None:
+    """χ* √ε tends to the standard deviation of v over √2: a grid of χ with a ceiling would miss it (trap 3)."""
+    log_reference, values = problem(0)
+    reference = np.exp(log_reference)
+    deviation = np.sqrt(reference @ (values - reference @ values) ** 2)
+    for radius in (1e-6, 1e-8, 1e-10):
+        chi = robust_bound(log_reference, values, radius).chi
+        assert chi * np.sqrt(2 * radius) == pytest.approx(deviation, rel=5e-3)
+
+
+def test_the_slope_in_log_chi_is_the_derivative_of_the_dual_and_vanishes_at_the_optimum() -> None:
+    log_reference, values = problem(3)
+    radius, log_chi, step = 0.05, 0.3, 1e-6
+
+    def dual(log_chi: float) -> float:
+        chi = np.exp(log_chi)
+        return float(-chi * np.log(np.exp(log_reference) @ np.exp(-values / chi)) - chi * radius)
+
+    slope = (dual(log_chi + step) - dual(log_chi - step)) / (2 * step)
+    assert chi_slope(log_reference, values, radius, log_chi) == pytest.approx(slope, abs=1e-8)
+    best = robust_bound(log_reference, values, radius).chi
+    assert chi_slope(log_reference, values, radius, float(np.log(best))) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_equal_values_and_a_radius_that_holds_the_minimum() -> None:
+    log_reference, values = problem(1)
+    assert robust_bound(log_reference, np.full(12, 0.7), 0.3).value == pytest.approx(0.7, abs=1e-12)
+    found = robust_bound(log_reference, values, 50.0)
+    assert (found.value, found.chi) == (values.min(), 0.0)
+    assert float(np.exp(log_reference) @ found.tilt) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("radius", [-0.1, np.nan, np.inf])
+def test_a_radius_that_is_none_is_refused(radius: float) -> None:
+    log_reference, values = problem(0)
+    with pytest.raises(ValueError, match=r"radius: .* is no radius in KL divergence"):
+        robust_bound(log_reference, values, radius)
