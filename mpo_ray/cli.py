@@ -91,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         if verb != "fit":
             add(verb, _stage, text)
     _fit_arguments(add("fit", _fit, HELP["fit"]))
+    _mopo_arguments(
+        add("mopo", _mopo, "solve a pool for one primary objective with bounds on the others", config=False)
+    )
     generate = add("generate", _generate, "answer one prompt from the mixture", config=False)
     generate.add_argument("directory", help="run directory or mixture artefact")
     generate.add_argument("--prompt", required=True)
@@ -116,6 +119,25 @@ def _fit_arguments(parser: argparse.ArgumentParser) -> None:
     table.add_argument("--steps", type=int, help="T of --method bsmd")
     table.add_argument("--bootstrap-draws", type=int, default=200, help="for the intervals; 0 for none")
     table.add_argument("--seed", type=int, default=0)
+
+
+def _mopo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--table", nargs="+", metavar="FILE", required=True, help="Parquet, CSV or JSON Lines; globs too"
+    )
+    parser.add_argument("--primary", metavar="NAME", required=True, help="the objective that is maximised")
+    parser.add_argument(
+        "--bound",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="the least win probability of another objective: 0.55, or `reference - 0.02`; once for each",
+    )
+    parser.add_argument("--tau", type=float, default=0.08, help="strength of the KL penalty, win probability per nat")
+    parser.add_argument("--radius", type=float, default=0.0, help="of the robust bounds, nats; 0 for none")
+    parser.add_argument("--variant", choices=("lagrangian", "barrier"), default="lagrangian")
+    parser.add_argument("--sigma", type=float, default=0.01, help="strength of the barrier")
+    parser.add_argument("--out", metavar="DIR", required=True, help="where mopo.json and ratio.parquet go")
 
 
 def run_job(*verbs: str) -> int:
@@ -175,6 +197,34 @@ def _fit(options: argparse.Namespace) -> int:
     else:
         Console(highlight=False, width=None if sys.stdout.isatty() else 100).print(fit_summary(result))
         print("\n".join(str(path) for path in sorted(Path(options.out).absolute().iterdir())))
+    return 0
+
+
+def _mopo(options: argparse.Namespace) -> int:
+    from mpo_ray.fitting.pool_solution import Bound, pool_summary, solve_file
+
+    bounds: dict[str, Bound] = {}
+    for text in options.bound:
+        name, equals, value = text.partition("=")
+        if not equals or name in bounds:
+            raise ValueError(f"--bound {text!r}: write NAME=VALUE, once for each objective.")
+        bounds[name] = Bound.parse(name, value)
+    out = Path(options.out)
+    result = solve_file(
+        options.table,
+        out,
+        primary=options.primary,
+        bounds=bounds,
+        tau=options.tau,
+        radius=options.radius,
+        variant=options.variant,
+        sigma=options.sigma,
+    )
+    if options.json:
+        print(json.dumps({"out": str(out.absolute()), **result}))
+    else:
+        Console(highlight=False, width=None if sys.stdout.isatty() else 100).print(pool_summary(result))
+        print(f"{out.absolute()}/mopo.json\n{out.absolute()}/ratio.parquet")
     return 0
 
 

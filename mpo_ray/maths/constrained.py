@@ -96,8 +96,22 @@ class Solution:
     effective_sample_size: Array
 
 
-class RunawayError(RuntimeError):
-    """A multiplier grew beyond all reason: the bound can hardly be met, or not at all."""
+class RunawayError(ValueError):
+    """A multiplier grew beyond all reason: the bound can hardly be met, or not at all.
+
+    which: number of the bound; multiplier: how far it got; name: what the caller calls it
+    """
+
+    def __init__(self, which: int, multiplier: float, name: str | None = None) -> None:
+        super().__init__(which, multiplier, name)
+        self.which, self.multiplier, self.name = which, multiplier, name
+
+    def __str__(self) -> str:
+        return (
+            f"bound {self.which if self.name is None else self.name}: its multiplier reached {self.multiplier:.0f}, so "
+            "it can be met, if at all, only by a policy that leaves single candidates. Lower the bound or the radius, "
+            "or add candidates to the pool."
+        )
 
 
 def ratio(pool: Pool, multipliers: Array, tau: float) -> Array:
@@ -223,7 +237,7 @@ def _minimise(derivatives: Derivatives, start: Array, upper: float = np.inf) -> 
             break
         point, (value, slope, curvature) = trial, tried
         if point.max(initial=0.0) > RUNAWAY:
-            raise RunawayError(_runaway(point))
+            raise RunawayError(int(point.argmax()), float(point.max()))
     return point
 
 
@@ -340,11 +354,3 @@ def _solve_robust(
             share *= 0.5
         tilts, (table, multipliers, value) = moved, tried
     return _solution(pool, table, multipliers, bounds, tau, tilts, radius, sigma=sigma, delta=delta)
-
-
-def _runaway(multipliers: Array) -> str:
-    worst = int(multipliers.argmax())
-    return (
-        f"the multiplier of bound {worst} reached {multipliers[worst]:.0f}: the bound can be met, if at all, only by a "
-        "policy that leaves single candidates. Lower it or the radius, or add candidates to the pool."
-    )

@@ -22,6 +22,7 @@ from mpo_ray.maths.constrained import (
     solve_lagrangian,
 )
 from mpo_ray.maths.feasibility import InfeasibleBoundsError, check_feasible
+from mpo_ray.maths.robust import robust_bound
 from mpo_ray.maths.simplex import Array
 
 TAU = 0.08
@@ -166,8 +167,6 @@ def test_with_a_radius_the_robust_bounds_hold_and_the_saddle_is_certified(seed: 
         for other in other_policies(pool, 100, seed):
             rho = 0.95 * found.ratio + 0.05 * other
             if value(pool, rho, TAU) > found.dual_value + 1e-9:
-                from mpo_ray.maths.robust import robust_bound
-
                 worst = [robust_bound(pool.joint_log_reference, rho * q, radius).value for q in pool.secondary.T]
                 assert (np.array(worst) < bounds + 1e-9).any()
 
@@ -176,7 +175,9 @@ def test_a_radius_that_no_slack_can_pay_for_is_refused_with_an_explanation() -> 
     """Trap 2: ε = 0.15 on a few candidates per prompt costs more than any policy has; λ would run away."""
     pool = random_pool(0)
     bounds = pool.expectation(pool.secondary)
-    with pytest.raises(RunawayError, match=r"multiplier of bound [01] reached .* Lower it or the radius, or add cand"):
+    with pytest.raises(
+        RunawayError, match=r"bound [01]: its multiplier reached .* Lower the bound or the radius, or add"
+    ):
         solve_lagrangian(pool, bounds, tau=TAU, radius=0.15)
 
 

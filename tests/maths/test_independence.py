@@ -38,7 +38,7 @@ def run_without(absent: str, modules: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_module_of_maths_imports_where_ray_deepspeed_and_transformers_are_absent() -> None:
-    """maths: numpy and torch only (design 4)."""
+    """maths: numpy, scipy and torch only (design 4)."""
     modules = [f"mpo_ray.maths.{module.name}" for module in pkgutil.iter_modules(mpo_ray.maths.__path__)]
     assert len(modules) >= 6
     done = run_without(",".join(ABSENT), ",".join(modules))

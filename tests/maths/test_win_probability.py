@@ -1,0 +1,79 @@
+"""Average win probabilities of a pool's candidates: their definition, and that no candidate meets itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.special import expit
+
+from mpo_ray.maths.win_probability import (
+    LINKS,
+    bradley_terry,
+    log_odds_per_unit,
+    order,
+    win_probabilities_against,
+    win_probabilities_from_labels,
+    win_probabilities_in_pool,
+)
+
+STARTS = np.array([0, 3, 5])
+REWARDS = np.array([1.0, 3.0, 1.0, -2.0, 0.0])
+
+
+def test_a_candidate_is_compared_with_every_other_of_its_prompt_and_never_with_itself() -> None:
+    """Trap 5: with itself the mean would be drawn to ½; ties count half."""
+    np.testing.assert_allclose(win_probabilities_in_pool(REWARDS, STARTS, order), [0.25, 1.0, 0.25, 0.0, 1.0])
+    soft = win_probabilities_in_pool(REWARDS, STARTS, bradley_terry)
+    assert soft[0] == pytest.approx((expit(-2.0) + 0.5) / 2)
+    assert soft[3] == pytest.approx(expit(-2.0))
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_prompt_s_mean_is_one_half_whatever_the_rewards_are(link: str) -> None:
+    rng = np.random.default_rng(0)
+    starts = np.cumsum([0, 2, 7, 4])
+    found = win_probabilities_in_pool(rng.normal(size=13) * 5, starts, LINKS[link])
+    np.testing.assert_allclose(np.add.reduceat(found, starts[:-1]) / np.diff(starts), 0.5, atol=1e-12)
+
+
+def test_the_pool_s_estimate_is_unbiased() -> None:
+    """E over m = 3 samples of p̄(y_1) given y_1 = Σ_{y'} π_ref(y') P(y_1 ≻ y'), by enumeration of the opponents."""
+    reference, rewards = np.array([0.2, 0.5, 0.3]), np.array([0.0, 1.0, 2.5])
+    exact = bradley_terry(rewards[:, None] - rewards) @ reference
+    for first in range(3):
+        mean = 0.0
+        for second in range(3):
+            for third in range(3):
+                drawn = rewards[[first, second, third]]
+                found = win_probabilities_in_pool(drawn, np.array([0, 3]), bradley_terry)[0]
+                mean += reference[second] * reference[third] * found
+        assert mean == pytest.approx(exact[first], abs=1e-12)
+
+
+def test_against_given_opponents_all_of_them_count() -> None:
+    opponents, places = np.array([0.0, 2.0, -1.0]), np.array([0, 2, 3])
+    found = win_probabilities_against(REWARDS, STARTS, opponents, places, order)
+    np.testing.assert_allclose(found, [0.5, 1.0, 0.5, 0.0, 1.0])
+
+
+def test_labels_give_the_share_of_comparisons_won_with_ties_as_halves() -> None:
+    winners, losers, shares = np.array([0, 0, 1]), np.array([1, 2, 2]), np.array([1.0, 0.5, 1.0])
+    found = win_probabilities_from_labels(winners, losers, shares, 4)
+    np.testing.assert_allclose(found[:3], [0.75, 0.5, 0.25])
+    assert np.isnan(found[3])
+
+
+def test_the_scale_of_rewards_is_the_one_that_drew_the_labels() -> None:
+    """Labels drawn with P(chosen) = σ(c Δ), c = 0.4: found within its standard error, and optimal to rounding."""
+    rng = np.random.default_rng(0)
+    differences = rng.normal(0, 5, 20_000)
+    signed = np.where(rng.uniform(size=20_000) < expit(0.4 * differences), differences, -differences)
+    scale = log_odds_per_unit(signed)
+    assert scale == pytest.approx(0.4, rel=0.03)
+    slope = (expit(-scale * signed) * signed).mean()
+    assert abs(slope) < 1e-8
+
+
+def test_rewards_that_never_contradict_the_labels_have_a_large_scale_and_equal_ones_have_none() -> None:
+    assert log_odds_per_unit(np.array([1.0, 2.0, 0.5])) == pytest.approx(25.0)
+    assert log_odds_per_unit(np.zeros(5)) == 0.0
