@@ -34,7 +34,7 @@ from mpo_ray.maths.feasibility import feasibility
 from mpo_ray.maths.win_probability import win_probabilities_from_labels
 
 Array = np.ndarray
-NUM_PROMPTS, NUM_RESPONSES, TAU, SIGMA = 8, 10, 0.08, 0.003
+NUM_PROMPTS, NUM_RESPONSES, TAU, SIGMA, DELTA = 8, 10, 0.08, 0.01, 0.002
 NUMBERS = (100, 300, 1000, 3000, 10_000, 30_000)
 #: How far from what the reference has to the best that can be reached the bounds are set, as shares.
 SHARES = (-0.3, -0.15, 0.0, 0.15, 0.3)
@@ -144,7 +144,7 @@ def updates(
             multipliers = multiplier_step(multipliers, values, bounds, 1.0 / np.sqrt(t))
         else:
             means += (values - means) / min(t, 50)  # a batch's G is too noisy to divide by
-            multipliers += (barrier_multipliers(means, bounds, SIGMA, 0.005) - multipliers) / np.sqrt(t)
+            multipliers += (barrier_multipliers(means, bounds, SIGMA, DELTA) - multipliers) / np.sqrt(t)
         target = (reference[rows] * rho).reshape(batch, size)
         current = np.exp(logits[prompts] - np.logaddexp.reduce(logits[prompts], axis=1, keepdims=True))
         logits[prompts] += 4.0 / np.sqrt(1 + t / 50) * (target - current)  # −∂/∂ψ of equation (11)
