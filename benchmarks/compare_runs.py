@@ -68,26 +68,40 @@ def over_seeds(runs: Sequence[Run], draws: int = 1000) -> str:
     """Mean over seeds of every candidate's minimum win rate, and of MPO's difference from it, for every setting.
 
     Intervals are 95 % over prompts, which are resampled for all runs of a setting together: they hold for the policies
-    that these seeds trained.
+    that these seeds trained. Of the single policies only the best of each seed is shown.
     """
     settings: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         config = run.read_config()
         settings.setdefault((tuple(config["objectives"]), config["policies"]["beta"]), []).append(run)
-    header = ["setting", "candidate", "minimum win rate", "MPO − this", "of seeds: MPO at least this"]
-    rows = []
+    minima, gaps, columns = [], [], dict[str, None]()
     for (objectives, beta), group in settings.items():
         tables = [run.read_table("evaluation/completions.parquet") for run in group]
         wins = [resample(t, objectives, draws=draws, seed=0).wins for t in tables]
-        means = {c: np.array([float(minimum_win_rate(w[c][0])) for w in wins]) for c in wins[0]}
-        drawn = {c: np.mean([minimum_win_rate(w[c][1]) for w in wins], axis=0) for c in wins[0]}
-        for name in (c for c in means if c != REFERENCE):
-            minimum = Estimate.over(means[name].mean(), drawn[name], 0.95)
+        best = [max(objectives, key=lambda o, w=w: minimum_win_rate(w[o][0])) for w in wins]  # type: ignore[misc]
+        names = ["best policy", *(c for c in wins[0] if c not in (*objectives, REFERENCE))]
+        columns |= dict.fromkeys(names)
+        found = [
+            {c: [minimum_win_rate(v) for v in w[top if c == "best policy" else c]] for c in names}
+            for w, top in zip(wins, best, strict=True)
+        ]
+        means = {c: np.array([float(f[c][0]) for f in found]) for c in names}
+        drawn = {c: np.mean([f[c][1] for f in found], axis=0) for c in names}
+        setting = f"K = {len(objectives)}, β = {beta:g} ({len(group)} seeds)"
+        minima.append({"": setting} | {c: shown(Estimate.over(means[c].mean(), drawn[c], 0.95)) for c in names})
+        gaps.append({"": setting})
+        for name in (c for c in names if c != MPO):
             gap = Estimate.over((means[MPO] - means[name]).mean(), drawn[MPO] - drawn[name], 0.95)
-            held = f"{int((means[MPO] >= means[name]).sum())} of {len(group)}"
-            setting = f"K = {len(objectives)}, β = {beta:g}"
-            rows.append([setting, name, shown(minimum), *(["", ""] if name == MPO else [interval(gap), held])])
-    return "Means over seeds\n\n" + table(header, rows)
+            held = int((means[MPO] >= means[name]).sum())
+            gaps[-1][name] = f"{interval(gap)}, {held} of {len(group)}"
+    header = ["", *columns]
+    rows = [[row.get(c, "") for c in header] for row in minima]
+    others = [c for c in header if c != MPO]
+    return (
+        f"Mean over seeds of the minimum win rate\n\n{table(header, rows)}\n"
+        "MPO − this, and in how many seeds MPO is at least this\n\n"
+        f"{table(others, [[row.get(c, '') for c in others] for row in gaps])}"
+    )
 
 
 def evidence(metrics: Mapping[str, Metrics], fits: Mapping[str, Any]) -> str:

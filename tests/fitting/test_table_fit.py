@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from mpo_ray.config import Fit
@@ -28,6 +29,16 @@ def test_an_exact_fit_balances_the_objectives_that_bind_and_proves_it() -> None:
         assert fit["gains"][name] == pytest.approx(under[name] - fit["balance"]["reference"][name])
     for vertex in NAMES:
         assert min(fit["balance"][vertex].values()) <= least + 1e-9, "no single policy has a better worst objective"
+
+
+def test_an_objective_that_is_ahead_under_the_others_does_not_bind() -> None:
+    """ℓ_3 larger by 5 nats everywhere: λ_3 = 0, E_{π_λ}[ℓ_3] above the others', which bind."""
+    rows = score_rows(worlds(30), each=6, proposals=("reference",))
+    column = rows.column_names.index(f"log_ratio_{NAMES[2]}")
+    ahead = rows.set_column(column, rows.column_names[column], pc.add(rows.column(column), 5.0))
+    fit = fit_table(scores_from_table(ahead, NAMES), QUICK, seed=0, method="exact", estimator="paper")
+    assert fit["weights"][NAMES[2]] == pytest.approx(0.0, abs=1e-9)
+    assert fit["binding"] == list(NAMES[:2])
 
 
 def test_balance_under_the_reference_and_the_vertices_is_that_of_the_enumerated_distributions() -> None:
