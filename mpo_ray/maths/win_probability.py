@@ -71,22 +71,3 @@ def win_probabilities_from_labels(
     compared = np.bincount(winners, minlength=num_candidates) + np.bincount(losers, minlength=num_candidates)
     with np.errstate(invalid="ignore"):
         return np.asarray(np.where(compared > 0, won / np.maximum(compared, 1), np.nan))
-
-
-def log_odds_per_unit(differences: Array) -> float:
-    """The scale c with which rewards explain labels best: argmax_c Σ log σ(c (r(chosen) − r(rejected)))
-
-    differences: (L,) r(chosen) − r(rejected) of labelled pairs
-    Returns c ≥ 0 in log-odds per unit of reward; the largest that float64 distinguishes where no pair contradicts.
-    """
-    spread = float(np.abs(differences).max(initial=0.0))
-    if spread == 0.0:
-        return 0.0
-    scaled, scale = differences / spread, 0.0
-    for _ in range(100):  # Newton on a concave function of one unknown
-        wrong = expit(-scale * scaled)
-        step = float((wrong * scaled).mean() / max((wrong * (1 - wrong) * scaled**2).mean(), 1e-12))
-        scale = min(max(scale + np.clip(step, -2.0, 2.0), 0.0), 50.0)
-        if abs(step) < 1e-10:
-            break
-    return scale / spread

@@ -9,7 +9,6 @@ from scipy.special import expit
 from mpo_ray.maths.win_probability import (
     LINKS,
     bradley_terry,
-    log_odds_per_unit,
     order,
     win_probabilities_against,
     win_probabilities_from_labels,
@@ -61,19 +60,3 @@ def test_labels_give_the_share_of_comparisons_won_with_ties_as_halves() -> None:
     found = win_probabilities_from_labels(winners, losers, shares, 4)
     np.testing.assert_allclose(found[:3], [0.75, 0.5, 0.25])
     assert np.isnan(found[3])
-
-
-def test_the_scale_of_rewards_is_the_one_that_drew_the_labels() -> None:
-    """Labels drawn with P(chosen) = σ(c Δ), c = 0.4: found within its standard error, and optimal to rounding."""
-    rng = np.random.default_rng(0)
-    differences = rng.normal(0, 5, 20_000)
-    signed = np.where(rng.uniform(size=20_000) < expit(0.4 * differences), differences, -differences)
-    scale = log_odds_per_unit(signed)
-    assert scale == pytest.approx(0.4, rel=0.03)
-    slope = (expit(-scale * signed) * signed).mean()
-    assert abs(slope) < 1e-8
-
-
-def test_rewards_that_never_contradict_the_labels_have_a_large_scale_and_equal_ones_have_none() -> None:
-    assert log_odds_per_unit(np.array([1.0, 2.0, 0.5])) == pytest.approx(25.0)
-    assert log_odds_per_unit(np.zeros(5)) == 0.0
