@@ -161,7 +161,7 @@ def solve_lagrangian(pool: Pool, bounds: Array, *, tau: float, radius: float = 0
     if radius == 0 or pool.num_secondary == 0:
         table = pool.tilted(tau)
         multipliers = _minimise(_dual_moments(table, bounds, tau), np.zeros(pool.num_secondary))
-        return _solution(pool, table, multipliers, bounds, tau, np.ones_like(pool.secondary), radius)
+        return _solution(pool, table, multipliers, bounds, tau, radius)
     return _solve_robust(pool, bounds, tau, radius)
 
 
@@ -182,8 +182,7 @@ def solve_barrier(
         return _solve_robust(pool, bounds, tau, radius, sigma=sigma, delta=delta)
     table = pool.tilted(tau)
     multipliers = _minimise_barrier(table, bounds, tau, sigma, delta)
-    tilts = np.ones_like(pool.secondary)
-    return _solution(pool, table, multipliers, bounds, tau, tilts, radius, sigma=sigma, delta=delta)
+    return _solution(pool, table, multipliers, bounds, tau, radius, sigma=sigma, delta=delta)
 
 
 def check_temperature(tau: float) -> None:
@@ -269,13 +268,16 @@ def _solution(
     multipliers: Array,
     bounds: Array,
     tau: float,
-    tilts: Array,
     radius: float,
     *,
     sigma: float | None = None,
     delta: float = 1.0,
 ) -> Solution:
-    """What λ makes of the pool. table: tilted with q̄ · Q/π_ref; tilts: (N, J) Q/π_ref of every bound."""
+    """What λ makes of the pool. table: tilted with q̄ · Q/π_ref.
+
+    An adversary Q that has something left to gain is in the residual: its bound is met under Q, and missed under the
+    worst one.
+    """
     weights = np.concatenate([[1.0], multipliers])
     found = tilted_weights(table, weights)
     rho = found / np.exp(pool.log_reference)
@@ -288,9 +290,6 @@ def _solution(
         residual = _projected(robust - bounds, multipliers, np.inf)
     else:
         residual = float(np.abs(_slack(multipliers, robust - bounds, sigma, delta)).max(initial=0.0))
-    # The adversary's own optimality: what its Q leaves to gain.
-    left = pool.expectation(rho[:, None] * pool.secondary * tilts) - robust
-    residual = max(residual, float((multipliers * left).max(initial=0.0)))
     return Solution(
         multipliers=multipliers,
         chi=np.array([bound.chi for bound in worst]).reshape(-1),
@@ -353,4 +352,4 @@ def _solve_robust(
                 break
             share *= 0.5
         tilts, (table, multipliers, value) = moved, tried
-    return _solution(pool, table, multipliers, bounds, tau, tilts, radius, sigma=sigma, delta=delta)
+    return _solution(pool, table, multipliers, bounds, tau, radius, sigma=sigma, delta=delta)

@@ -171,6 +171,13 @@ def test_with_a_radius_the_robust_bounds_hold_and_the_saddle_is_certified(seed: 
                 assert (np.array(worst) < bounds + 1e-9).any()
 
 
+def test_an_adversary_that_has_something_left_to_gain_is_seen_in_the_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a single round Q is not the worst for ρ: the certificate says so."""
+    monkeypatch.setattr("mpo_ray.maths.constrained.MAX_ROUNDS", 1)
+    found = solve_lagrangian(random_pool(1), np.array([0.48, 0.46]), tau=TAU, radius=5e-3)
+    assert found.residual > 1e-4
+
+
 def test_a_radius_that_no_slack_can_pay_for_is_refused_with_an_explanation() -> None:
     """Trap 2: ε = 0.15 on a few candidates per prompt costs more than any policy has; λ would run away."""
     pool = random_pool(0)
