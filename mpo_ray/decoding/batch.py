@@ -29,11 +29,14 @@ class Completion:
     """Token ids of one completion; `finished` if its end token, which is then the last id, came before the limit.
 
     log_z: Σ_t log Z_t over its tokens, nats, where a mixture drew it (design 2.3)
+    log_z_hat, effective_number: log Ẑ of its prompt, nats, and how many particles counted, where there were some
     """
 
     ids: list[int]
     finished: bool
     log_z: float | None = None
+    log_z_hat: float | None = None
+    effective_number: float | None = None
 
 
 @torch.no_grad()
@@ -60,18 +63,20 @@ def sample_completions(
     drawn = torch.full((num_rows, max_new_tokens), eos_id, device=model.device)
     is_mixture = isinstance(model, MixtureForCausalLM)
     log_z = torch.zeros(num_rows, dtype=torch.float64, device=model.device)
-    batch = _Batch(model, prompts, num_completions, pad_id)
+    unfinished = torch.ones(num_rows, dtype=torch.bool, device=model.device)
+    batch = DecodedBatch(model, prompts, num_completions, pad_id)
     for step in range(max_new_tokens):
         if is_mixture:
-            log_z[batch.rows] += log_normalizer(batch.logits).double() * batch.unfinished
+            log_z[batch.rows] += log_normalizer(batch.logits).double() * unfinished[batch.rows]
         tokens = draw_tokens(batch.logits, uniforms[step, batch.rows], temperature=temperature)
-        drawn[batch.rows[batch.unfinished], step] = tokens[batch.unfinished]
-        batch.unfinished &= tokens != eos_id
-        if step + 1 == max_new_tokens or not bool(batch.unfinished.any()):
+        drawn[batch.rows, step] = torch.where(unfinished[batch.rows], tokens, eos_id)
+        unfinished[batch.rows] &= tokens != eos_id
+        if step + 1 == max_new_tokens or not bool(unfinished.any()):
             break
-        batch.advance(tokens)
+        batch.drop_ended(unfinished)
+        batch.advance(drawn[batch.rows, step])
     totals = log_z.tolist() if is_mixture else [None] * num_rows
-    completions = [_cut(row, eos_id, total) for row, total in zip(drawn.tolist(), totals, strict=True)]
+    completions = [cut(row, eos_id, log_z=total) for row, total in zip(drawn.tolist(), totals, strict=True)]
     return [completions[i : i + num_completions] for i in range(0, num_rows, num_completions)]
 
 
@@ -87,7 +92,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float) -> Tens
     return torch.searchsorted(cumulative, thresholds[:, None], right=True)[:, 0]
 
 
-class _Batch:
+class DecodedBatch:
     """The completions that are being decoded: `rows` are their numbers, `logits` (B, V) those of their next tokens."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], num_completions: int, pad_id: int) -> None:
@@ -108,16 +113,21 @@ class _Batch:
         if self._mask is not None:
             self._mask = self._mask.repeat_interleave(num_completions, dim=0)
         self.rows = torch.arange(len(self._positions), device=model.device)
-        self.unfinished = torch.ones_like(self.rows, dtype=torch.bool)
+
+    def drop_ended(self, unfinished: Tensor) -> None:
+        """Drop the completions that have ended where they are many. unfinished: by number of the completion."""
+        running = unfinished[self.rows]
+        if int(running.sum()) <= (1 - DROPPED_SHARE) * len(self.rows):
+            self.select(running.nonzero()[:, 0], self.rows[running])
+
+    def select(self, places: Tensor, rows: Tensor) -> None:
+        """Go on with what is at these places, as the completions of these numbers; a place may be taken repeatedly."""
+        self._cache.batch_select_indices(places)
+        self._mask = None if self._mask is None else self._mask[places]
+        self._positions, self.logits, self.rows = self._positions[places], self.logits[places], rows
 
     def advance(self, tokens: Tensor) -> None:
-        """Append a token to every completion, and drop those that have ended where they are many."""
-        if int(self.unfinished.sum()) <= (1 - DROPPED_SHARE) * len(self.rows):
-            kept = self.unfinished.nonzero()[:, 0]
-            self._cache.batch_select_indices(kept)
-            self._mask = None if self._mask is None else self._mask[kept]
-            tokens, self.rows, self._positions = tokens[kept], self.rows[kept], self._positions[kept]
-            self.unfinished = self.unfinished[kept]
+        """Append a token to every completion."""
         self._positions = self._positions + 1
         if self._mask is not None:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.rows), 1)], dim=1)
@@ -144,7 +154,8 @@ def _empty_cache(model: Any) -> Any:
     return None if isinstance(model, MixtureForCausalLM) else growing_cache(model.config)
 
 
-def _cut(ids: list[int], eos_id: int, log_z: float | None) -> Completion:
+def cut(ids: list[int], eos_id: int, **figures: float | None) -> Completion:
+    """A completion of what was drawn up to the limit: it ends with the first end token."""
     if eos_id not in ids:
-        return Completion(ids, finished=False, log_z=log_z)
-    return Completion(ids[: ids.index(eos_id) + 1], finished=True, log_z=log_z)
+        return Completion(ids, finished=False, **figures)
+    return Completion(ids[: ids.index(eos_id) + 1], finished=True, **figures)
