@@ -23,7 +23,6 @@ from scipy.special import expit
 
 from mpo_ray.drawing import COLOURS, MARKERS, legend, plain, png
 from mpo_ray.maths.constrained import (
-    Pool,
     barrier_multipliers,
     dual,
     multiplier_step,
@@ -31,6 +30,7 @@ from mpo_ray.maths.constrained import (
     solve_lagrangian,
 )
 from mpo_ray.maths.feasibility import feasibility
+from mpo_ray.maths.pool import Pool
 from mpo_ray.maths.win_probability import win_probabilities_from_labels
 
 Array = np.ndarray

@@ -136,7 +136,7 @@ def _mopo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tau", type=float, default=0.08, help="strength of the KL penalty, win probability per nat")
     parser.add_argument("--radius", type=float, default=0.0, help="of the robust bounds, nats; 0 for none")
     parser.add_argument("--variant", choices=("lagrangian", "barrier"), default="lagrangian")
-    parser.add_argument("--sigma", type=float, default=0.01, help="strength of the barrier")
+    parser.add_argument("--sigma", type=float, help="strength of the barrier; 0.01 if absent")
     parser.add_argument("--out", metavar="DIR", required=True, help="where mopo.json and ratio.parquet go")
 
 

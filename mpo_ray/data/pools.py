@@ -10,8 +10,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mpo_ray.data.score_files import PROMPT, ScoreFile, ScoreTableError, TableInMemory, check_columns, open_files
-from mpo_ray.maths.constrained import Pool
+from mpo_ray.data.score_files import (
+    PROMPT,
+    ScoreFile,
+    ScoreTableError,
+    TableInMemory,
+    check_columns,
+    numbers,
+    open_files,
+)
+from mpo_ray.maths.pool import Pool
 
 RESPONSE, WIN, LOG_REF = "response_id", "win_", "log_ref"
 
@@ -58,9 +66,9 @@ def _read(files: Sequence[ScoreFile], primary: str, secondary: Sequence[str]) ->
         raise ScoreTableError(f"{name}: no rows; a pool has at least 2 candidates of at least one prompt.")
     rows = table.combine_chunks()
     prompts, responses = rows[PROMPT].combine_chunks(), rows[RESPONSE].combine_chunks()
-    values = {column: _numbers(rows[column], column, name) for column in columns[2:]}
-    for column, numbers in values.items():
-        bad = ~np.isfinite(numbers) if column == LOG_REF else ~((numbers >= 0) & (numbers <= 1))
+    values = {column: numbers(rows[column].combine_chunks(), column, name) for column in columns[2:]}
+    for column, found in values.items():
+        bad = ~np.isfinite(found) if column == LOG_REF else ~((found >= 0) & (found <= 1))
         if bad.any():
             row = int(bad.argmax())
             allowed = "a finite number of nats" if column == LOG_REF else "a probability in [0, 1]"
@@ -115,8 +123,8 @@ def _check_rows(
             f"{prompts[int(order[starts[few[0]]])].as_py()!r}. A policy cannot prefer one candidate to itself: give "
             "every prompt at least 2, better 8 or more, or leave these prompts out."
         )
-    numbers = pc.dictionary_encode(responses).indices.to_numpy(zero_copy_only=False).astype(np.int64)
-    keys = owner * (int(numbers.max()) + 1) + numbers
+    which = pc.dictionary_encode(responses).indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    keys = owner * (int(which.max()) + 1) + which
     unique, counts = np.unique(keys, return_counts=True)
     if len(unique) < len(keys):
         row = int(np.flatnonzero(keys == unique[counts.argmax()])[1])
@@ -124,13 +132,6 @@ def _check_rows(
             f"{name}: prompt {prompts[row].as_py()!r} has the response {responses[row].as_py()!r} {counts.max()} "
             "times; (prompt_id, response_id) must be unique."
         )
-
-
-def _numbers(column: pa.ChunkedArray, name: str, file: str) -> NDArray[np.float64]:
-    kind = column.type
-    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind)):
-        raise ScoreTableError(f"{file}: the column {name!r} has the type {kind}; it must hold numbers.")
-    return np.asarray(pc.cast(column, pa.float64(), safe=False).to_numpy(zero_copy_only=False))
 
 
 def _normalised(log_ref: NDArray[np.float64], starts: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from mpo_ray.config import Source
 from mpo_ray.data.sources import NUM_HEAD_ROWS, DataError, Row, decoded_lines, ending, list_files, opened, read_rows
@@ -69,6 +72,14 @@ def check_columns(file: ScoreFile, columns: Sequence[str]) -> None:
             raise ScoreTableError(
                 f"{file.name}: no column {column!r}; {hint}Its columns are {', '.join(file.columns) or 'none'}."
             )
+
+
+def numbers(column: pa.Array, name: str, file: str) -> NDArray[np.float64]:
+    """A column as float64; NaN where it is empty. Raises ScoreTableError for one that holds no numbers."""
+    kind = column.type
+    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind)):
+        raise ScoreTableError(f"{file}: the column {name!r} has the type {kind}; it must hold numbers.")
+    return np.asarray(pc.cast(column, pa.float64(), safe=False).to_numpy(zero_copy_only=False))
 
 
 def refuse_value(where: str, column: str, value: object, *, prompt: object, sample: object) -> ScoreTableError:

@@ -13,7 +13,6 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mpo_ray.data.score_files import (
@@ -21,6 +20,7 @@ from mpo_ray.data.score_files import (
     ScoreTableError,
     TableInMemory,
     check_columns,
+    numbers,
     open_files,
     refuse_value,
 )
@@ -271,7 +271,7 @@ def _batches(
     first, most = 0, np.finfo(dtype).max
     for file in files:
         for batch in file.batches(columns):
-            values = np.column_stack([_numbers(batch[column], column, file.name) for column in columns])
+            values = np.column_stack([numbers(batch[column], column, file.name) for column in columns])
             finite = np.abs(values) <= most
             if first + len(values) <= keys.num_rows:
                 if not finite.all():
@@ -290,11 +290,3 @@ def _batches(
             f"{', '.join(keys.places.names)}: had {keys.num_rows} rows, and {first} a moment later. Read it when "
             "nothing writes to it."
         )
-
-
-def _numbers(column: pa.Array, name: str, file: str) -> Values:
-    """A column as float64; NaN where it is empty."""
-    kind = column.type
-    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind)):
-        raise ScoreTableError(f"{file}: the column {name!r} has the type {kind}; it must hold numbers.")
-    return np.asarray(pc.cast(column, pa.float64(), safe=False).to_numpy(zero_copy_only=False))

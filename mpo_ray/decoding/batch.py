@@ -68,13 +68,8 @@ def sample_completions(
     for step in range(max_new_tokens):
         if is_mixture:
             log_z[batch.rows] += log_normalizer(batch.logits).double() * unfinished[batch.rows]
-        tokens = draw_tokens(batch.logits, uniforms[step, batch.rows], temperature=temperature)
-        drawn[batch.rows, step] = torch.where(unfinished[batch.rows], tokens, eos_id)
-        unfinished[batch.rows] &= tokens != eos_id
-        if step + 1 == max_new_tokens or not bool(unfinished.any()):
+        if not batch.step(drawn, unfinished, uniforms, place=step, temperature=temperature, eos_id=eos_id):
             break
-        batch.drop_ended(unfinished)
-        batch.advance(drawn[batch.rows, step])
     totals = log_z.tolist() if is_mixture else [None] * num_rows
     completions = [cut(row, eos_id, log_z=total) for row, total in zip(drawn.tolist(), totals, strict=True)]
     return [completions[i : i + num_completions] for i in range(0, num_rows, num_completions)]
@@ -114,7 +109,23 @@ class DecodedBatch:
             self._mask = self._mask.repeat_interleave(num_completions, dim=0)
         self.rows = torch.arange(len(self._positions), device=model.device)
 
-    def drop_ended(self, unfinished: Tensor) -> None:
+    def step(
+        self, drawn: Tensor, unfinished: Tensor, uniforms: Tensor, *, place: int, temperature: float, eos_id: int
+    ) -> bool:
+        """Draw the token at `place` of every completion, and go on to the next; returns whether there is a next.
+
+        drawn: (N, T) token ids of all N completions, and unfinished: (N,), are written; uniforms: (T, N)
+        """
+        tokens = draw_tokens(self.logits, uniforms[place, self.rows], temperature=temperature)
+        drawn[self.rows, place] = torch.where(unfinished[self.rows], tokens, eos_id)
+        unfinished[self.rows] &= tokens != eos_id
+        if place + 1 == drawn.shape[1] or not bool(unfinished.any()):
+            return False
+        self._drop_ended(unfinished)
+        self._advance(drawn[self.rows, place])
+        return True
+
+    def _drop_ended(self, unfinished: Tensor) -> None:
         """Drop the completions that have ended where they are many. unfinished: by number of the completion."""
         running = unfinished[self.rows]
         if int(running.sum()) <= (1 - DROPPED_SHARE) * len(self.rows):
@@ -126,7 +137,7 @@ class DecodedBatch:
         self._mask = None if self._mask is None else self._mask[places]
         self._positions, self.logits, self.rows = self._positions[places], self.logits[places], rows
 
-    def advance(self, tokens: Tensor) -> None:
+    def _advance(self, tokens: Tensor) -> None:
         """Append a token to every completion."""
         self._positions = self._positions + 1
         if self._mask is not None:

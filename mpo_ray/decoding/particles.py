@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpo_ray.decoding.batch import LARGEST_UNIFORM, Completion, DecodedBatch, cut, draw_tokens
+from mpo_ray.decoding.batch import LARGEST_UNIFORM, Completion, DecodedBatch, cut
 from mpo_ray.maths.log_linear import log_normalizer
 from mpo_ray.maths.resampling import drawn_particle, effective_number, log_mean_weight, systematic_ancestors
 from mpo_ray.policies.mixture import MixtureForCausalLM
@@ -63,13 +63,8 @@ def sample_from_particles(
             places = torch.full_like(everyone, -1)
             places[batch.rows] = torch.arange(len(batch.rows), device=model.device)
             batch.select(places[flat[alive]], everyone[alive])
-        tokens = draw_tokens(batch.logits, uniforms[step, batch.rows], temperature=1.0)
-        drawn[batch.rows, step] = torch.where(alive[batch.rows], tokens, eos_id)
-        alive[batch.rows] &= tokens != eos_id
-        if step + 1 == max_new_tokens or not bool(alive.any()):
+        if not batch.step(drawn, alive, uniforms, place=step, temperature=1.0, eos_id=eos_id):
             break
-        batch.drop_ended(alive)
-        batch.advance(drawn[batch.rows, step])
     return _outcomes(drawn, log_weights, log_z, log_z_hat, shifts[-1], eos_id, num_completions)
 
 

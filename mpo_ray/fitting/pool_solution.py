@@ -11,22 +11,24 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from mpo_ray.data.pools import PoolTable, open_pool
-from mpo_ray.fitting.summary import caution
+from mpo_ray.fitting.summary import caution, titled_table
+from mpo_ray.fitting.table_fit import named
 from mpo_ray.maths.constrained import RunawayError, Solution, check_temperature, solve_barrier, solve_lagrangian
-from mpo_ray.maths.feasibility import check_feasible, feasibility
+from mpo_ray.maths.feasibility import check_feasible
 from mpo_ray.maths.robust import check_radius
 from mpo_ray.maths.simplex import Array
 
 Variant = Literal["lagrangian", "barrier"]
 
-#: Below this share of a pool's candidates, ρ rests on few of them; a bound with less slack than this binds.
-LEAST_SHARE, BINDS = 0.2, 1e-4
+#: Below this share of a pool's candidates, ρ rests on few of them; a bound with less slack than this binds; the largest
+#: residual of an optimum.
+LEAST_SHARE, BINDS, SOLVED = 0.2, 1e-4, 1e-6
+#: Strength of the barrier where none is given.
+SIGMA = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ def solve_file(
     tau: float,
     radius: float,
     variant: Variant,
-    sigma: float,
+    sigma: float | None = None,
 ) -> dict[str, Any]:
     """Solve the pool in `paths` and write mopo.json and ratio.parquet into `out`; returns what mopo.json holds.
 
@@ -83,10 +85,14 @@ def solve_file(
             f"the primary objective {primary!r} is maximised, and cannot be bounded as well; leave its --bound out, or "
             "make another objective the primary one."
         )
+    if sigma is not None and variant != "barrier":
+        raise ValueError(f"--sigma {sigma:g} is the strength of the barrier; give --variant barrier, or leave it out.")
     check_temperature(tau)
     check_radius(radius)
     table = open_pool(paths, primary, list(bounds))
-    result, rho = solve_pool(table, bounds, tau=tau, radius=radius, variant=variant, sigma=sigma)
+    result, rho = solve_pool(
+        table, bounds, tau=tau, radius=radius, variant=variant, sigma=SIGMA if sigma is None else sigma
+    )
     out.mkdir(parents=True, exist_ok=True)
     (out / "mopo.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     rows = {"prompt_id": table.prompt_ids, "response_id": table.response_ids, "ratio": pa.array(rho)}
@@ -104,7 +110,7 @@ def solve_pool(
     for name, limit in zip(names, limits, strict=True):
         if not 0.0 <= limit <= 1.0:
             raise ValueError(f"bound {name}: {limit:.4f}, from what the reference has, is outside [0, 1].")
-    check_feasible(pool, limits, names)
+    feasible = check_feasible(pool, limits, names)
     try:
         if variant == "barrier":
             found = solve_barrier(pool, limits, tau=tau, sigma=sigma, radius=radius)
@@ -119,15 +125,15 @@ def solve_pool(
         "tau": tau,
         "radius": radius,
         "sigma": sigma if variant == "barrier" else None,
-        "bounds": _named(names, limits),
-        "multipliers": _named(names, found.multipliers),
-        "chi": {name: chi if np.isfinite(chi) else None for name, chi in _named(names, found.chi).items()},
-        "values": {table.objectives[0]: found.primary, **_named(names, found.secondary)},
-        "robust_values": _named(names, found.robust),
-        "reference_values": {table.objectives[0]: float(pool.expectation(pool.primary)), **_named(names, reference)},
-        "best_values": _named(names, feasibility(pool, limits).best),
+        "bounds": named(names, limits),
+        "multipliers": named(names, found.multipliers),
+        "chi": {name: chi if np.isfinite(chi) else None for name, chi in named(names, found.chi).items()},
+        "values": {table.objectives[0]: found.primary, **named(names, found.secondary)},
+        "robust_values": named(names, found.robust),
+        "reference_values": {table.objectives[0]: float(pool.expectation(pool.primary)), **named(names, reference)},
+        "best_values": named(names, feasible.best),
         "binding": [n for n, value, b in zip(names, found.robust, limits, strict=True) if value - b < BINDS],
-        "correlation": _named(names, _correlations(pool.primary, pool.secondary)),
+        "correlation": named(names, _correlations(pool.primary, pool.secondary)),
         "kl": found.kl,
         "dual_value": found.dual_value,
         "residual": found.residual,
@@ -145,14 +151,8 @@ def solve_pool(
 
 def pool_summary(result: Mapping[str, Any]) -> RenderableType:
     """What mopo.json holds, for the terminal."""
-    title = f"win probabilities ({result['variant']}, τ = {result['tau']:g}"
-    table = Table(
-        title=f"{title}, radius {result['radius']:g} nats)" if result["radius"] else f"{title})",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
+    radius = f", radius {result['radius']:g} nats" if result["radius"] else ""
+    table = titled_table(f"win probabilities ({result['variant']}, τ = {result['tau']:g}{radius})")
     for column in ("", "reference", "best", "optimum", "robust", "bound", "multiplier λ", "binds"):
         table.add_column(column, justify="right" if column else "left")
     primary = result["primary"]
@@ -195,12 +195,13 @@ def _warnings(names: Sequence[str], found: Solution, limits: Array, sizes: Array
             "(median): a policy trained on it learns single responses. Raise tau, lower the bounds or the radius, or "
             "give every prompt more candidates."
         )
+    if found.residual > SOLVED:
+        texts.append(
+            f"The solver stopped with a residual of {found.residual:.1e}: the bounds hold to no more than that. Lower "
+            "the radius, or raise tau."
+        )
     if names and not found.multipliers.any():
         texts.append(
             "No bound binds: the objectives agree here, the multipliers are 0, and this is the primary objective alone."
         )
     return texts
-
-
-def _named(names: Sequence[str], values: Array) -> dict[str, float]:
-    return dict(zip(names, np.asarray(values).tolist(), strict=True))

@@ -19,7 +19,7 @@ def fit_summary(fit: Mapping[str, Any]) -> RenderableType:
 def trade_off_table(trade_off: Mapping[str, Any]) -> RenderableType:
     """Predictions of one or a few λ."""
     percent = f"{100 * trade_off['confidence']:g} %"
-    table = _table(f"predicted under π_λ ({trade_off['estimator']} estimator, {percent} intervals)")
+    table = titled_table(f"predicted under π_λ ({trade_off['estimator']} estimator, {percent} intervals)")
     table.add_column("")
     for point in trade_off["points"]:
         table.add_column(", ".join(f"{name} {value:.2f}" for name, value in point["weights"].items()), justify="right")
@@ -46,7 +46,7 @@ def caution(text: str) -> Text:
 
 
 def _weights(fit: Mapping[str, Any]) -> Table:
-    table = _table(f"weights ({fit['method']}, {fit['estimator']} estimator)")
+    table = titled_table(f"weights ({fit['method']}, {fit['estimator']} estimator)")
     intervals = fit["intervals"]
     for column in ("", "λ", "" if intervals is None else f"{100 * intervals['confidence']:g} % interval"):
         table.add_column(column, justify="right" if column else "left")
@@ -83,5 +83,5 @@ def _estimate(value: list[float]) -> str:
     return f"{value[0]:.3f}" if len(value) == 1 else f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]"
 
 
-def _table(title: str) -> Table:
+def titled_table(title: str) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)

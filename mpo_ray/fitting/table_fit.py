@@ -88,20 +88,20 @@ def describe(
         "method": method,
         "estimator": estimator,
         "objectives": names,
-        "weights": _named(names, weights),
+        "weights": named(names, weights),
         "beta": beta,
         "num_prompts": table.num_prompts,
         "num_samples": len(table.log_ratios),
         "samples_per_prompt": {"min": int(table.num_responses.min()), "max": int(table.num_responses.max())},
         "proposals": scores.proposal_rows() if estimator == "balanced" else {REFERENCE: len(table.log_ratios)},
         "objective_value": objective(table, weights),
-        "gradient": _named(names, slope),
+        "gradient": named(names, slope),
         "gap": certificate,
         "intervals": _intervals(table, names, weights, settings, seed) if method in ("exact", "bsmd") else None,
         "jackknife_bias": jackknife_bias(table, weights),
         "effective_sample_size": {"min": float(sizes.min()), "median": float(np.median(sizes))},
-        "balance": {name: _named(names, values) for name, values in balance.items()},
-        "gains": _named(names, balance[MPO] - balance[REFERENCE]),
+        "balance": {name: named(names, values) for name, values in balance.items()},
+        "gains": named(names, balance[MPO] - balance[REFERENCE]),
         "binding": [
             name for name, value in zip(names, slope, strict=True) if value - slope.min() <= 1e-6 + certificate
         ],
@@ -128,7 +128,7 @@ def _intervals(
     return {
         "confidence": settings.confidence,
         "draws": settings.bootstrap_draws,
-        "weights": _named(names, bounds.weights),
+        "weights": named(names, bounds.weights),
         "objective_value": bounds.objective.tolist(),
     }
 
@@ -149,9 +149,9 @@ def leave_one_out(table: SampleTable, names: Sequence[str]) -> dict[str, Any]:
         weights[kept] = fitted.weights[0]
         gains = expectation(table, weights, table.log_ratios).mean(axis=0) - at_reference
         result[name] = {
-            "weights": _named(names, weights),
+            "weights": named(names, weights),
             "objective_value": float(fitted.objective[0]),
-            "gains": _named(names, gains),
+            "gains": named(names, gains),
         }
     return result
 
@@ -172,5 +172,5 @@ def _trace(table: SampleTable, steps: Any, weights: Array) -> dict[str, Any]:
     }
 
 
-def _named(names: Sequence[str], values: Any) -> Mapping[str, Any]:
+def named(names: Sequence[str], values: Any) -> Mapping[str, Any]:
     return dict(zip(names, np.asarray(values).tolist(), strict=True))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
-from mpo_ray.maths.constrained import Pool
+from mpo_ray.maths.pool import Pool
 from mpo_ray.maths.simplex import Array
 
 #: Slack below which bounds count as not met: only policies that leave single candidates have less, and no multiplier.
@@ -52,11 +52,14 @@ def feasibility(pool: Pool, bounds: Array) -> Feasibility:
     return Feasibility(slack, best, largest, int(over.argmax()))
 
 
-def check_feasible(pool: Pool, bounds: Array, names: Sequence[str]) -> None:
-    """Raises InfeasibleBoundsError that names the objective, its best value and its largest feasible bound."""
+def check_feasible(pool: Pool, bounds: Array, names: Sequence[str]) -> Feasibility:
+    """What policies can reach, where they can meet the bounds.
+
+    Raises InfeasibleBoundsError that names the objective, its best value and its largest feasible bound.
+    """
     found = feasibility(pool, bounds)
     if found.worst is None:
-        return
+        return found
     name, asked = names[found.worst], bounds[found.worst]
     best, largest = found.best[found.worst], found.largest[found.worst]
     text = f"bound {name} ≥ {asked:.4f} cannot be met: the best that any policy on this pool reaches is {best:.4f}"

@@ -38,26 +38,20 @@ def robust_bound(log_reference: Array, values: Array, radius: float) -> RobustBo
     """
     check_radius(radius)
     least, spread = float(values.min()), float(values.max() - values.min())
-    lowest = values <= least + 1e-12 * max(1.0, abs(least))
-    if radius == 0 or spread <= 1e-12 * max(1.0, abs(least)):
-        return RobustBound(float(np.exp(log_reference) @ values), np.inf, np.ones(len(values)))
-    log_share = float(logsumexp(log_reference[lowest]))
-    if radius >= -log_share:
-        return RobustBound(least, 0.0, np.where(lowest, np.exp(-log_share), 0.0))
 
     def excess(log_chi: float) -> float:
         log_tilt = _log_tilt(log_reference, values, np.exp(log_chi))
         return float(np.exp(log_reference + log_tilt) @ log_tilt) - radius
 
-    low, high = np.log(SMALLEST * spread), np.log(LARGEST * spread)
-    if excess(high) > 0 or excess(low) < 0:  # beyond what float64 resolves, the bound is the mean or the minimum
+    low, high = np.log(SMALLEST * max(spread, SMALLEST)), np.log(LARGEST * max(spread, SMALLEST))
+    if radius == 0 or spread == 0 or excess(high) >= 0:  # no room to move in, as far as float64 resolves it
         return RobustBound(float(np.exp(log_reference) @ values), np.inf, np.ones(len(values)))
+    if excess(low) <= 0:  # all that is within rounding of the minimum is within the radius
+        return RobustBound(least, 0.0, np.exp(_log_tilt(log_reference, values, np.exp(low))))
     chi = float(np.exp(brentq(excess, low, high, xtol=1e-13, rtol=1e-14)))
-    log_tilt = _log_tilt(log_reference, values, chi)
     # −χ log E exp(−v/χ), without the cancellation of large v/χ.
-    smallest = float(values.min())
-    value = smallest - chi * float(logsumexp(log_reference - (values - smallest) / chi)) - chi * radius
-    return RobustBound(value, chi, np.exp(log_tilt))
+    value = least - chi * float(logsumexp(log_reference - (values - least) / chi)) - chi * radius
+    return RobustBound(value, chi, np.exp(_log_tilt(log_reference, values, chi)))
 
 
 def chi_slope(log_reference: Array, values: Array, radius: float, log_chi: float) -> float:

@@ -44,21 +44,6 @@ def win_probabilities_in_pool(rewards: Array, starts: NDArray[np.int64], link: L
     return found
 
 
-def win_probabilities_against(
-    rewards: Array, starts: NDArray[np.int64], opponents: Array, opponent_starts: NDArray[np.int64], link: Link
-) -> Array:
-    """p̄(y_i) = mean_j P(y_i ≻ y'_j) over the opponents of the same prompt, none of which is a candidate
-
-    opponents: (M,) rewards, rows of prompt p are opponent_starts[p] … opponent_starts[p + 1] − 1, at least 1
-    Returns (N,).
-    """
-    found = np.empty(len(rewards))
-    places = zip(starts[:-1], starts[1:], opponent_starts[:-1], opponent_starts[1:], strict=True)
-    for first, last, low, high in places:
-        found[first:last] = link(rewards[first:last, None] - opponents[None, low:high]).mean(axis=1)
-    return found
-
-
 def win_probabilities_from_labels(
     winners: NDArray[np.int64], losers: NDArray[np.int64], shares: Array, num_candidates: int
 ) -> Array:

@@ -12,7 +12,8 @@ import pytest
 
 from mpo_ray.cli import main
 from mpo_ray.fitting.pool_solution import Bound
-from mpo_ray.maths.constrained import Pool, solve_lagrangian
+from mpo_ray.maths.constrained import solve_lagrangian
+from mpo_ray.maths.pool import Pool
 
 
 @pytest.fixture
@@ -84,6 +85,14 @@ def test_objectives_that_agree_are_said_to_leave_nothing_to_trade(
     assert "No bound binds: the objectives agree here" in " ".join(capsys.readouterr().out.split())
 
 
+def test_an_optimum_that_was_not_reached_is_not_passed_off_as_one(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpo_ray.maths.constrained.MAX_ROUNDS", 1)
+    assert solve(path, "--bound", "harmless=0.45", "--radius", "0.001") == 0
+    assert "The solver stopped with a residual of" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -97,6 +106,7 @@ def test_objectives_that_agree_are_said_to_leave_nothing_to_trade(
         (["--bound", "harmless=0.5", "--tau", "0"], "tau: 0.0 is no strength of the KL penalty"),
         (["--bound", "harmless=0.5", "--radius", "-1"], "radius: -1.0 is no radius in KL divergence"),
         (["--bound", "harmless=0.5", "--variant", "barrier", "--sigma", "0"], "sigma: 0.0 is not above 0"),
+        (["--bound", "harmless=0.5", "--sigma", "0.1"], "--sigma 0.1 is the strength of the barrier; give --variant"),
         (["--bound", "harmless=0.95"], "bound harmless ≥ 0.9500 cannot be met: the best that any policy on this pool"),
         (["--bound", "harmless=0.5", "--radius", "0.5"], "bound harmless: its multiplier reached"),
     ],

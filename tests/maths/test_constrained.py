@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from mpo_ray.maths.constrained import (
-    Pool,
     RunawayError,
     Solution,
     barrier_multipliers,
@@ -22,6 +21,7 @@ from mpo_ray.maths.constrained import (
     solve_lagrangian,
 )
 from mpo_ray.maths.feasibility import InfeasibleBoundsError, check_feasible
+from mpo_ray.maths.pool import Pool
 from mpo_ray.maths.robust import robust_bound
 from mpo_ray.maths.simplex import Array
 

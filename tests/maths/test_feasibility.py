@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog
 
-from mpo_ray.maths.constrained import Pool
 from mpo_ray.maths.feasibility import LEAST_SLACK, InfeasibleBoundsError, check_feasible, feasibility
+from mpo_ray.maths.pool import Pool
 from mpo_ray.maths.simplex import Array
 
 

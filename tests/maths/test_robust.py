@@ -77,6 +77,13 @@ def test_the_slope_in_log_chi_is_the_derivative_of_the_dual_and_vanishes_at_the_
     assert chi_slope(log_reference, values, radius, float(np.log(best))) == pytest.approx(0.0, abs=1e-9)
 
 
+def test_a_near_tie_at_the_minimum_is_within_the_radius_too() -> None:
+    """Two of four values are 0 to 1e-10: log 2 nats reach them both, and 1 nat is more than that."""
+    found = robust_bound(np.log(np.full(4, 0.25)), np.array([0.0, 1e-10, 1.0, 2.0]), 1.0)
+    assert found.value == pytest.approx(0.0, abs=1e-9)
+    np.testing.assert_allclose(found.tilt, [2.0, 2.0, 0.0, 0.0], atol=0.2)
+
+
 def test_equal_values_and_a_radius_that_holds_the_minimum() -> None:
     log_reference, values = problem(1)
     assert robust_bound(log_reference, np.full(12, 0.7), 0.3).value == pytest.approx(0.7, abs=1e-12)

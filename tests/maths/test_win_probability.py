@@ -10,7 +10,6 @@ from mpo_ray.maths.win_probability import (
     LINKS,
     bradley_terry,
     order,
-    win_probabilities_against,
     win_probabilities_from_labels,
     win_probabilities_in_pool,
 )
@@ -47,12 +46,6 @@ def test_the_pool_s_estimate_is_unbiased() -> None:
                 found = win_probabilities_in_pool(drawn, np.array([0, 3]), bradley_terry)[0]
                 mean += reference[second] * reference[third] * found
         assert mean == pytest.approx(exact[first], abs=1e-12)
-
-
-def test_against_given_opponents_all_of_them_count() -> None:
-    opponents, places = np.array([0.0, 2.0, -1.0]), np.array([0, 2, 3])
-    found = win_probabilities_against(REWARDS, STARTS, opponents, places, order)
-    np.testing.assert_allclose(found, [0.5, 1.0, 0.5, 0.0, 1.0])
 
 
 def test_labels_give_the_share_of_comparisons_won_with_ties_as_halves() -> None:
