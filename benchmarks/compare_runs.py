@@ -2,7 +2,7 @@
 
 Four tables: the minimum win rate of every candidate in every run, with MPO's paired difference from the best baseline;
 the same as means over the seeds of a setting (objectives and β); the evidence on each fit (λ, effective samples, KL of
-the policies, Σ log Z_t); and what the samples predicted against what decoding gave, for every mixture of each run. Runs
+the policies, log Z); and what the samples predicted against what decoding gave, for every mixture of each run. Runs
 need `evaluation.fits: true` for the fits that were not chosen.
 """
 
@@ -19,6 +19,7 @@ from mpo_ray.data.scores import scores_from_table
 from mpo_ray.evaluation.completions import resample
 from mpo_ray.evaluation.estimates import Estimate
 from mpo_ray.evaluation.metrics import Metrics
+from mpo_ray.evaluation.verdict import baselines
 from mpo_ray.fitting.trade_off import predict_trade_off
 from mpo_ray.maths.statistics import minimum_win_rate
 from mpo_ray.records import FIT_PREFIX, MPO, REFERENCE, UNIFORM
@@ -48,8 +49,7 @@ def quality(metrics: Mapping[str, Metrics]) -> str:
     for name, found in metrics.items():
         candidates = found.candidates
         single = max(found.objectives, key=lambda o: candidates[o].minimum_win_rate.value)
-        baselines = [c for c in candidates if c not in (REFERENCE, MPO) and not c.startswith(FIT_PREFIX)]
-        best = max(baselines, key=lambda c: candidates[c].minimum_win_rate.value)
+        best = max(baselines(found), key=lambda c: candidates[c].minimum_win_rate.value)
         rows.append(
             [
                 name,
@@ -105,8 +105,8 @@ def over_seeds(runs: Sequence[Run], draws: int = 1000) -> str:
 
 
 def evidence(metrics: Mapping[str, Metrics], fits: Mapping[str, Any]) -> str:
-    """λ of every fit, how many effective samples it rests on, and what token-level decoding drops there."""
-    header = ["run", "KL of the policies", "fit", "λ", "effective samples (median)", "Σ log Z_t", "tokens", "minimum"]
+    """λ of every fit, how many effective samples it rests on, and log Z there: what token-level decoding drops."""
+    header = ["run", "KL of the policies", "fit", "λ", "effective samples (median)", "log Z", "tokens", "minimum"]
     rows = []
     for name, found in metrics.items():
         kl = ", ".join(f"{o} {found.candidates[o].kl.value:.2f}" for o in found.objectives)
@@ -131,7 +131,7 @@ def evidence(metrics: Mapping[str, Metrics], fits: Mapping[str, Any]) -> str:
 
 
 def prediction(runs: Mapping[str, Run], metrics: Mapping[str, Metrics], fits: Mapping[str, Any]) -> str:
-    """Win rates and KL predicted for π_λ from the samples, and those of the token-level mixture as decoded."""
+    """Win rates and KL predicted for π_λ from the samples, and those of the mixture as decoded."""
     header = ["run", "mixture", "win rates predicted", "decoded", "KL predicted", "decoded", "effective samples"]
     rows = []
     for name, run in runs.items():

@@ -16,8 +16,8 @@ from mpo_ray.records import check_weights, digest, is_reserved
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 NAMES = (
-    "names are letters, digits, - and _, and not reference, uniform, mpo, soup-uniform or soup-mpo, and do not begin "
-    "with fit- or grid-"
+    "names are letters, digits, - and _, and not reference, uniform, mpo, mpo-token-level, soup-uniform or "
+    "soup-mpo, and do not begin with fit- or grid-"
 )
 
 
@@ -132,6 +132,16 @@ class PolicyTraining(Training):
     beta: PositiveFloat = Field(0.5, description="KL strength β; small values move policies far and spoil the fit")
     length_normalized: bool = Field(False, description="mean instead of sum over the completion's tokens")
     lora: Lora | None = Field(Lora(), description="null trains all weights")
+
+
+class Decoding(Strict):
+    """How mixtures are decoded, by the decoded fit and the evaluation."""
+
+    particles: PositiveInt = Field(
+        1,
+        description="1 decodes token by token, as the endpoint does; N > 1 draws whole responses from π_λ by "
+        "sequential Monte Carlo, in N times the time and memory (design 2.3)",
+    )
 
 
 class Embedded(Strict):
@@ -290,6 +300,7 @@ class RunConfig(Strict):
     policies: PolicyTraining = PolicyTraining()
     embedded: Embedded = Embedded()
     scoring: Actors = Actors()
+    decoding: Decoding = Decoding()
     samples: Samples = Samples()
     fit: Fit = Fit()
     evaluation: Evaluation = Evaluation()
@@ -311,6 +322,11 @@ class RunConfig(Strict):
                         f"evaluation.{place}: {name!r} already names another candidate; every candidate needs a name "
                         "of its own"
                     )
+        if self.decoding.particles > 1 and self.evaluation.temperature != 1.0:
+            raise ValueError(
+                f"evaluation.temperature is {self.evaluation.temperature:g}, and the {self.decoding.particles} "
+                "decoding.particles draw from π_λ, which has the temperature 1; set it to 1, or decoding.particles to 1"
+            )
         for name, weights in self.evaluation.mixtures.items():
             check_weights(weights, list(self.objectives), where=f"evaluation.mixtures.{name}")
         return self

@@ -14,9 +14,11 @@ Prompt = str | tuple[Message, ...]
 #: The name that stands for π_ref among the proposals of a sample table and the candidates of an evaluation.
 REFERENCE = "reference"
 #: The other candidates of an evaluation that a run names itself: mixtures and soups, at uniform and at fitted weights,
-#: and the beginnings of the names of other fits' mixtures and of the points of the grid.
+#: MPO's weights token by token where mixtures are drawn whole, and the beginnings of the names of other fits' mixtures
+#: and of the points of the grid.
 UNIFORM = "uniform"
 MPO = "mpo"
+MPO_TOKENWISE = "mpo-token-level"
 SOUP_UNIFORM = "soup-uniform"
 SOUP_MPO = "soup-mpo"
 FIT_PREFIX = "fit-"
@@ -61,7 +63,8 @@ def digest(value: object) -> str:
 
 def is_reserved(name: str) -> bool:
     """Whether a run itself gives this name to a candidate of its evaluation."""
-    return name in (REFERENCE, UNIFORM, MPO, SOUP_UNIFORM, SOUP_MPO) or name.startswith((FIT_PREFIX, GRID_PREFIX))
+    reserved = (REFERENCE, UNIFORM, MPO, MPO_TOKENWISE, SOUP_UNIFORM, SOUP_MPO)
+    return name in reserved or name.startswith((FIT_PREFIX, GRID_PREFIX))
 
 
 def check_weights(weights: Mapping[str, float], objectives: Sequence[str], *, where: str) -> dict[str, float]:

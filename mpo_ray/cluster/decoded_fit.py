@@ -1,4 +1,4 @@
-"""The decoded fit on Ray (design 2.2, eq. 6b): every step decodes the token-level mixture with the λ that it is at.
+"""The decoded fit on Ray (design 2.2, eq. 6b): every step decodes the mixture with the λ that it is at.
 
 A step is some files below `fit/decoded`, each made from λ_t, its prompts, its seed and the models. λ_t follows from the
 earlier files alone, so a fit that was broken off goes on where it was and repeats nothing.
@@ -34,7 +34,7 @@ STEPS = "fit/decoded"
 class Step:
     """What one step decoded with, and what came of it: gains in the unit of `DecodedFit.gain`.
 
-    log_z: mean over completions of Σ_t log Z_t, nats: what token-level decoding dropped (design 2.3)
+    log_z: mean over completions of log Ẑ, nats; with one particle Σ_t log Z_t, what token-level decoding dropped
     num_tokens: their mean length
     """
 
@@ -49,12 +49,14 @@ class Step:
 class DecodedFit:
     """The answer of the game, with the gains that all its steps together suggest there.
 
+    particles: that the steps decoded with (design 2.3)
     average: the plain average of the steps' λ, the paper's form; policies: each policy alone, from the score table
     intervals: λ's percentile intervals, none without draws
     """
 
     weights: dict[str, float]
     gain: str
+    particles: int
     gains: dict[str, float]
     standard_errors: dict[str, float]
     average: dict[str, float]
@@ -143,6 +145,7 @@ def _arguments(
         "actors": config.scoring.model_dump(),
         "num_completions": config.fit.decoded.completions_per_prompt,
         "max_new_tokens": config.samples.max_new_tokens,
+        "particles": config.decoding.particles,
         "with_log_ratios": _needs_log_ratios(config.fit.decoded, rewards),
         "scratch": str(run.local),
     }
@@ -155,6 +158,7 @@ def _needs_log_ratios(settings: DecodedSteps, rewards: Mapping[str, str]) -> boo
 def _tasks(config: RunConfig, inputs: str, t: int, weights: Array, prompts: pa.Table) -> list[Task]:
     """The files of step t: `prompts_per_part` prompts in each, as everywhere in a run."""
     scoring, settings = config.scoring, config.fit.decoded
+    drawing = [settings.completions_per_prompt, config.samples.max_new_tokens, config.decoding.particles]
     tasks = []
     for index, start in enumerate(range(0, prompts.num_rows, scoring.prompts_per_part)):
         part = prompts.slice(start, scoring.prompts_per_part)
@@ -164,7 +168,7 @@ def _tasks(config: RunConfig, inputs: str, t: int, weights: Array, prompts: pa.T
             inputs,
             values,
             part["prompt_id"].to_pylist(),
-            [settings.completions_per_prompt, config.samples.max_new_tokens, scoring.precision, settings.gain],
+            [*drawing, scoring.precision, settings.gain],
         )
         tasks.append(Task(f"{STEPS}/step-{t:03d}-part-{index:05d}.parquet", made_from, part, values))
     return tasks
@@ -208,6 +212,7 @@ def _fit(
     return DecodedFit(
         weights=_named(objectives, found.weights),
         gain=config.fit.decoded.gain,
+        particles=config.decoding.particles,
         gains=_named(objectives, found.gains * unit),
         standard_errors=_named(objectives, found.errors * unit),
         average=_named(objectives, found.average),

@@ -11,7 +11,7 @@ from mpo_ray.cluster.score import draw, load_rewards, log_ratios, sequences, wit
 from mpo_ray.config import Actors
 from mpo_ray.evaluation.candidate_models import CandidateModels
 from mpo_ray.evaluation.candidates import Candidate
-from mpo_ray.evaluation.divergence import divergences
+from mpo_ray.evaluation.divergence import divergences, tilts
 from mpo_ray.evaluation.rewards import IMPLICIT
 from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.policies.policy_set import PolicySet
@@ -52,11 +52,18 @@ class CandidateEvaluator:
         candidate = Candidate.from_json(str(values["candidate"]))
         table = table.slice(0, int(values["num_prompts"]))
         model = self._models.open(candidate)
-        rows = draw(model, self._tokenizer, table, seed=int(values["seed"]), **self._drawing)
+        whole = candidate.particles > 1
+        drawing = {**self._drawing, "particles": candidate.particles, "with_log_z": whole}
+        rows = draw(model, self._tokenizer, table, seed=int(values["seed"]), **drawing)
         pad_id = self._tokenizer.pad_token_id
         kl = log_z = [0.0] * rows.num_rows
-        if candidate.kind != "reference":
-            how = {"batch_size": self._actors.batch_size, "pad_id": pad_id}
+        how = {"batch_size": self._actors.batch_size, "pad_id": pad_id}
+        if whole:
+            log_z = rows["log_z"].to_pylist()
+            rows = rows.drop_columns("log_z")
+            tilted = tilts(model, self._models.reference, sequences(rows), **how)
+            kl = [tilt - normalizer for tilt, normalizer in zip(tilted, log_z, strict=True)]
+        elif candidate.kind != "reference":
             kl, dropped = divergences(model, self._models.reference, sequences(rows), **how)
             log_z = dropped if candidate.is_proper_mixture else log_z
         ratios = {} if self._scored is None else log_ratios(self._scored, self._names, rows, self._actors, pad_id)

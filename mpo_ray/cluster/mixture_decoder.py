@@ -1,4 +1,4 @@
-"""What an actor of the decoded fit does: completions of the token-level mixture at some λ, scored."""
+"""What an actor of the decoded fit does: completions of the mixture at some λ, scored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mpo_ray.policies.policy_set import PolicySet
 
 
 class MixtureDecoder:
-    """Prompts and λ → completions of the token-level mixture, their rewards and Σ_t log Z_t.
+    """Prompts and λ → completions of the mixture, their rewards and log Ẑ.
 
     The mixture artefact is written after the fit, so one for the game is made in a directory that goes when it is
     loaded; its files are links where the file system has them.
@@ -34,6 +34,7 @@ class MixtureDecoder:
         actors: dict[str, Any],
         num_completions: int,
         max_new_tokens: int,
+        particles: int,
         with_log_ratios: bool,
         scratch: str,
     ) -> None:
@@ -57,7 +58,12 @@ class MixtureDecoder:
         self._scored: PolicySet | None = None
         if with_log_ratios:
             self._scored = PolicySet(reference, policies, precision=self._actors.precision)
-        self._drawing: dict[str, Any] = {"num": num_completions, "max_new_tokens": max_new_tokens, "temperature": 1.0}
+        self._drawing: dict[str, Any] = {
+            "num": num_completions,
+            "max_new_tokens": max_new_tokens,
+            "temperature": 1.0,
+            "particles": particles,
+        }
 
     def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
         """values: `weights`, λ in the order of the objectives; `seed`."""

@@ -13,6 +13,7 @@ import pyarrow as pa
 from mpo_ray.config import Actors
 from mpo_ray.data.tokens import prompt_token_ids, render_prompt, response_token_ids
 from mpo_ray.decoding.batch import sample_completions
+from mpo_ray.decoding.particles import sample_from_particles
 from mpo_ray.evaluation.rewards import IMPLICIT, Reward, load_reward
 from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.policies.policy_set import PolicySet, Sequences
@@ -125,24 +126,23 @@ def draw(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    particles: int = 1,
     with_log_z: bool = False,
 ) -> pa.Table:
     """Sample `num` completions for every row of a prompt table; one row per completion.
 
-    with_log_z: add the column `log_z`, Σ_t log Z_t in nats; the model is then a mixture
+    particles: more than 1 draw from the sequence-level mixture, at temperature 1; the model is then a mixture
+    with_log_z: add the column `log_z` in nats, log Ẑ of the completion's particles: with one, Σ_t log Z_t (design 2.3);
+        the model is then a mixture
     """
     rows = prompts.to_pylist()
     ids = [prompt_token_ids(tokenizer, decode_prompt(r["prompt"], r["is_chat"])) for r in rows]
-    drawn = sample_completions(
-        model,
-        ids,
-        num_completions=num,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-        seed=seed,
-    )
+    special = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    how = {"num_completions": num, "max_new_tokens": max_new_tokens, "seed": seed, **special}
+    if particles == 1:
+        drawn = sample_completions(model, ids, temperature=temperature, **how)
+    else:
+        drawn = sample_from_particles(model, ids, num_particles=particles, **how)
     columns: dict[str, list[Any]] = {name: [] for name in _SAMPLE_SCHEMA.names}
     for row, prompt_ids, completions in zip(rows, ids, drawn, strict=True):
         for index, completion in enumerate(completions):
@@ -162,7 +162,7 @@ def draw(
     table = pa.table(columns, schema=_SAMPLE_SCHEMA)
     if not with_log_z:
         return table
-    return table.append_column("log_z", pa.array([c.log_z for row in drawn for c in row], pa.float64()))
+    return table.append_column("log_z", pa.array([c.log_z_hat for row in drawn for c in row], pa.float64()))
 
 
 _SAMPLE_SCHEMA = pa.schema(

@@ -28,8 +28,10 @@ LARGEST_UNIFORM = 1 - 2**-40
 class Completion:
     """Token ids of one completion; `finished` if its end token, which is then the last id, came before the limit.
 
-    log_z: Σ_t log Z_t over its tokens, nats, where a mixture drew it (design 2.3)
-    log_z_hat, effective_number: log Ẑ of its prompt, nats, and how many particles counted, where there were some
+    Where a mixture drew it (design 2.3):
+    log_z: Σ_t log Z_t over its tokens, nats
+    log_z_hat: log Ẑ of its particles, nats; of the one particle of token-level decoding, `log_z`
+    effective_number: how many of several particles counted in the end
     """
 
     ids: list[int]
@@ -71,7 +73,9 @@ def sample_completions(
         if not batch.step(drawn, unfinished, uniforms, place=step, temperature=temperature, eos_id=eos_id):
             break
     totals = log_z.tolist() if is_mixture else [None] * num_rows
-    completions = [cut(row, eos_id, log_z=total) for row, total in zip(drawn.tolist(), totals, strict=True)]
+    completions = [
+        cut(row, eos_id, log_z=total, log_z_hat=total) for row, total in zip(drawn.tolist(), totals, strict=True)
+    ]
     return [completions[i : i + num_completions] for i in range(0, num_rows, num_completions)]
 
 

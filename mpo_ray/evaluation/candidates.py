@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 from mpo_ray.config import Evaluation
 from mpo_ray.maths.simplex import simplex_grid, uniform
-from mpo_ray.records import FIT_PREFIX, GRID_PREFIX, MPO, REFERENCE, SOUP_MPO, SOUP_UNIFORM, UNIFORM
+from mpo_ray.records import FIT_PREFIX, GRID_PREFIX, MPO, MPO_TOKENWISE, REFERENCE, SOUP_MPO, SOUP_UNIFORM, UNIFORM
 
 #: Digits of a weight that tell two candidates apart.
 WEIGHT_DIGITS = 9
@@ -22,14 +23,16 @@ WEIGHT_DIGITS = 9
 class Candidate:
     """One distribution over completions.
 
-    kind: `reference`; `mixture`, token by token (equation 7); `soup`, the average of parameters; `model`, another model
+    kind: `reference`; `mixture`; `soup`, the average of parameters; `model`, another model
     weights: λ of a mixture or soup, in the order of the objectives
     path: a model's directory or hub id
+    particles: 1 decodes a mixture token by token (equation 7), more draw it whole (design 2.3)
     """
 
     kind: Literal["reference", "mixture", "soup", "model"]
     weights: tuple[float, ...] | None = None
     path: str | None = None
+    particles: int = 1
 
     def as_json(self) -> str:
         return json.dumps(asdict(self))
@@ -38,7 +41,7 @@ class Candidate:
     def from_json(cls, text: str) -> Candidate:
         value = json.loads(text)
         weights = value["weights"]
-        return cls(value["kind"], None if weights is None else tuple(weights), value["path"])
+        return cls(**{**value, "weights": None if weights is None else tuple(weights)})
 
     @property
     def distribution(self) -> Candidate:
@@ -49,7 +52,9 @@ class Candidate:
         if self.weights is None:
             return self
         weights = tuple(round(weight, WEIGHT_DIGITS) for weight in self.weights)
-        return Candidate("mixture" if max(weights) == 1.0 else self.kind, weights)
+        if max(weights) == 1.0:
+            return Candidate("mixture", weights)
+        return Candidate(self.kind, weights, particles=self.particles)
 
     @property
     def is_proper_mixture(self) -> bool:
@@ -58,35 +63,44 @@ class Candidate:
 
 
 def named_candidates(
-    objectives: Sequence[str], fit: Mapping[str, Any], evaluation: Evaluation, models: Mapping[str, str]
+    objectives: Sequence[str],
+    fit: Mapping[str, Any],
+    evaluation: Evaluation,
+    models: Mapping[str, str],
+    *,
+    particles: int = 1,
 ) -> dict[str, Candidate]:
     """Every candidate that has a name, in the order of the tables, MPO last.
 
     fit: what fit.json holds: `weights`, and the other fits under `alternatives`
     models: name → directory or hub id
+    particles: that mixtures are decoded with; of more than 1, MPO's λ is there token by token as well
     """
     num = len(objectives)
     even = tuple(uniform(num).tolist())
     fitted = _vector(fit["weights"], objectives)
     vertices = {name: tuple(float(other == name) for other in objectives) for name in objectives}
+    mixture = partial(Candidate, "mixture", particles=particles)
     found = {REFERENCE: Candidate("reference")} | {n: Candidate("mixture", w) for n, w in vertices.items()}
-    found[UNIFORM] = Candidate("mixture", even)
+    found[UNIFORM] = mixture(even)
     if evaluation.soups and num > 1:
         found |= {SOUP_UNIFORM: Candidate("soup", even), SOUP_MPO: Candidate("soup", fitted)}
     if evaluation.fits:
         others = (fit.get("alternatives") or {}).items()
-        found |= {f"{FIT_PREFIX}{n}": Candidate("mixture", _vector(o["weights"], objectives)) for n, o in others}
-    found |= {n: Candidate("mixture", _vector(w, objectives)) for n, w in evaluation.mixtures.items()}
+        found |= {f"{FIT_PREFIX}{n}": mixture(_vector(o["weights"], objectives)) for n, o in others}
+    found |= {n: mixture(_vector(w, objectives)) for n, w in evaluation.mixtures.items()}
     found |= {name: Candidate("model", path=path) for name, path in models.items()}
-    return found | {MPO: Candidate("mixture", fitted)}
+    if particles > 1 and num > 1:
+        found[MPO_TOKENWISE] = Candidate("mixture", fitted)
+    return found | {MPO: mixture(fitted)}
 
 
-def grid_candidates(num_objectives: int, evaluation: Evaluation) -> dict[str, Candidate]:
+def grid_candidates(num_objectives: int, evaluation: Evaluation, *, particles: int = 1) -> dict[str, Candidate]:
     """Mixtures, and soups where they are asked for, at every point of a grid over the simplex."""
     if evaluation.grid is None or num_objectives < 2:
         return {}
     points = [tuple(point) for point in simplex_grid(num_objectives, evaluation.grid).tolist()]
-    found = {f"{GRID_PREFIX}{i}": Candidate("mixture", point) for i, point in enumerate(points)}
+    found = {f"{GRID_PREFIX}{i}": Candidate("mixture", point, particles=particles) for i, point in enumerate(points)}
     if evaluation.soups:
         found |= {f"{GRID_PREFIX}soup-{i}": Candidate("soup", point) for i, point in enumerate(points)}
     return found

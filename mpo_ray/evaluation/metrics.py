@@ -17,7 +17,7 @@ from mpo_ray.evaluation.completions import Resampled, resample
 from mpo_ray.evaluation.estimates import Estimate, estimates_from_json
 from mpo_ray.evaluation.pareto import Pareto
 from mpo_ray.maths.statistics import SignTest, difference_of_minima, minimum_win_rate, sign_test
-from mpo_ray.records import FIT_PREFIX, MPO, REFERENCE, SOUP_MPO, SOUP_UNIFORM, UNIFORM
+from mpo_ray.records import FIT_PREFIX, MPO, MPO_TOKENWISE, REFERENCE, SOUP_MPO, SOUP_UNIFORM, UNIFORM
 
 Floats = NDArray[np.float64]
 
@@ -26,6 +26,7 @@ LABELS = {
     UNIFORM: "uniform mixture",
     SOUP_UNIFORM: "uniform soup",
     SOUP_MPO: "soup at MPO's λ",
+    MPO_TOKENWISE: "MPO's λ, token by token",
     MPO: "MPO mixture",
 }
 
@@ -38,7 +39,8 @@ class CandidateMetrics:
         objective whose rewards are all equal for the reference
     mpo_minus_this, sign_tests: MPO against this one on the same prompts: difference of the minima, and for each
         objective on how many prompts MPO's mean reward is the higher. None for MPO itself, or without MPO.
-    log_z: Σ_t log Z_t, nats per completion: what decoding a mixture token by token drops (equation 7); 0 for a model
+    log_z: nats per completion; 0 for a model. Of a mixture that was decoded token by token Σ_t log Z_t, what that drops
+        (equation 7); of one that was drawn with particles log Ẑ
     """
 
     rewards: dict[str, Estimate]
@@ -63,6 +65,7 @@ class Metrics:
     num_completions: int  # over all candidates
     confidence: float
     draws: int
+    particles: int = 1  # that mixtures were decoded with
     pareto: Pareto | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -83,15 +86,16 @@ class Metrics:
 
 
 def evaluate_completions(
-    table: pa.Table, objectives: Sequence[str], *, draws: int, confidence: float, seed: int
+    table: pa.Table, objectives: Sequence[str], *, draws: int, confidence: float, seed: int, particles: int = 1
 ) -> Metrics:
     """Compare all candidates of a completions table with the reference, prompt by prompt.
 
     table: as `completions.resample` has it, which says what is wrong with one that cannot be compared
+    particles: that mixtures were decoded with
     """
     found = resample(table, objectives, draws=draws, seed=seed)
     candidates = {name: _candidate(name, found, objectives, confidence) for name in found.cells}
-    return Metrics(list(objectives), candidates, len(found.prompts), table.num_rows, confidence, draws)
+    return Metrics(list(objectives), candidates, len(found.prompts), table.num_rows, confidence, draws, particles)
 
 
 def _candidate(name: str, found: Resampled, objectives: Sequence[str], confidence: float) -> CandidateMetrics:

@@ -33,8 +33,7 @@ def metrics_table(metrics: Metrics, fit: Mapping[str, Any]) -> RenderableType:
         lines.append(_volumes(metrics.pareto))
     notes = Text(
         f"{metrics.num_prompts} prompts; ± is half of the {100 * metrics.confidence:g} % interval "
-        f"({metrics.draws} bootstrap draws over prompts). KL is to the reference. Mixtures are decoded token "
-        "by token; Σ log Z is what that drops, nats per completion.",
+        f"({metrics.draws} bootstrap draws over prompts). KL is to the reference. {_decoding(metrics)}",
         style="dim",
     )
     return Group(
@@ -45,6 +44,15 @@ def metrics_table(metrics: Metrics, fit: Mapping[str, Any]) -> RenderableType:
         fit_summary(fit),
         Text(),
         notes,
+    )
+
+
+def _decoding(metrics: Metrics) -> str:
+    if metrics.particles == 1:
+        return "Mixtures are decoded token by token; log Z is what that drops, nats per completion."
+    return (
+        f"Mixtures are drawn whole, with {metrics.particles} particles; log Z is their normaliser, and what decoding "
+        "token by token drops, nats per completion."
     )
 
 
@@ -84,7 +92,7 @@ def _win_rates(metrics: Metrics) -> Table:
 
 def _rewards(metrics: Metrics) -> Table:
     table = _table("mean reward", metrics)
-    for name in ("KL, nats", "Σ log Z", "tokens"):
+    for name in ("KL, nats", "log Z", "tokens"):
         table.add_column(name, justify="right")
     for name, candidate in metrics.candidates.items():
         table.add_row(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mpo_ray.evaluation.estimates import Estimate, written
 from mpo_ray.evaluation.metrics import Metrics
-from mpo_ray.records import FIT_PREFIX, MPO, REFERENCE
+from mpo_ray.records import FIT_PREFIX, MPO, MPO_TOKENWISE, REFERENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,10 @@ def verdict(metrics: Metrics) -> Verdict | None:
 def baselines(metrics: Metrics) -> list[str]:
     """What MPO is held against: policies, uniform mixture, soups, given mixtures and models.
 
-    Not the reference, whose win rate against itself is ½, and not other fits of MPO's weights.
+    Not the reference, whose win rate against itself is ½, not other fits of MPO's weights, and not MPO's own.
     """
-    return [name for name in metrics.candidates if name not in (REFERENCE, MPO) and not name.startswith(FIT_PREFIX)]
+    others = (REFERENCE, MPO, MPO_TOKENWISE)
+    return [name for name in metrics.candidates if name not in others and not name.startswith(FIT_PREFIX)]
 
 
 def baseline_verdict(metrics: Metrics) -> Verdict | None:

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from mpo_ray.cluster.evaluate import CandidateEvaluator
 from mpo_ray.cluster.parts import Part, process_parts
+from mpo_ray.config import RunConfig
 from mpo_ray.data.scores import scores_from_table
 from mpo_ray.evaluation.candidates import Candidate, grid_candidates, named_candidates
 from mpo_ray.evaluation.metrics import Metrics, evaluate_completions
@@ -34,8 +35,10 @@ def evaluate(context: Context) -> dict[str, Any]:
     config, run = context.config, context.run
     check_compared_models(context)
     objectives, settings = list(config.objectives), config.evaluation
-    named = named_candidates(objectives, run.read_json("fit.json"), settings, context.compared_models())
-    grid = grid_candidates(len(objectives), settings)
+    named = named_candidates(
+        objectives, run.read_json("fit.json"), settings, context.compared_models(), **_decoding(config)
+    )
+    grid = grid_candidates(len(objectives), settings, **_decoding(config))
     # A point of the grid that is a named candidate takes its completions; the others have the first prompts only.
     known = {candidate.distribution for candidate in named.values()}
     parts = {name: _parts(context, candidate) for name, candidate in named.items()}
@@ -44,7 +47,7 @@ def evaluate(context: Context) -> dict[str, Any]:
         parts[name] = _parts(context, candidate, first=first)
     _generate(context, list({part.target: part for own in parts.values() for part in own}.values()))
     table = _table(context, {name: parts[name] for name in named})
-    metrics = evaluate_completions(table, objectives, **_resampling(context))
+    metrics = evaluate_completions(table, objectives, **_resampling(context), **_decoding(config))
     run.write_table("evaluation/completions.parquet", table)
     points = table
     if grid:
@@ -62,7 +65,7 @@ def _parts(context: Context, candidate: Candidate, *, first: int | None = None) 
     config, run = context.config, context.run
     same = candidate.distribution
     weights = {name: w for name, w in zip(config.objectives, same.weights or (), strict=False) if w > 0}
-    identity = [same.kind, weights, same.path and content(same.path)]
+    identity = [same.kind, weights, same.path and content(same.path), *([same.particles] * (same.particles > 1))]
     made_from = [*_made_from(context), {name: context.trained_from(f"policies/{name}") for name in weights}]
     size, parts = config.scoring.prompts_per_part, []
     for index, source in enumerate(run.parts("prompts/evaluation")):
@@ -78,6 +81,10 @@ def _parts(context: Context, candidate: Candidate, *, first: int | None = None) 
         inputs = stage_inputs("completions", identity, values["seed"], num_prompts, run.inputs_of(source), made_from)
         parts.append(Part(source, target, inputs, values))
     return parts
+
+
+def _decoding(config: RunConfig) -> dict[str, int]:
+    return {"particles": config.decoding.particles}
 
 
 def _made_from(context: Context) -> list[Any]:
@@ -170,7 +177,7 @@ def predictions(context: Context) -> dict[str, Any]:
     """What the scored samples predict of every candidate that is a mixture with known weights."""
     config, run = context.config, context.run
     objectives, fit = list(config.objectives), run.read_json("fit.json")
-    named = named_candidates(objectives, fit, config.evaluation, {})
+    named = named_candidates(objectives, fit, config.evaluation, {}, **_decoding(config))
     weights = {name: candidate.weights for name, candidate in named.items() if candidate.kind == "mixture"}
     predicted = predict_trade_off(
         scores_from_table(run.read_table("scores"), objectives, min_objectives=1),
@@ -199,6 +206,7 @@ EVALUATION = Stage(
         context.config.evaluation.model_dump(exclude={"prompts", "num_prompts", "models", "judge"}),
         {name: content(path) for name, path in context.compared_models().items()},
         context.config.scoring.model_dump(exclude=ACTOR_PLACEMENT),
+        context.config.decoding.model_dump(),
         {name: content(spec) for name, spec in context.rewards().items()},
         context.config.seed,
     ],

@@ -97,6 +97,7 @@ FIT = Stage(
     outputs=lambda context: ["fit.json", "trade_off.json"],
     depends_on=lambda context: [
         context.config.fit.model_dump(),
+        context.config.decoding.model_dump(),
         {name: content(spec) for name, spec in context.rewards().items()},
         context.config.seed,
     ],
