@@ -93,6 +93,7 @@ def test_an_unknown_key_is_refused_and_the_nearest_known_one_named(
         ("name=../elsewhere", "name: String should match pattern"),
         ("objectives={}", "objectives: Dictionary should have at least 1 item"),
         ("objectives.helpful=text", "objectives.helpful: Input should be a valid dictionary"),
+        ("decoding.particles=0", "decoding.particles: Input should be greater than 0 (got 0)"),
         ("serve.port=70000", "serve.port: Input should be less than or equal to 65535 (got 70000)"),
     ],
 )
@@ -310,3 +311,12 @@ def test_a_configuration_cannot_be_changed(raw: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3
     assert isinstance(config, RunConfig)
+
+
+def test_particles_and_another_temperature_than_1_are_refused_together(raw: dict[str, Any]) -> None:
+    """π_λ is defined at temperature 1; token by token any temperature goes."""
+    message = complaint(raw, "decoding.particles=4", "evaluation.temperature=0.7")
+    assert "evaluation.temperature is 0.7, and the 4 decoding.particles draw from π_λ" in message
+    assert "set it to 1, or decoding.particles to 1" in message
+    assert parse_config(raw, ["evaluation.temperature=0.7"]).decoding.particles == 1
+    assert parse_config(raw, ["decoding.particles=4"]).evaluation.temperature == 1.0

@@ -38,7 +38,8 @@ def fit_pictures(
     found = [(point.weights or {}, point.win_rates) for point in mixtures]
     named = {name: point["weights"] for name, point in predicted.items() if name in metrics.candidates}
     found += [(weights, metrics.candidates[name].win_rates) for name, weights in named.items()]
-    decoded = {}  # by λ: the same weights are the same completions, and one point; a named one has more prompts
+    # By λ, so that it is one point: the last one, which is a named one (more prompts), and MPO as its λ was fitted.
+    decoded = {}
     for weights, rates in found:
         values = {objective: _values(rate) for objective, rate in rates.items()}
         decoded[" ".join(f"{w:.6f}" for w in weights.values())] = {"weights": weights, "win_rates": values}

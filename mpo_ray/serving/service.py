@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -136,6 +137,13 @@ def serve_endpoint(artefact: str, serve: Serve, name: str, *, blocking: bool) ->
     Refuses a damaged artefact (ModelError) and replicas that no node could hold (PlacementError) before it starts any.
     """
     check_artefact(Path(artefact), MixtureConfig.from_pretrained(artefact))
+    particles = _particles_of_fit(Path(artefact))
+    if particles > 1:
+        print(
+            f"caution: the weights were fitted for completions that are drawn with {particles} particles, and the "
+            "endpoint decodes token by token; the report compares both. Fit with decoding.particles: 1 for it.",
+            flush=True,
+        )
     app = build_app(artefact, serve, name)
     if not ray.is_initialized():
         ray.init()
@@ -153,6 +161,13 @@ def serve_endpoint(artefact: str, serve: Serve, name: str, *, blocking: bool) ->
             if not ray_serve.status().applications:  # on a shared cluster others may be served
                 ray_serve.shutdown()
     return url
+
+
+def _particles_of_fit(artefact: Path) -> int:
+    """How many particles the decoded fit drew its completions with; 1 where another fit gave the weights."""
+    path = artefact / "fit.json"
+    fit = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return int((fit.get("decoded") or {}).get("particles", 1))
 
 
 def _wait_for_signal() -> None:

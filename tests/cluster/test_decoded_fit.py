@@ -18,12 +18,15 @@ from rich.console import Console
 
 from mpo_ray.cluster.decoded_fit import DecodedFit, play
 from mpo_ray.cluster.score import draw, load_rewards, with_rewards
-from mpo_ray.config import RunConfig
+from mpo_ray.config import Decoding, RunConfig
 from mpo_ray.data.sources import DataError
+from mpo_ray.decoding.particles import sample_from_particles
 from mpo_ray.evaluation.gains import Gains
+from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.loading import ModelError, load_policy, load_tokenizer
+from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.policies.policy_set import PolicySet
-from mpo_ray.records import REFERENCE, prompt_id
+from mpo_ray.records import REFERENCE, digest, prompt_id
 from mpo_ray.run import Run
 from tests.tiny import next_logprobs, tiny_llama, tiny_lora, tiny_tokenizer
 
@@ -160,6 +163,37 @@ def test_log_z_is_the_sum_over_the_completions_tokens(unbroken: tuple[Game, Deco
             expected += float((weights @ logprobs).logsumexp(-1))
         assert row["log_z"] == pytest.approx(expected, abs=1e-3)
         assert row["log_z"] <= 1e-4
+
+
+def test_with_particles_a_step_decodes_whole_completions(unbroken: tuple[Game, DecodedFit]) -> None:
+    """The first step's files hold what `sample_from_particles` draws; the token-level game's files are not taken."""
+    game = copy_of(unbroken[0], "particles")
+    game.config = game.config.model_copy(update={"decoding": Decoding(particles=4)})
+    fit = game.play()
+    assert fit.particles == 4
+    assert unbroken[1].particles == 1
+    policies = {name: Path(game.places[name]) for name in OBJECTIVES}
+    reference, even = game.places[REFERENCE], dict.fromkeys(OBJECTIVES, 0.5)
+    artefact = game.root / "artefact"
+    write_artefact(artefact, objectives=policies, reference=reference, copy_reference=False, weights=even, fit={})
+    model, tokenizer = MixtureForCausalLM.from_pretrained(artefact), load_tokenizer(str(artefact))
+    for part in range(2):
+        node = f"fit/decoded/step-000-part-{part:05d}.parquet"
+        rows = game.run.read_table(node).to_pylist()
+        drawn = sample_from_particles(
+            model,
+            [row["prompt_ids"] for row in rows[::2]],
+            num_completions=2,
+            num_particles=4,
+            max_new_tokens=8,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            seed=int(digest([0, "decoded", 0, part])[:12], 16),
+        )
+        assert [row["response_ids"] for row in rows] == [c.ids for own in drawn for c in own]
+        assert [row["log_z"] for row in rows] == pytest.approx([c.log_z_hat for own in drawn for c in own])
+    game.config = game.config.model_copy(update={"decoding": Decoding(particles=1)})
+    assert game.play() == unbroken[1]
 
 
 def test_every_prompt_is_used_and_steps_take_different_ones(unbroken: tuple[Game, DecodedFit]) -> None:

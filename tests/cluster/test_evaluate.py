@@ -7,8 +7,14 @@ import pytest
 
 from mpo_ray.cluster.evaluate import CandidateEvaluator
 from mpo_ray.config import Actors
+from mpo_ray.data.tokens import prompt_token_ids
+from mpo_ray.decoding.particles import sample_from_particles
 from mpo_ray.evaluation.candidates import Candidate
 from mpo_ray.policies.artefact import write_artefact
+from mpo_ray.policies.loading import load_tokenizer
+from mpo_ray.policies.mixture import MixtureForCausalLM
+from mpo_ray.policies.policy_set import PolicySet
+from mpo_ray.records import REFERENCE
 from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
 
 PROMPTS = pa.table(
@@ -73,6 +79,30 @@ def test_every_kind_of_candidate_gives_the_same_columns(evaluator, places) -> No
         responses = table["response"].to_pylist()
         assert table["reward_b"].to_pylist() == length([], responses)
     assert max(map(abs, tables["model"]["kl"].to_pylist())) < 1e-4  # it is the reference under another name
+
+
+def test_particles_draw_whole_completions_with_their_own_log_z_and_kl(evaluator, places) -> None:
+    """log Z is log Ẑ of the completion's particles, and KL is Σ_k λ_k ℓ_k(y) − log Ẑ."""
+    mixture = Candidate("mixture", (0.3, 0.7), particles=4)
+    table = part(evaluator, mixture)
+    assert table.schema.equals(part(evaluator, Candidate("reference")).schema)
+    model = MixtureForCausalLM.from_pretrained(places["mixture"])
+    model.set_weights({"a": 0.3, "b": 0.7})
+    tokenizer = load_tokenizer(places["base"])
+    prompts = [prompt_token_ids(tokenizer, prompt) for prompt in PROMPTS["prompt"].to_pylist()]
+    special = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    drawn = sample_from_particles(
+        model, prompts, num_completions=2, num_particles=4, max_new_tokens=6, seed=7, **special
+    )
+    expected = [(prompt, completion) for prompt, own in zip(prompts, drawn, strict=True) for completion in own]
+    assert table["num_tokens"].to_pylist() == [len(completion.ids) for _, completion in expected]
+    assert table["log_z"].to_pylist() == pytest.approx([completion.log_z_hat for _, completion in expected])
+    policies = PolicySet(places["base"], {name: places[name] for name in "ab"})
+    rows = [(prompt, completion.ids) for prompt, completion in expected]
+    logprobs = policies.logprobs([REFERENCE, "a", "b"], rows, batch_size=4, pad_id=tokenizer.pad_token_id)
+    for i, (_, completion) in enumerate(expected):
+        tilt = 0.3 * logprobs["a"][i] + 0.7 * logprobs["b"][i] - logprobs[REFERENCE][i]
+        assert table["kl"][i].as_py() == pytest.approx(tilt - completion.log_z_hat, abs=1e-3)
 
 
 def test_the_same_seed_gives_the_same_completions_whatever_came_before(evaluator) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mpo_ray.config import Evaluation
@@ -13,8 +15,8 @@ FIT = {
 }
 
 
-def named(**settings: object) -> dict[str, Candidate]:
-    return named_candidates(["a", "b"], FIT, Evaluation(**settings), {"theirs": "models/theirs"})
+def named(particles: int = 1, **settings: object) -> dict[str, Candidate]:
+    return named_candidates(["a", "b"], FIT, Evaluation(**settings), {"theirs": "models/theirs"}, particles=particles)
 
 
 def test_every_candidate_has_its_weights_in_the_order_of_the_objectives():
@@ -40,6 +42,22 @@ def test_soups_and_other_fits_are_left_out_unless_asked_for():
     assert not [name for name in found if name.startswith(("soup", "fit"))]
 
 
+def test_with_particles_every_mixture_has_them_and_mpo_is_there_token_by_token_as_well():
+    mixtures = {"mostly-b": {"b": 0.9, "a": 0.1}}
+    plain = named(fits=True, mixtures=mixtures)
+    found = named(particles=8, fits=True, mixtures=mixtures)
+    assert {name for name, candidate in found.items() if candidate.particles == 8} == {
+        *("uniform", "fit-paper", "fit-balanced", "mostly-b", "mpo")
+    }
+    assert found.pop("mpo-token-level") == plain["mpo"]
+    assert {name: replace(candidate, particles=1) for name, candidate in found.items()} == plain
+    grid = grid_candidates(2, Evaluation(grid=2), particles=8)
+    assert {name: candidate.particles for name, candidate in grid.items()} == {
+        **{f"grid-{i}": 8 for i in range(3)},
+        **{f"grid-soup-{i}": 1 for i in range(3)},
+    }
+
+
 def test_one_objective_has_no_soups_and_no_grid():
     evaluation = Evaluation(grid=4)
     found = named_candidates(["a"], {"weights": {"a": 1.0}}, evaluation, {})
@@ -57,6 +75,9 @@ def test_records_of_one_distribution_are_equal():
     )
     assert Candidate("soup", (0.5, 0.5)).distribution != Candidate("mixture", (0.5, 0.5)).distribution
     assert Candidate("reference").distribution == Candidate("reference")
+    assert Candidate("mixture", (1.0, 0.0), particles=8).distribution == policy
+    whole = Candidate("mixture", (0.5, 0.5), particles=8)
+    assert whole.distribution == whole != Candidate("mixture", (0.5, 0.5)).distribution
 
 
 def test_only_a_mixture_of_two_policies_or_more_drops_something():
@@ -67,7 +88,13 @@ def test_only_a_mixture_of_two_policies_or_more_drops_something():
 
 
 @pytest.mark.parametrize(
-    "candidate", [Candidate("soup", (1 / 3, 2 / 3)), Candidate("model", path="x"), Candidate("reference")]
+    "candidate",
+    [
+        Candidate("soup", (1 / 3, 2 / 3)),
+        Candidate("model", path="x"),
+        Candidate("reference"),
+        Candidate("mixture", (0.5, 0.5), particles=8),
+    ],
 )
 def test_a_record_survives_json(candidate):
     assert Candidate.from_json(candidate.as_json()) == candidate

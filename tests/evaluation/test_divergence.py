@@ -7,7 +7,7 @@ import torch
 
 from mpo_ray.evaluation.candidate_models import CandidateModels
 from mpo_ray.evaluation.candidates import Candidate
-from mpo_ray.evaluation.divergence import divergences
+from mpo_ray.evaluation.divergence import divergences, tilts
 from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.loading import load_model, load_policy
 from mpo_ray.policies.soup import load_soup
@@ -64,6 +64,21 @@ def test_a_mixtures_kl_and_log_z_are_sums_over_the_completions_tokens(places, mo
         assert kl[i] == pytest.approx(distance, abs=1e-3)
         assert log_z[i] == pytest.approx(dropped, abs=1e-3)
         assert log_z[i] < -0.01  # Hölder, and the policies differ
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_tilt_is_the_mixtures_log_ratio_without_its_normaliser(places, models, batch_size: int) -> None:
+    """Σ_t [Σ_k λ_k log π_k(y_t) − log π_ref(y_t)], prefix by prefix."""
+    policies = {name: load_policy(places[name], places["reference"]) for name in WEIGHTS}
+    reference = load_model(places["reference"])
+    mixture = models.open(Candidate("mixture", tuple(WEIGHTS.values())))
+    found = tilts(mixture, models.reference, SEQUENCES, batch_size=batch_size, pad_id=0)
+    for tilt, (prompt, completion) in zip(found, SEQUENCES, strict=True):
+        expected = 0.0
+        for prefix, token in zip(prefixes(prompt, completion), completion, strict=True):
+            expected += sum(w * float(next_logprobs(policies[name], prefix)[token]) for name, w in WEIGHTS.items())
+            expected -= float(next_logprobs(reference, prefix)[token])
+        assert tilt == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["soup", "model"])

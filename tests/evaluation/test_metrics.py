@@ -204,9 +204,11 @@ def test_the_verdict_on_baselines_is_below_when_a_soup_has_the_higher_minimum():
 
 def test_every_kind_of_candidate_has_a_label():
     metrics = with_front()
-    assert [metrics.label(name) for name in ("soup-uniform", "soup-mpo", "fit-paper", "mostly-concise", "morlhf")] == [
+    assert [
+        metrics.label(name) for name in ("soup-uniform", "mpo-token-level", "fit-paper", "mostly-concise", "morlhf")
+    ] == [
         "uniform soup",
-        "soup at MPO's λ",
+        "MPO's λ, token by token",
         "paper fit",
         "mostly-concise",
         "morlhf",

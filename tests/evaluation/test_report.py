@@ -141,6 +141,13 @@ def test_the_page_shows_every_number_of_the_table_and_the_verdict(written):
 
 def test_the_page_says_which_mixture_is_decoded(written):
     assert "All mixtures are token-level" in Page(written[1]).text
+    assert "particles" not in Page(written[1]).text
+
+
+def test_the_page_says_so_where_mixtures_are_drawn_whole(tmp_path):
+    text = squeezed(Page(report(tmp_path, metrics=replace(evaluated(), particles=8))).text)
+    assert "drawn by sequential Monte Carlo with 8 particles" in text
+    assert "All mixtures are token-level" not in text
 
 
 def test_every_part_is_there(written):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -63,6 +64,13 @@ def test_both_verdicts_and_the_volumes_of_both_families_are_told(full):
     assert baseline_verdict(full).sentence in text
     volume = full.pareto.hypervolume
     assert f"15 points each: mixtures {written(volume.mixture, 3)}, soups {written(volume.soup, 3)}" in text
+
+
+def test_the_note_says_how_mixtures_were_decoded(metrics):
+    assert "Mixtures are decoded token by token; log Z is what that drops" in " ".join(summary(metrics).split())
+    text = " ".join(summary(replace(metrics, particles=8)).split())
+    assert "Mixtures are drawn whole, with 8 particles" in text
+    assert "decoded token by token" not in text
 
 
 def test_without_a_terminal_the_lines_are_plain_and_at_most_100_columns(full):

@@ -262,6 +262,19 @@ def test_replicas_that_no_node_can_hold_are_refused_before_any_starts(ray_cluste
         serve_endpoint(str(artefact), Serve(port=0, gpus_per_replica=3), "large", blocking=False)
 
 
+@pytest.mark.parametrize(("fit", "said"), [('{"decoded": {"particles": 8}}', True), ('{"decoded": null}', False)])
+def test_weights_that_were_fitted_for_another_decoding_are_said_to_be(
+    ray_cluster: None, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fit: str, said: bool
+) -> None:
+    """Before anything is started, so a placement that fails shows it."""
+    shutil.copytree(artefact, tmp_path / "mixture")
+    (tmp_path / "mixture" / "fit.json").write_text(fit)
+    with pytest.raises(PlacementError):
+        serve_endpoint(str(tmp_path / "mixture"), Serve(port=0, gpus_per_replica=3), "fitted", blocking=False)
+    out = capsys.readouterr().out
+    assert ("caution: the weights were fitted for completions that are drawn with 8 particles" in out) is said
+
+
 def test_a_damaged_artefact_is_refused_before_any_replica_starts(artefact: Path, tmp_path: Path) -> None:
     copy = tmp_path / "mixture"
     shutil.copytree(artefact, copy)

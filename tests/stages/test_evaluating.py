@@ -14,6 +14,7 @@ from rich.console import Console
 
 from mpo_ray.config import RunConfig
 from mpo_ray.evaluation.metrics import Metrics
+from mpo_ray.evaluation.verdict import baselines
 from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.run import Run
@@ -50,7 +51,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config(root: Path, **evaluation: Any) -> RunConfig:
+def config(root: Path, *, particles: int = 1, **evaluation: Any) -> RunConfig:
     objective = {"preferences": {"path": "unused.jsonl"}, "reward": f"{__file__}:length"}
     settings = {"completions_per_prompt": 2, "max_new_tokens": 5, "bootstrap_draws": 20, **evaluation}
     return RunConfig.model_validate(
@@ -60,6 +61,7 @@ def config(root: Path, **evaluation: Any) -> RunConfig:
             "reference": {"model": str(root / "base")},
             "objectives": {"a": objective, "b": {**objective, "reward": f"{__file__}:goods"}},
             "scoring": {"prompts_per_part": 2},
+            "decoding": {"particles": particles},
             "evaluation": settings,
         }
     )
@@ -75,9 +77,9 @@ def goods(prompts: list[str], responses: list[str]) -> list[float]:
     return [float(response.count("good") - response.count("bad")) for response in responses]
 
 
-def evaluated(root: Path, **evaluation: Any) -> Run:
-    run = Run.open(config(root, **evaluation), update=True)
-    evaluate(Context(config(root, **evaluation), run, Console(file=io.StringIO())))
+def evaluated(root: Path, **settings: Any) -> Run:
+    run = Run.open(config(root, **settings), update=True)
+    evaluate(Context(config(root, **settings), run, Console(file=io.StringIO())))
     return run
 
 
@@ -122,6 +124,24 @@ def test_only_what_changed_is_made_anew(storage: Path) -> None:
     run.write_json("fit.json", {"weights": FITTED, "alternatives": OTHERS})
     assert len(refitted.items() & first.items()) == len(first) - 2 * 3  # but MPO and the soup at its weights
     assert not parts(evaluated(storage, temperature=0.5)).items() & first.items()
+
+
+def test_particles_make_the_mixtures_anew_and_keep_everything_else(storage: Path) -> None:
+    """Uniform and MPO; MPO's λ token by token keeps its completions, under another name."""
+    run = evaluated(storage)
+    first, plain = parts(run), run.read_table("evaluation/completions.parquet")
+    run = evaluated(storage, particles=4)
+    whole, table = parts(run), run.read_table("evaluation/completions.parquet")
+    assert len(whole.items() & first.items()) == len(first) - 3  # but uniform token by token, which nobody asks for
+    assert len(whole) == len(first) + 3
+    assert responses(table, "mpo-token-level") == responses(plain, "mpo") != responses(table, "mpo")
+    assert responses(table, "uniform") != responses(plain, "uniform")
+    for name in ("reference", "a", "b", "soup-uniform", "soup-mpo"):
+        assert responses(table, name) == responses(plain, name)
+    metrics = Metrics.from_json(run.read_json("evaluation/metrics.json"))
+    assert metrics.particles == 4
+    assert "mpo-token-level" not in baselines(metrics)
+    assert not parts(evaluated(storage, particles=3)).items() & (whole.items() - first.items())
 
 
 def test_the_grid_is_decoded_on_the_first_prompts_and_compared_on_them_alone(storage: Path) -> None:
