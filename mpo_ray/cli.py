@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--weights", help="NAME=VALUE,… ; the artefact's own if absent")
     generate.add_argument("--max-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=1.0)
+    generate.add_argument("--particles", type=int, default=1, help="more than 1 draw the sequence-level mixture")
     generate.add_argument("--seed", type=int, default=0)
     serve = add("serve", _serve, "serve the mixture behind an OpenAI-compatible URL", config=False)
     serve.add_argument("directory", help="run directory or mixture artefact")
@@ -296,6 +297,7 @@ def _generate(options: argparse.Namespace) -> int:
         max_tokens=options.max_tokens,
         temperature=options.temperature,
         seed=options.seed,
+        particles=options.particles,
     )
     print(json.dumps({"text": text}) if options.json else text)
     return 0

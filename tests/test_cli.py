@@ -166,6 +166,27 @@ class TestGenerate:
         assert main(["generate", str(finished_run), "--prompt", "x", "--weights", weights]) == 1
         assert message in capsys.readouterr().err
 
+    def test_particles_draw_the_whole_answer(self, finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        given = ["generate", str(finished_run), "--prompt", "review the old hotel in oslo", "--json", "--seed", "3"]
+        answers = []
+        for particles in ("1", "16", "16"):
+            assert main([*given, "--particles", particles]) == 0
+            answers.append(json.loads(capsys.readouterr().out)["text"])
+        assert answers[0] != answers[1] == answers[2]
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (["--particles", "0"], "--particles 0: 1 decodes token by token"),
+            (["--particles", "4", "--temperature", "0.5"], "--temperature 0.5: 4 particles draw from π_λ"),
+        ],
+    )
+    def test_particles_that_cannot_be_are_refused(
+        self, finished_run: Path, capsys: pytest.CaptureFixture[str], given: list[str], message: str
+    ) -> None:
+        assert main(["generate", str(finished_run), "--prompt", "x", *given]) == 1
+        assert message in capsys.readouterr().err
+
     def test_a_damaged_policy_is_refused_by_name(
         self, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
