@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine
-from mpo_ray.config import PolicyTraining
+from mpo_ray.config_training import PolicyTraining
 from mpo_ray.data.tokens import prompt_token_ids, response_token_ids
 from mpo_ray.policies.loading import load_model, load_tokenizer
 from mpo_ray.policies.policy_set import sequence_logprobs

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from mpo_ray.config_training import PolicyTraining, Share, Source, Strict, SupervisedTraining
 from mpo_ray.records import check_weights, digest, is_reserved
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 NAMES = (
     "names are letters, digits, - and _, and not reference, uniform, mpo, mpo-token-level, soup-uniform or "
@@ -23,30 +23,6 @@ NAMES = (
 
 class ConfigError(ValueError):
     """The run file, or a `--set`, is wrong. The message lists every problem with its place, value and remedy."""
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-
-class Source(Strict):
-    """Where rows come from: exactly one of `path`, `hub` and `embedded`."""
-
-    path: str | list[str] | None = Field(
-        None, description="files, globs or fsspec URLs (JSONL, JSON, CSV, Parquet; .gz)"
-    )
-    hub: str | None = Field(None, description="a Hugging Face data set id")
-    split: str = "train"
-    data_dir: str | None = None
-    embedded: Literal["pairs", "corpus", "prompts"] | None = Field(None, description="made by the project itself")
-    rename: dict[str, str] = Field({}, description="column in the file → column of the row form")
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Source:
-        given = [name for name in ("path", "hub", "embedded") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of path, hub, embedded; got {given or 'none'}")
-        return self
 
 
 class Objective(Strict):
@@ -68,70 +44,6 @@ class Data(Strict):
     max_prompt_tokens: PositiveInt = 512
     max_response_tokens: PositiveInt = 512
     max_pairs: PositiveInt | None = Field(None, description="per objective, the first ones after a seeded shuffle")
-
-
-class Workers(Strict):
-    """Ray Train workers of one training run."""
-
-    num_workers: PositiveInt = 1
-    cpus_per_worker: PositiveFloat = 1.0
-    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
-    max_failures: Annotated[int, Field(ge=0)] = 2
-
-
-class Training(Strict):
-    """What SFT and preference training share. Sizes count texts (SFT) or pairs (DPO, IPO)."""
-
-    epochs: PositiveInt = 1
-    batch_size: PositiveInt = Field(32, description="per optimiser step, over all workers")
-    micro_batch_size: PositiveInt = Field(8, description="per worker and forward pass")
-    learning_rate: PositiveFloat = 5e-5
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_share: Share = 0.1
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    max_grad_norm: PositiveFloat = 1.0
-    precision: Literal["fp32", "bf16"] = "fp32"
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    gradient_checkpointing: bool = False
-    checkpoint_every: PositiveInt = Field(200, description="optimiser steps")
-    workers: Workers = Workers()
-
-    @model_validator(mode="after")
-    def _whole_accumulation(self) -> Training:
-        forward = self.micro_batch_size * self.workers.num_workers
-        if self.batch_size % forward:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size × num_workers = {forward}"
-            )
-        return self
-
-    @property
-    def accumulation(self) -> int:
-        """Forward passes of one worker per optimiser step."""
-        return self.batch_size // (self.micro_batch_size * self.workers.num_workers)
-
-
-class SupervisedTraining(Training):
-    """SFT of the reference: rows with `text`, with `prompt` and `response`, or preference rows (their chosen side)."""
-
-    source: Source
-    learning_rate: PositiveFloat = 5e-4
-
-
-class Lora(Strict):
-    rank: PositiveInt = 16
-    alpha: PositiveFloat = 32.0
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    target_modules: str | list[str] = "all-linear"
-
-
-class PolicyTraining(Training):
-    """DPO or IPO of one policy per objective (design 2.1)."""
-
-    loss: Literal["dpo", "ipo"] = "dpo"
-    beta: PositiveFloat = Field(0.5, description="KL strength β; small values move policies far and spoil the fit")
-    length_normalized: bool = Field(False, description="mean instead of sum over the completion's tokens")
-    lora: Lora | None = Field(Lora(), description="null trains all weights")
 
 
 class Decoding(Strict):

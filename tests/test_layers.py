@@ -18,7 +18,14 @@ ROOTS = ("mpo_ray", "jobs", "serve_apps")
 
 #: From the bottom. What is not named is the top: the modules beside the packages (cli …), jobs, serve_apps.
 LAYERS = (
-    ("mpo_ray.maths", "mpo_ray.config", "mpo_ray.records", "mpo_ray.run", "mpo_ray.run_file"),
+    (
+        "mpo_ray.maths",
+        "mpo_ray.config",
+        "mpo_ray.config_training",
+        "mpo_ray.records",
+        "mpo_ray.run",
+        "mpo_ray.run_file",
+    ),
     (
         "mpo_ray.training",
         "mpo_ray.decoding",

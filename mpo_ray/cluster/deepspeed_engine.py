@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers import get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
-from mpo_ray.config import Training
+from mpo_ray.config_training import Training
 from mpo_ray.run import file_digest
 from mpo_ray.training.completion_model import CompletionModel
 

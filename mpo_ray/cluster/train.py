@@ -17,7 +17,7 @@ from rich.console import Console
 from mpo_ray.cluster.progress import bars, reports_of
 from mpo_ray.cluster.train_worker import train_worker
 from mpo_ray.cluster.training_job import TrainingJob
-from mpo_ray.config import Workers
+from mpo_ray.config_training import Workers
 from mpo_ray.run import Run, StageError
 
 POLL_S = 0.5

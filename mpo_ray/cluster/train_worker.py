@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from mpo_ray.cluster.deepspeed_engine import CheckpointError, DeepSpeedEngine, prepare_sharded_loading
 from mpo_ray.cluster.progress import report
 from mpo_ray.cluster.training_job import TrainingJob
-from mpo_ray.config import PolicyTraining, SupervisedTraining, Training
+from mpo_ray.config_training import PolicyTraining, SupervisedTraining, Training
 from mpo_ray.policies.loading import load_model, load_tokenizer
 from mpo_ray.run import Run
 from mpo_ray.training.completion_model import CompletionModel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpo_ray.config import PolicyTraining, Strict, SupervisedTraining
+from mpo_ray.config_training import PolicyTraining, Strict, SupervisedTraining
 
 
 class TrainingJob(Strict):

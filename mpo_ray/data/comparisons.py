@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from mpo_ray.config import Source
+from mpo_ray.config_training import Source
 from mpo_ray.data.fields import BadFieldError, Values
 from mpo_ray.data.row_forms import FORMS, TIES, Pair, Rated, find_form, pair_reader, rated_reader
 from mpo_ray.data.sources import DataError, Refusal, Row, describe, read_table

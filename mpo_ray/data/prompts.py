@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mpo_ray.config import Source
+from mpo_ray.config_training import Source
 from mpo_ray.data.comparisons import check_share
 from mpo_ray.data.fields import BadFieldError, Values, read_prompt, read_reply, read_transcripts
 from mpo_ray.data.row_forms import RESPONSE_COLUMNS

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from mpo_ray.config import Source
+from mpo_ray.config_training import Source
 from mpo_ray.data.fields import (
     BadFieldError,
     Values,

@@ -23,7 +23,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mpo_ray.config import Source
+from mpo_ray.config_training import Source
 from mpo_ray.data.sources import NUM_HEAD_ROWS, DataError, Row, decoded_lines, ending, list_files, opened, read_rows
 
 ENDINGS = (".parquet", ".csv", ".jsonl")

@@ -23,7 +23,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet
 
-from mpo_ray.config import Source
+from mpo_ray.config_training import Source
 from mpo_ray.records import digest
 from mpo_ray.run import directory_digest, file_digest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mpo_ray.config import Source
+from mpo_ray.config_training import Source
 from mpo_ray.data.fields import BadFieldError, Values, read_prompt, read_reply, read_text, read_transcripts
 from mpo_ray.data.sources import DataError, Refusal, describe, read_table
 from mpo_ray.records import Prompt

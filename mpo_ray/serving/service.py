@@ -22,7 +22,8 @@ from ray.serve.exceptions import BackPressureError
 from transformers import AutoModelForCausalLM
 
 from mpo_ray.cluster.preflight import check_serving
-from mpo_ray.config import ConfigError, Serve, Strict
+from mpo_ray.config import ConfigError, Serve
+from mpo_ray.config_training import Strict
 from mpo_ray.policies.artefact import check_artefact
 from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.policies.mixture_config import MixtureConfig

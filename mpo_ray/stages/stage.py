@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from mpo_ray.config import RunConfig, Source
+from mpo_ray.config import RunConfig
+from mpo_ray.config_training import Source
 from mpo_ray.data.sources import fingerprint
 from mpo_ray.run import Run, directory_digest, file_digest, stage_inputs
 

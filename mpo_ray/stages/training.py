@@ -8,7 +8,7 @@ from mpo_ray.cluster.parts import Part, process_parts
 from mpo_ray.cluster.score import PairReference
 from mpo_ray.cluster.train import train_all
 from mpo_ray.cluster.training_job import TrainingJob
-from mpo_ray.config import Training
+from mpo_ray.config_training import Training
 from mpo_ray.run import stage_inputs
 from mpo_ray.stages.stage import Context, Stage
 

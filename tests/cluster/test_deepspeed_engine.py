@@ -16,7 +16,7 @@ from mpo_ray.cluster.deepspeed_engine import (
     prepare_sharded_loading,
 )
 from mpo_ray.cluster.train_worker import load_trainable
-from mpo_ray.config import PolicyTraining
+from mpo_ray.config_training import PolicyTraining
 from mpo_ray.policies.loading import load_model
 from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.loop import train

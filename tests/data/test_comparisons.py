@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from mpo_ray.config import Source
+from mpo_ray.config_training import Source
 from mpo_ray.data.comparisons import Parsed, check_refused, read_comparisons
 from mpo_ray.data.sources import DataError, Refusal
 from mpo_ray.records import Comparison, prompt_id

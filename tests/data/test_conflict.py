@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpo_ray.config import Source
+from mpo_ray.config_training import Source
 from mpo_ray.data.comparisons import read_comparisons
 from mpo_ray.data.conflict import conflict_report, rank_correlation
 from mpo_ray.records import Comparison

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mpo_ray.config import Source
+from mpo_ray.config_training import Source
 from mpo_ray.data.comparisons import read_comparisons
 from mpo_ray.data.prompts import is_heldout, read_prompts, select_prompts
 from mpo_ray.data.sources import DataError

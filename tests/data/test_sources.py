@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from mpo_ray.config import Source
+from mpo_ray.config_training import Source
 from mpo_ray.data.sources import DataError, Refusal, Row, fingerprint, read_rows, read_table
 
 ROWS = [

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mpo_ray.config import Source
+from mpo_ray.config_training import Source
 from mpo_ray.data.sources import DataError, Refusal
 from mpo_ray.data.texts import Text, read_texts
 
