@@ -22,7 +22,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from mpo_ray.config import Fit, RunConfig, Serve
-from mpo_ray.records import check_weights
+from mpo_ray.records import Bound, check_weights
 from mpo_ray.run import Run, StageError
 from mpo_ray.run_file import load_config, parse_settings
 
@@ -202,7 +202,7 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _mopo(options: argparse.Namespace) -> int:
-    from mpo_ray.fitting.pool_solution import Bound, pool_summary, solve_file
+    from mpo_ray.fitting.pool_solution import pool_summary, solve_file
 
     bounds: dict[str, Bound] = {}
     for text in options.bound:

@@ -11,13 +11,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from mpo_ray.config_training import PolicyTraining, Share, Source, Strict, SupervisedTraining
-from mpo_ray.records import check_weights, digest, is_reserved
+from mpo_ray.config_training import ConstrainedTraining, PolicyTraining, Share, Source, Strict, SupervisedTraining
+from mpo_ray.records import Bound, check_weights, digest, is_reserved
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 NAMES = (
     "names are letters, digits, - and _, and not reference, uniform, mpo, mpo-token-level, soup-uniform or "
-    "soup-mpo, and do not begin with fit- or grid-"
+    "soup-mpo, and do not begin with fit-, mopo- or grid-"
 )
 
 
@@ -145,6 +145,53 @@ class Fit(Strict):
         return self
 
 
+class MopoProblem(Strict):
+    """One policy that maximises `primary` while the others stay above bounds (design 2.4, eq. 8)."""
+
+    primary: str
+    bounds: dict[str, float | str] = Field(
+        {}, description="objective → win rate against the reference: 0.55, `reference - 0.02`, or `adaptive` (eq. 13)"
+    )
+
+
+class Mopo(Strict):
+    """MOPO's policies. Their pool are the run's scored samples."""
+
+    problems: Annotated[dict[str, MopoProblem], Field(min_length=1)]
+    tau: PositiveFloat = Field(0.08, description="strength of the KL penalty, win probability per nat")
+    radius: Annotated[float, Field(ge=0.0)] = Field(0.0, description="of the robust bounds, nats; 0 for none")
+    variant: Literal["lagrangian", "barrier"] = "lagrangian"
+    sigma: PositiveFloat = Field(0.01, description="strength of the barrier")
+    candidates: Literal["reference", "all"] = Field(
+        "all", description="whose samples make the pool: π_ref's, or every proposal's, weighed as in equation (6a)"
+    )
+    wins: Literal["rewards", "implicit", "labels"] = Field(
+        "rewards",
+        description="where win probabilities come from: the objectives' rewards, β ℓ of their policies, or the labels "
+        "of pairs that all objectives judge; the pool are then these pairs' responses",
+    )
+    link: Literal["order", "bradley_terry"] = Field(
+        "order", description="P(y ≻ y') from two rewards: who has the larger one, or σ of the difference"
+    )
+    heldout_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.1, description="of the pool's prompts")
+    training: ConstrainedTraining = ConstrainedTraining()
+
+    @model_validator(mode="after")
+    def _bounds_make_sense(self) -> Mopo:
+        for name, problem in self.problems.items():
+            for objective, text in problem.bounds.items():
+                try:
+                    bound = Bound.parse(objective, text)
+                except ValueError as error:
+                    raise ValueError(f"problems.{name}: {error}") from None
+                if bound.adaptive and self.training.method != "online":
+                    raise ValueError(
+                        f"problems.{name}: the bound of {objective!r} is adaptive, and follows an online training; set "
+                        "mopo.training.method to online, or give a number"
+                    )
+        return self
+
+
 class Judge(Strict):
     """A language model behind an OpenAI-compatible URL that compares completions with the reference's."""
 
@@ -215,6 +262,7 @@ class RunConfig(Strict):
     decoding: Decoding = Decoding()
     samples: Samples = Samples()
     fit: Fit = Fit()
+    mopo: Mopo | None = None
     evaluation: Evaluation = Evaluation()
     serve: Serve = Serve()
 
@@ -225,6 +273,8 @@ class RunConfig(Strict):
                 raise ValueError(f"objective {name!r}: {NAMES}")
         if self.fit.weights is not None:
             check_weights(self.fit.weights, list(self.objectives), where="fit.weights")
+        if self.mopo is not None:
+            self._check_problems(self.mopo)
         for place in ("mixtures", "models"):
             for name in getattr(self.evaluation, place):
                 if not NAME.fullmatch(name) or is_reserved(name):
@@ -242,6 +292,27 @@ class RunConfig(Strict):
         for name, weights in self.evaluation.mixtures.items():
             check_weights(weights, list(self.objectives), where=f"evaluation.mixtures.{name}")
         return self
+
+    def _check_problems(self, mopo: Mopo) -> None:
+        for name, problem in mopo.problems.items():
+            if not NAME.fullmatch(name):
+                raise ValueError(f"mopo.problems: {name!r}: names are letters, digits, - and _")
+            for objective in (problem.primary, *problem.bounds):
+                if objective not in self.objectives:
+                    raise ValueError(
+                        f"mopo.problems.{name}: unknown objective {objective!r}; the objectives are "
+                        f"{', '.join(self.objectives)}"
+                    )
+            if problem.primary in problem.bounds:
+                raise ValueError(
+                    f"mopo.problems.{name}: the primary objective {problem.primary!r} is maximised, and cannot be "
+                    "bounded as well"
+                )
+        if mopo.wins != "labels" and mopo.candidates == "reference" and self.samples.proposals == "policies":
+            raise ValueError(
+                "mopo.candidates is reference, and samples.proposals is policies: π_ref draws no candidates; set "
+                "samples.proposals to all, or mopo.candidates to all"
+            )
 
     def as_json(self) -> dict[str, Any]:
         """The whole configuration with its defaults, as JSON values."""

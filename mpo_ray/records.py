@@ -14,14 +14,15 @@ Prompt = str | tuple[Message, ...]
 #: The name that stands for π_ref among the proposals of a sample table and the candidates of an evaluation.
 REFERENCE = "reference"
 #: The other candidates of an evaluation that a run names itself: mixtures and soups, at uniform and at fitted weights,
-#: MPO's weights token by token where mixtures are drawn whole, and the beginnings of the names of other fits' mixtures
-#: and of the points of the grid.
+#: MPO's weights token by token where mixtures are drawn whole, and the beginnings of the names of other fits' mixtures,
+#: of MOPO's policies and of the points of the grid.
 UNIFORM = "uniform"
 MPO = "mpo"
 MPO_TOKENWISE = "mpo-token-level"
 SOUP_UNIFORM = "soup-uniform"
 SOUP_MPO = "soup-mpo"
 FIT_PREFIX = "fit-"
+MOPO_PREFIX = "mopo-"
 GRID_PREFIX = "grid-"
 
 
@@ -35,6 +36,44 @@ class Comparison:
     rejected: str
     weight: float = 1.0
     margin: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What an objective's average win probability must reach: E[q̄] ≥ b   (design 2.4, eq. 8)
+
+    b is `value`, or what the reference has plus `value` where it is relative. An adaptive bound begins there, and then
+    follows what training reached (eq. 13).
+    """
+
+    value: float
+    relative: bool = False
+    adaptive: bool = False
+
+    @classmethod
+    def parse(cls, name: str, text: str | float) -> Bound:
+        """`0.55`, `reference`, `reference - 0.02`, `reference + 0.05`, `adaptive`. Raises ValueError."""
+        if text == "adaptive":
+            return cls(0.0, relative=True, adaptive=True)
+        try:
+            if isinstance(text, str) and text.strip().startswith("reference"):
+                rest = text.strip().removeprefix("reference").replace(" ", "")
+                found = cls(float(rest or 0.0), relative=True)
+                inside = abs(found.value) < 1 and (rest == "" or rest[0] in "+-")
+            else:
+                found = cls(float(text))
+                inside = 0.0 <= found.value <= 1.0
+        except ValueError:
+            inside = False
+        if not inside:
+            raise ValueError(
+                f"bound {name}: {text!r} is no win probability. Write a number in [0, 1], such as 0.55, or "
+                "`reference`, `reference + 0.05`, `reference - 0.02`."
+            )
+        return found
+
+    def at(self, reference: float) -> float:
+        return reference + self.value if self.relative else self.value
 
 
 def encode_prompt(prompt: Prompt) -> tuple[str, bool]:
@@ -64,7 +103,7 @@ def digest(value: object) -> str:
 def is_reserved(name: str) -> bool:
     """Whether a run itself gives this name to a candidate of its evaluation."""
     reserved = (REFERENCE, UNIFORM, MPO, MPO_TOKENWISE, SOUP_UNIFORM, SOUP_MPO)
-    return name in reserved or name.startswith((FIT_PREFIX, GRID_PREFIX))
+    return name in reserved or name.startswith((FIT_PREFIX, MOPO_PREFIX, GRID_PREFIX))
 
 
 def check_weights(weights: Mapping[str, float], objectives: Sequence[str], *, where: str) -> dict[str, float]:

@@ -84,7 +84,7 @@ def _read(files: Sequence[ScoreFile], primary: str, secondary: Sequence[str]) ->
     secondary_wins = np.stack([values[c][order] for c in wins[1:]], axis=1) if secondary else np.zeros((len(owner), 0))
     pool = Pool.of_samples(primary_wins, secondary_wins, starts)
     if LOG_REF in values:
-        pool = Pool(primary_wins, secondary_wins, _normalised(values[LOG_REF][order], starts), starts)
+        pool = Pool(primary_wins, secondary_wins, normalised(values[LOG_REF][order], starts), starts)
     taken = pa.array(order)
     return PoolTable(objectives, pool, prompts.take(taken), responses.take(taken))
 
@@ -134,9 +134,7 @@ def _check_rows(
         )
 
 
-def _normalised(log_ref: NDArray[np.float64], starts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """log π_ref over the candidates of each prompt."""
-    owner = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-    largest = np.maximum.reduceat(log_ref, starts[:-1])[owner]
-    total = np.add.reduceat(np.exp(log_ref - largest), starts[:-1])
-    return np.asarray(log_ref - largest - np.log(total)[owner])
+def normalised(log_ref: NDArray[np.float64], starts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """log π_ref over the candidates of each prompt: shares that sum to 1 over rows starts[p] … starts[p + 1] − 1."""
+    totals = np.logaddexp.reduceat(log_ref, starts[:-1])
+    return np.asarray(log_ref - np.repeat(totals, np.diff(starts)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from mpo_ray.maths.constrained import RunawayError, Solution, check_temperature,
 from mpo_ray.maths.feasibility import check_feasible
 from mpo_ray.maths.robust import check_radius
 from mpo_ray.maths.simplex import Array
+from mpo_ray.records import Bound
 
 Variant = Literal["lagrangian", "barrier"]
 
@@ -29,37 +29,6 @@ Variant = Literal["lagrangian", "barrier"]
 LEAST_SHARE, BINDS, SOLVED = 0.2, 1e-4, 1e-6
 #: Strength of the barrier where none is given.
 SIGMA = 0.01
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """E[q̄] ≥ `value`, or ≥ what the reference has plus `value` where it is relative."""
-
-    value: float
-    relative: bool = False
-
-    @classmethod
-    def parse(cls, name: str, text: str | float) -> Bound:
-        """`0.55`, `reference`, `reference - 0.02`, `reference + 0.05`. Raises ValueError."""
-        try:
-            if isinstance(text, str) and text.strip().startswith("reference"):
-                rest = text.strip().removeprefix("reference").replace(" ", "")
-                found = cls(float(rest or 0.0), relative=True)
-                inside = abs(found.value) < 1 and (rest == "" or rest[0] in "+-")
-            else:
-                found = cls(float(text))
-                inside = 0.0 <= found.value <= 1.0
-        except ValueError:
-            inside = False
-        if not inside:
-            raise ValueError(
-                f"bound {name}: {text!r} is no win probability. Write a number in [0, 1], such as 0.55, or "
-                "`reference`, `reference + 0.05`, `reference - 0.02`."
-            )
-        return found
-
-    def at(self, reference: float) -> float:
-        return reference + self.value if self.relative else self.value
 
 
 def solve_file(
@@ -85,6 +54,12 @@ def solve_file(
             f"the primary objective {primary!r} is maximised, and cannot be bounded as well; leave its --bound out, or "
             "make another objective the primary one."
         )
+    for name, bound in bounds.items():
+        if bound.adaptive:
+            raise ValueError(
+                f"bound {name}: an adaptive bound follows a training, and a table has none; give a number, or "
+                "`reference - 0.02`."
+            )
     if sigma is not None and variant != "barrier":
         raise ValueError(f"--sigma {sigma:g} is the strength of the barrier; give --variant barrier, or leave it out.")
     check_temperature(tau)

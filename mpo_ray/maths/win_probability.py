@@ -30,18 +30,26 @@ def order(difference: Array) -> Array:
 LINKS: dict[str, Link] = {"bradley_terry": bradley_terry, "order": order}
 
 
-def win_probabilities_in_pool(rewards: Array, starts: NDArray[np.int64], link: Link) -> Array:
-    """p̄(y_i) = 1/(m − 1) Σ_{j ≠ i} P(y_i ≻ y_j) for every candidate of every prompt   (design 2.4)
+def win_probabilities_in_pool(
+    rewards: Array, starts: NDArray[np.int64], link: Link, log_reference: Array | None = None
+) -> tuple[Array, Array]:
+    """p̄(y_i) = Σ_{j ≠ i} w_j P(y_i ≻ y_j) / Σ_{j ≠ i} w_j for every candidate of every prompt   (design 2.4)
 
     rewards: (N,), rows of prompt p are starts[p] … starts[p + 1] − 1, at least 2
-    Returns (N,); the mean over a prompt is ½ whatever the rewards are.
+    log_reference: (N,) log w, the candidates' shares of π_ref, nats; None where π_ref drew them all: w is then alike,
+        and the mean of p̄ over a prompt is ½ whatever the rewards are
+    Returns (N,) p̄ and (N,) its standard error over the opponents, the square root of Σ w²(P − p̄)²/(Σ w)².
     """
-    found = np.empty(len(rewards))
+    shares = np.ones(len(rewards)) if log_reference is None else np.exp(log_reference)
+    found, errors = np.empty(len(rewards)), np.empty(len(rewards))
     for first, last in pairwise(starts):
-        own = rewards[first:last]
+        own, weights = rewards[first:last], np.tile(shares[first:last], (last - first, 1))
+        np.fill_diagonal(weights, 0.0)
+        weights /= weights.sum(axis=1, keepdims=True)
         wins = link(own[:, None] - own[None, :])
-        found[first:last] = (wins.sum(axis=1) - np.diag(wins)) / (last - first - 1)
-    return found
+        found[first:last] = (weights * wins).sum(axis=1)
+        errors[first:last] = np.sqrt(np.square(weights * (wins - found[first:last, None])).sum(axis=1))
+    return found, errors
 
 
 def win_probabilities_from_labels(

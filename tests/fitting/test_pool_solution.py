@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mpo_ray.cli import main
-from mpo_ray.fitting.pool_solution import Bound
 from mpo_ray.maths.constrained import solve_lagrangian
 from mpo_ray.maths.pool import Pool
+from mpo_ray.records import Bound
 
 
 @pytest.fixture

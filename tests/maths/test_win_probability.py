@@ -20,8 +20,10 @@ REWARDS = np.array([1.0, 3.0, 1.0, -2.0, 0.0])
 
 def test_a_candidate_is_compared_with_every_other_of_its_prompt_and_never_with_itself() -> None:
     """Trap 5: with itself the mean would be drawn to ½; ties count half."""
-    np.testing.assert_allclose(win_probabilities_in_pool(REWARDS, STARTS, order), [0.25, 1.0, 0.25, 0.0, 1.0])
-    soft = win_probabilities_in_pool(REWARDS, STARTS, bradley_terry)
+    hard, errors = win_probabilities_in_pool(REWARDS, STARTS, order)
+    np.testing.assert_allclose(hard, [0.25, 1.0, 0.25, 0.0, 1.0])
+    np.testing.assert_allclose(errors, [0.25 / np.sqrt(2), 0.0, 0.25 / np.sqrt(2), 0.0, 0.0])
+    soft, _ = win_probabilities_in_pool(REWARDS, STARTS, bradley_terry)
     assert soft[0] == pytest.approx((expit(-2.0) + 0.5) / 2)
     assert soft[3] == pytest.approx(expit(-2.0))
 
@@ -30,7 +32,7 @@ def test_a_candidate_is_compared_with_every_other_of_its_prompt_and_never_with_i
 def test_a_prompt_s_mean_is_one_half_whatever_the_rewards_are(link: str) -> None:
     rng = np.random.default_rng(0)
     starts = np.cumsum([0, 2, 7, 4])
-    found = win_probabilities_in_pool(rng.normal(size=13) * 5, starts, LINKS[link])
+    found, _ = win_probabilities_in_pool(rng.normal(size=13) * 5, starts, LINKS[link])
     np.testing.assert_allclose(np.add.reduceat(found, starts[:-1]) / np.diff(starts), 0.5, atol=1e-12)
 
 
@@ -43,9 +45,31 @@ def test_the_pool_s_estimate_is_unbiased() -> None:
         for second in range(3):
             for third in range(3):
                 drawn = rewards[[first, second, third]]
-                found = win_probabilities_in_pool(drawn, np.array([0, 3]), bradley_terry)[0]
+                found = win_probabilities_in_pool(drawn, np.array([0, 3]), bradley_terry)[0][0]
                 mean += reference[second] * reference[third] * found
         assert mean == pytest.approx(exact[first], abs=1e-12)
+
+
+def test_opponents_count_by_their_shares_of_the_reference() -> None:
+    """Each candidate once, with its probability: p̄ is the exact sum over the other candidates, renormalised."""
+    shares, rewards = np.array([0.2, 0.5, 0.3]), np.array([0.0, 1.0, 2.5])
+    found, _ = win_probabilities_in_pool(rewards, np.array([0, 3]), bradley_terry, np.log(shares))
+    assert found[0] == pytest.approx((0.5 * expit(-1.0) + 0.3 * expit(-2.5)) / 0.8)
+    assert found[2] == pytest.approx((0.2 * expit(2.5) + 0.5 * expit(1.5)) / 0.7)
+    alike, errors = win_probabilities_in_pool(REWARDS, STARTS, bradley_terry, np.log([1 / 3, 1 / 3, 1 / 3, 0.5, 0.5]))
+    expected = win_probabilities_in_pool(REWARDS, STARTS, bradley_terry)
+    np.testing.assert_allclose((alike, errors), expected)
+
+
+def test_the_error_is_that_of_a_mean_over_the_opponents() -> None:
+    """Over many pools, the squared error of p̄ against the exact value is the mean of the squared standard errors."""
+    rng = np.random.default_rng(0)
+    rewards = rng.normal(size=(20_000, 25))
+    rewards[:, 0] = 0.7
+    found, errors = win_probabilities_in_pool(rewards.ravel(), np.arange(20_001) * 25, order)
+    exact = 0.7580363  # Φ(0.7)
+    first = np.arange(20_000) * 25
+    assert np.mean(np.square(found[first] - exact)) == pytest.approx(np.mean(np.square(errors[first])), rel=0.06)
 
 
 def test_labels_give_the_share_of_comparisons_won_with_ties_as_halves() -> None:
