@@ -5,4 +5,4 @@ import sys
 from mpo_ray.cli import run_job
 
 if __name__ == "__main__":
-    sys.exit(run_job("data", "reference", "train"))
+    sys.exit(run_job("data", "train"))

@@ -33,22 +33,24 @@ if TYPE_CHECKING:
 STAGE_VERBS = {
     "data": ("embedded", "data"),
     "reference": ("reference",),
-    "train": ("pairs", "policies"),
+    "train": ("reference", "pairs", "policies"),
     "sample": ("samples",),
     "score": ("scores",),
     "fit": ("fit",),
     "export": ("mixture",),
-    "evaluate": ("evaluation", "judge"),
+    "mopo": ("pool", "mopo"),
+    "evaluate": ("evaluation", "certificates", "judge"),
     "report": ("report",),
 }
 HELP = {
     "data": "read, check and split the preferences",
     "reference": "fine-tune the reference model",
-    "train": "train one policy per objective",
+    "train": "train the reference, where the config says so, and one policy per objective",
     "sample": "draw responses of the reference and the policies for the fit",
     "score": "score the samples under every policy and reward",
     "fit": "fit the mixture weights",
     "export": "write the mixture artefact",
+    "mopo": "train one policy for a primary objective with bounds on the others, or solve a pool of your own",
     "evaluate": "compare reference, policies and mixtures on held-out prompts",
     "report": "write report.html",
 }
@@ -78,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=function)
         sub.add_argument("--json", action="store_true", help="print a machine-readable result")
         if config:
-            # A fit may do without a run file: then it has a table.
-            sub.add_argument("config", nargs="?" if verb == "fit" else None, help="run file (YAML)")
+            # These may do without a run file: then they have a table.
+            sub.add_argument("config", nargs="?" if verb in ("fit", "mopo") else None, help="run file (YAML)")
             sub.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", dest="overrides")
             sub.add_argument("--update", action="store_true", help="let this config replace the one the run began with")
             sub.add_argument("--address", help="Ray cluster to join; a local Ray is started without one")
@@ -88,12 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     add("run", _run, "do every stage that is not complete")
     add("check", _check, "look for what would stop a run, before anything is paid for")
     for verb, text in HELP.items():
-        if verb != "fit":
+        if verb not in ("fit", "mopo"):
             add(verb, _stage, text)
     _fit_arguments(add("fit", _fit, HELP["fit"]))
-    _mopo_arguments(
-        add("mopo", _mopo, "solve a pool for one primary objective with bounds on the others", config=False)
-    )
+    _mopo_arguments(add("mopo", _mopo, HELP["mopo"]))
     generate = add("generate", _generate, "answer one prompt from the mixture", config=False)
     generate.add_argument("directory", help="run directory or mixture artefact")
     generate.add_argument("--prompt", required=True)
@@ -123,22 +123,21 @@ def _fit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _mopo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--table", nargs="+", metavar="FILE", required=True, help="Parquet, CSV or JSON Lines; globs too"
-    )
-    parser.add_argument("--primary", metavar="NAME", required=True, help="the objective that is maximised")
-    parser.add_argument(
+    table = parser.add_argument_group("a pool of your own, in the place of a run file")
+    table.add_argument("--table", nargs="+", metavar="FILE", help="Parquet, CSV or JSON Lines; globs too")
+    table.add_argument("--primary", metavar="NAME", help="the objective that is maximised")
+    table.add_argument(
         "--bound",
         action="append",
         default=[],
         metavar="NAME=VALUE",
         help="the least win probability of another objective: 0.55, or `reference - 0.02`; once for each",
     )
-    parser.add_argument("--tau", type=float, default=0.08, help="strength of the KL penalty, win probability per nat")
-    parser.add_argument("--radius", type=float, default=0.0, help="of the robust bounds, nats; 0 for none")
-    parser.add_argument("--variant", choices=("lagrangian", "barrier"), default="lagrangian")
-    parser.add_argument("--sigma", type=float, help="strength of the barrier; 0.01 if absent")
-    parser.add_argument("--out", metavar="DIR", required=True, help="where mopo.json and ratio.parquet go")
+    table.add_argument("--tau", type=float, default=0.08, help="strength of the KL penalty, win probability per nat")
+    table.add_argument("--radius", type=float, default=0.0, help="of the robust bounds, nats; 0 for none")
+    table.add_argument("--variant", choices=("lagrangian", "barrier"), default="lagrangian")
+    table.add_argument("--sigma", type=float, help="strength of the barrier; 0.01 if absent")
+    table.add_argument("--out", metavar="DIR", help="where mopo.json and ratio.parquet go")
 
 
 def run_job(*verbs: str) -> int:
@@ -204,6 +203,13 @@ def _fit(options: argparse.Namespace) -> int:
 def _mopo(options: argparse.Namespace) -> int:
     from mpo_ray.fitting.pool_solution import pool_summary, solve_file
 
+    if (options.config is None) == (options.table is None):
+        raise ValueError("give a run file, or a pool of your own with --table FILE --primary NAME --out DIR.")
+    if options.config is not None:
+        return _stage(options)
+    for name in ("primary", "out"):
+        if getattr(options, name) is None:
+            raise ValueError(f"--{name} is missing: a pool of your own needs --primary NAME and --out DIR.")
     bounds: dict[str, Bound] = {}
     for text in options.bound:
         name, equals, value = text.partition("=")

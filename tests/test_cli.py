@@ -130,7 +130,30 @@ def test_a_reward_model_without_safetensors_stops_a_run_before_anything_starts(
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_verb_that_the_config_has_no_use_for_says_so(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reference", str(run_file)]) == 1
-    assert "reference.sft is not set" in capsys.readouterr().err
+    assert "it has no reference.sft; the reference is used as it is" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_training_goes_on_without_a_reference_to_train(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `jobs/train_policies.py` calls: the stage of the reference is done where the config has it."""
+    assert main(["train", str(run_file)]) == 1
+    assert "stage 'pairs' needs 'data', which is not complete" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "give a run file, or a pool of your own with --table FILE --primary NAME --out DIR"),
+        (["run.yaml", "--table", "x.parquet"], "give a run file, or a pool of your own"),
+        (["--table", "x.parquet", "--out", "x"], "--primary is missing: a pool of your own needs --primary NAME and"),
+        (["--table", "x.parquet", "--primary", "x"], "--out is missing"),
+    ],
+)
+def test_mopo_needs_a_run_file_or_a_whole_pool(
+    capsys: pytest.CaptureFixture[str], given: list[str], message: str
+) -> None:
+    assert main(["mopo", *given]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_serving_something_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

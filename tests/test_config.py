@@ -320,3 +320,49 @@ def test_particles_and_another_temperature_than_1_are_refused_together(raw: dict
     assert "set it to 1, or decoding.particles to 1" in message
     assert parse_config(raw, ["evaluation.temperature=0.7"]).decoding.particles == 1
     assert parse_config(raw, ["decoding.particles=4"]).evaluation.temperature == 1.0
+
+
+MOPO = {"problems": {"kind": {"primary": "helpful", "bounds": {"harmless": "reference - 0.02"}}}}
+
+
+def test_mopo_s_problems_name_objectives_and_bounds(raw: dict[str, Any]) -> None:
+    """Bounds are numbers or texts; settings that are left out have the paper's τ and no radius."""
+    assert parse_config(raw).mopo is None
+    mopo = parse_config({**raw, "mopo": MOPO}).mopo
+    assert mopo is not None
+    assert mopo.problems["kind"].bounds == {"harmless": "reference - 0.02"}
+    assert (mopo.tau, mopo.radius, mopo.variant) == (0.08, 0.0, "lagrangian")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("mopo.problems={}", "mopo.problems: Dictionary should have at least 1 item"),
+        ("mopo.problems.kind.primary=helpfull", "mopo.problems.kind: unknown objective 'helpfull'; the objectives are"),
+        ("mopo.problems.kind.bounds={harm: 0.5}", "mopo.problems.kind: unknown objective 'harm'"),
+        (
+            "mopo.problems.kind.bounds={helpful: 0.5}",
+            "the primary objective 'helpful' is maximised, and cannot be bounded",
+        ),
+        ("mopo.problems.kind.bounds={harmless: 1.2}", "problems.kind: bound harmless: 1.2 is no win probability"),
+        ("mopo.problems.kind.bounds={harmless: much}", "problems.kind: bound harmless: 'much' is no win probability"),
+        (
+            "mopo.problems.kind.bounds={harmless: adaptive}",
+            "the bound of 'harmless' is adaptive, and follows an online training; set mopo.training.method to online",
+        ),
+        ("mopo.tau=0", "mopo.tau: Input should be greater than 0 (got 0)"),
+        ("mopo.radius=-0.1", "mopo.radius: Input should be greater than or equal to 0 (got -0.1)"),
+        ("mopo.problems={'a b': {primary: helpful}}", "mopo.problems: 'a b': names are letters, digits, - and _"),
+        ("mopo.training.batch_size=6", "batch_size 6 is not a multiple of micro_batch_size × num_workers = 4"),
+    ],
+)
+def test_a_problem_that_makes_no_sense_is_refused(raw: dict[str, Any], override: str, expected: str) -> None:
+    assert expected in complaint({**raw, "mopo": MOPO}, override)
+
+
+def test_candidates_that_nobody_draws_are_refused(raw: dict[str, Any]) -> None:
+    drawn = ("mopo.candidates=reference", "samples.proposals=policies")
+    assert "π_ref draws no candidates; set samples.proposals to all" in complaint({**raw, "mopo": MOPO}, *drawn)
+    assert parse_config(
+        {**raw, "mopo": MOPO}, ["mopo.training.method=online", "mopo.problems.kind.bounds.harmless=adaptive"]
+    )

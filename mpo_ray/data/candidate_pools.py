@@ -19,7 +19,7 @@ from mpo_ray.data.score_files import PROMPT, ScoreTableError
 from mpo_ray.maths.sample_table import log_proposal
 from mpo_ray.maths.simplex import Array
 from mpo_ray.maths.win_probability import Link, win_probabilities_from_labels, win_probabilities_in_pool
-from mpo_ray.records import REFERENCE
+from mpo_ray.records import REFERENCE, digest
 
 ERROR = "error_"
 
@@ -85,9 +85,8 @@ def pool_of_labels(pairs: Mapping[str, pa.Table]) -> pa.Table:
     known = np.flatnonzero(np.isfinite(np.stack(list(wins.values()))).all(axis=0))
     keys = list(numbers)
     order = np.array(sorted(known.tolist(), key=lambda i: (keys[i][0], i)), dtype=np.int64)
-    names = {prompt: f"{number:08d}" for number, prompt in enumerate(dict.fromkeys(keys[i][0] for i in order))}
     columns = {
-        PROMPT: pa.array([names[keys[i][0]] for i in order], pa.string()),
+        PROMPT: pa.array([digest(list(keys[i][0]))[:16] for i in order], pa.string()),
         RESPONSE: pa.array(order),
         "prompt_ids": pa.array([list(keys[i][0]) for i in order], pa.list_(pa.int32())),
         "response_ids": pa.array([list(keys[i][1]) for i in order], pa.list_(pa.int32())),

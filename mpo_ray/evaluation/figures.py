@@ -18,7 +18,7 @@ from mpo_ray.drawing import COLOURS, FIXED, MARKERS, legend, pair_panels, single
 from mpo_ray.evaluation.estimates import Estimate
 from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.evaluation.pareto import Pareto, nondominated
-from mpo_ray.records import GRID_PREFIX, MPO, REFERENCE, SOUP_MPO, SOUP_UNIFORM
+from mpo_ray.records import GRID_PREFIX, MOPO_PREFIX, MPO, REFERENCE, SOUP_MPO, SOUP_UNIFORM
 
 Floats = NDArray[np.float64]
 
@@ -30,6 +30,14 @@ FAMILIES = {
     "mixture": ("mixtures, grid of λ", "#D55E00", "o", "-", "#D55E00"),
     "soup": ("soups, grid of λ", "#444444", "s", "--", "white"),
 }
+#: Policies of MOPO from which on they are one family in the pictures, not candidates by name.
+MANY = 3
+
+
+def shown(metrics: Metrics) -> list[str]:
+    """The candidates that are drawn by name: all, or all but a sweep of MOPO's policies."""
+    sweep = [name for name in metrics.candidates if name.startswith(MOPO_PREFIX)]
+    return [name for name in metrics.candidates if len(sweep) < MANY or name not in sweep]
 
 
 def style(candidate: str, objectives: Sequence[str], others: Sequence[str] = ()) -> tuple[str, str]:
@@ -43,7 +51,7 @@ def style(candidate: str, objectives: Sequence[str], others: Sequence[str] = ())
 
 def win_rate_figure(metrics: Metrics) -> Figure:
     """Win rates against the reference with intervals, grouped by objective, and the minimum as a group of its own."""
-    names = [name for name in metrics.candidates if name != REFERENCE]
+    names = [name for name in shown(metrics) if name != REFERENCE]
     groups = [*metrics.objectives, "minimum"]
     figure, axes = single_axes(max(7.2, (0.6 + 0.22 * len(names)) * len(groups)), 3.9)
     width = 0.8 / len(names)
@@ -83,7 +91,8 @@ def trade_off_figure(metrics: Metrics) -> Figure:
     """
     figure, panels = pair_panels(metrics.objectives, height=3.1)
     for (first, second), axes in panels.items():
-        for name, candidate in metrics.candidates.items():
+        for name in shown(metrics):
+            candidate = metrics.candidates[name]
             _point(axes, name, metrics, candidate.rewards[first], candidate.rewards[second])
         axes.set_xlabel(f"mean reward: {first}")
         axes.set_ylabel(f"mean reward: {second}")
@@ -103,7 +112,11 @@ def pareto_figure(metrics: Metrics, pareto: Pareto) -> Figure:
         places = {n: (p.win_rates[first].value, p.win_rates[second].value) for n, p in pareto.points.items()}
         for kind in FAMILIES:
             _grid(axes, kind, pareto, places)
-        for name in metrics.candidates:
+        sweep = [name for name in metrics.candidates if name not in shown(metrics)]
+        if sweep:
+            found = np.array([places[name] for name in sweep])
+            axes.plot(*found.T, "P", color="#882255", markersize=5.5, label="MOPO's policies", zorder=2)
+        for name in shown(metrics):
             rates = pareto.points[name].win_rates
             _point(axes, name, metrics, rates[first], rates[second], line_width=0.8)
         _stair(axes, [places[name] for name in nondominated({n: np.array(place) for n, place in places.items()})])
@@ -148,7 +161,8 @@ def _stair(axes: Any, corners: Sequence[tuple[float, float]]) -> None:
 def kl_figure(metrics: Metrics) -> Figure:
     """How far from the reference a candidate is, KL in nats per completion, against its minimum win rate."""
     figure, axes = single_axes(7.2, 3.4)
-    for name, candidate in metrics.candidates.items():
+    for name in shown(metrics):
+        candidate = metrics.candidates[name]
         _point(axes, name, metrics, candidate.kl, candidate.minimum_win_rate)
     axes.axhline(0.5, color="#333333", linewidth=1.0, linestyle="--", zorder=1)
     axes.set_xlabel("KL to the reference, nats per completion")

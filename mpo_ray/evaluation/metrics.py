@@ -17,7 +17,7 @@ from mpo_ray.evaluation.completions import Resampled, resample
 from mpo_ray.evaluation.estimates import Estimate, estimates_from_json
 from mpo_ray.evaluation.pareto import Pareto
 from mpo_ray.maths.statistics import SignTest, difference_of_minima, minimum_win_rate, sign_test
-from mpo_ray.records import FIT_PREFIX, MPO, MPO_TOKENWISE, REFERENCE, SOUP_MPO, SOUP_UNIFORM, UNIFORM
+from mpo_ray.records import FIT_PREFIX, MOPO_PREFIX, MPO, MPO_TOKENWISE, REFERENCE, SOUP_MPO, SOUP_UNIFORM, UNIFORM
 
 Floats = NDArray[np.float64]
 
@@ -82,6 +82,8 @@ class Metrics:
         """What a reader calls the candidate."""
         if candidate.startswith(FIT_PREFIX):
             return f"{candidate.removeprefix(FIT_PREFIX)} fit"
+        if candidate.startswith(MOPO_PREFIX):
+            return f"MOPO {candidate.removeprefix(MOPO_PREFIX)}"
         return LABELS.get(candidate, f"{candidate} policy" if candidate in self.objectives else candidate)
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mpo_ray.evaluation.candidates import Candidate
 from mpo_ray.evaluation.completions import resample
 from mpo_ray.evaluation.estimates import Estimate, estimates_from_json
-from mpo_ray.records import GRID_PREFIX, MPO, SOUP_MPO, SOUP_UNIFORM, UNIFORM
+from mpo_ray.records import GRID_PREFIX, MOPO_PREFIX, MPO, SOUP_MPO, SOUP_UNIFORM, UNIFORM
 
 #: Win rate of each objective from which volumes are measured.
 REFERENCE_POINT = 0.0
@@ -40,7 +40,8 @@ class Point:
 class Hypervolume:
     """Dominated volume of the mixtures and of the soups at the same weights; both hold the single policies.
 
-    num_points: of each family; difference: mixture − soup, paired. No soup: None.
+    num_points: of both families; difference: mixture − soup, paired. No soup: None.
+    mopo: that of MOPO's policies alone, num_mopo of them
     The volume of estimates is biased high, the more the fewer the prompts, and alike for both families.
     """
 
@@ -49,6 +50,8 @@ class Hypervolume:
     difference: Estimate | None
     num_points: int
     reference_point: dict[str, float]
+    mopo: Estimate | None = None
+    num_mopo: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,8 @@ class Pareto:
             for name, point in value["points"].items()
         }
         volume = value["hypervolume"]
-        estimates = {key: volume[key] and Estimate(**volume[key]) for key in ("mixture", "soup", "difference")}
+        kinds = ("mixture", "soup", "difference", "mopo")
+        estimates = {key: Estimate(**volume[key]) if volume.get(key) else None for key in kinds}
         return cls(points, value["front"], Hypervolume(**{**volume, **estimates}), value["num_prompts"])
 
 
@@ -87,7 +91,7 @@ def compare_points(
     """Find the front of all candidates of a completions table, and the hypervolume of each family.
 
     table: as `completions.resample` has it; candidates: every candidate of the table
-    families: `mixture`, and `soup` where there are soups: names of the candidates that belong to it
+    families: `mixture`, and `soup` and `mopo` where there are some: names of the candidates that belong to it
     """
     found = resample(table, objectives, draws=draws, seed=seed)
     points = {}
@@ -118,6 +122,8 @@ def compare_points(
             difference=difference,
             num_points=len(families["mixture"]),
             reference_point=dict.fromkeys(objectives, REFERENCE_POINT),
+            mopo=estimates.get("mopo"),
+            num_mopo=len(families.get("mopo", ())),
         ),
         num_prompts=len(found.prompts),
     )
@@ -126,14 +132,14 @@ def compare_points(
 def families_of(
     objectives: Sequence[str], named: Mapping[str, Candidate], grid: Mapping[str, Candidate]
 ) -> dict[str, list[str]]:
-    """Mixtures and soups at the same weights: those of the grid, or without one the named ones and the policies."""
+    """Mixtures and soups at the same weights (of the grid, or without one the named ones and the policies); MOPO's."""
+    families = {"mixture": [*objectives, UNIFORM, MPO], "soup": []}
     if grid:
-        kinds = {kind: [name for name, c in grid.items() if c.kind == kind] for kind in ("mixture", "soup")}
-        return {kind: names for kind, names in kinds.items() if names}
-    families = {"mixture": [*objectives, UNIFORM, MPO]}
-    if SOUP_UNIFORM in named:
+        families = {kind: [name for name, c in grid.items() if c.kind == kind] for kind in families}
+    elif SOUP_UNIFORM in named:
         families["soup"] = [*objectives, SOUP_UNIFORM, SOUP_MPO]
-    return families
+    families["mopo"] = [name for name in named if name.startswith(MOPO_PREFIX)]
+    return {kind: names for kind, names in families.items() if names}
 
 
 def hypervolume(points: Floats) -> float:

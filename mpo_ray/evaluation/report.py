@@ -25,6 +25,7 @@ from mpo_ray.evaluation.completions import REWARD
 from mpo_ray.evaluation.estimates import number
 from mpo_ray.evaluation.fit_section import fit_pictures, fit_section
 from mpo_ray.evaluation.metrics import Metrics
+from mpo_ray.evaluation.mopo_section import mopo_section, sweep_figure
 from mpo_ray.evaluation.verdict import baseline_verdict, verdict
 from mpo_ray.records import GRID_PREFIX, MPO, decode_prompt
 
@@ -42,6 +43,7 @@ CAPTIONS = {
     "pareto": "Win rates of two objectives at a time. Up and to the right is better; crosses are the intervals, "
     "the stair is the front of the two objectives.",
     "kl": "Distance from the reference against the worst objective's win rate.",
+    "mopo": "What MOPO's policies reach on held-out prompts, against the bound; lines are intervals.",
     "training": "Training loss of the single policies.",
 }
 
@@ -60,6 +62,7 @@ def write_report(
     provenance: Mapping[str, Any],
     training: Mapping[str, Mapping[str, Any]],
     judge: Mapping[str, Any] | None = None,
+    mopo: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write report.html, metrics.json and the pictures into `directory`, and return the path of report.html.
 
@@ -71,11 +74,14 @@ def write_report(
     conflict: per pair of objectives `first`, `second`, `disagreement`, `rank_correlation`, `sentence`; None if unknown
     provenance: what the run was made with (versions, seed, digest of the config, …), nested as deep as need be
     judge: what judge.json holds; None without a judge
+    mopo: `solved` and `certificates`, problem → what mopo.json and certificate.json hold; None without problems
     training: objective → `steps`, `heldout` (named numbers) and `history` (a list of {"step", "loss"}), each optional
     """
     directory.mkdir(parents=True, exist_ok=True)
     drawn = {name: (figure, CAPTIONS[name]) for name, figure in _figures(metrics, training).items()}
     drawn |= fit_pictures(fit, trade_off, predicted, metrics)
+    sweep = None if mopo is None else sweep_figure(mopo["certificates"])
+    drawn |= {} if sweep is None else {"mopo": (sweep, CAPTIONS["mopo"])}
     pictures = {}
     for name, (figure, caption) in drawn.items():
         content = png(figure)
@@ -100,6 +106,7 @@ def write_report(
         provenance=_flat(provenance),
         judge=judge,
         judge_kinds=JUDGE_KINDS,
+        mopo=None if mopo is None else mopo_section(mopo["solved"], mopo["certificates"]),
     )
     path = directory / "report.html"
     path.write_text(page, encoding="utf-8")

@@ -16,7 +16,7 @@ from rich.text import Text
 from mpo_ray.data.pools import PoolTable, open_pool
 from mpo_ray.fitting.summary import caution, titled_table
 from mpo_ray.fitting.table_fit import named
-from mpo_ray.maths.constrained import RunawayError, Solution, check_temperature, solve_barrier, solve_lagrangian
+from mpo_ray.maths.constrained import RunawayError, Solution, check_temperature, ratio, solve_barrier, solve_lagrangian
 from mpo_ray.maths.feasibility import check_feasible
 from mpo_ray.maths.robust import check_radius
 from mpo_ray.maths.simplex import Array
@@ -122,6 +122,14 @@ def solve_pool(
         "warnings": _warnings(names, found, limits, sizes),
     }
     return result, found.ratio
+
+
+def values_under(table: PoolTable, multipliers: Array, tau: float) -> tuple[dict[str, float], Array]:
+    """What ρ of these multipliers gives each objective on another pool, and ρ of every row   (eq. 9)"""
+    pool = table.pool
+    rho = ratio(pool, multipliers, tau)
+    values = [float(pool.expectation(rho * pool.primary)), *pool.expectation(rho[:, None] * pool.secondary)]
+    return dict(named(table.objectives, values)), rho
 
 
 def pool_summary(result: Mapping[str, Any]) -> RenderableType:

@@ -36,7 +36,11 @@ def evaluate(context: Context) -> dict[str, Any]:
     check_compared_models(context)
     objectives, settings = list(config.objectives), config.evaluation
     named = named_candidates(
-        objectives, run.read_json("fit.json"), settings, context.compared_models(), **_decoding(config)
+        objectives,
+        run.read_json("fit.json"),
+        settings,
+        context.compared_models() | context.mopo_policies(),
+        **_decoding(config),
     )
     grid = grid_candidates(len(objectives), settings, **_decoding(config))
     # A point of the grid that is a named candidate takes its completions; the others have the first prompts only.
@@ -170,7 +174,18 @@ def report(context: Context) -> None:
             },
             training=trained,
             judge=run.read_json("evaluation/judge.json") if config.evaluation.judge else None,
+            mopo=_mopo(context),
         )
+
+
+def _mopo(context: Context) -> dict[str, Any] | None:
+    if context.config.mopo is None:
+        return None
+    names, read = list(context.config.mopo.problems), context.run.read_json
+    return {
+        "solved": {name: read(f"mopo/{name}/mopo.json") for name in names},
+        "certificates": {name: read(f"mopo/{name}/certificate.json") for name in names},
+    }
 
 
 def predictions(context: Context) -> dict[str, Any]:
@@ -204,7 +219,7 @@ EVALUATION = Stage(
     outputs=lambda context: ["evaluation/completions.parquet", "evaluation/metrics.json"],
     depends_on=lambda context: [
         context.config.evaluation.model_dump(exclude={"prompts", "num_prompts", "models", "judge"}),
-        {name: content(path) for name, path in context.compared_models().items()},
+        {name: content(path) for name, path in (context.compared_models() | context.mopo_policies()).items()},
         context.config.scoring.model_dump(exclude=ACTOR_PLACEMENT),
         context.config.decoding.model_dump(),
         {name: content(spec) for name, spec in context.rewards().items()},
@@ -215,7 +230,7 @@ EVALUATION = Stage(
 REPORT = Stage(
     name="report",
     title="Report",
-    after=("judge",),
+    after=("certificates", "judge"),
     outputs=lambda context: ["report"],
     depends_on=lambda context: None,
     work=report,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mpo_ray.run import RunError
+from mpo_ray.stages.constrained import CERTIFICATES, MOPO, POOLS
 from mpo_ray.stages.data import DATA_STAGE, EMBEDDED_STAGE
 from mpo_ray.stages.evaluating import EVALUATION, REPORT
 from mpo_ray.stages.fitting import FIT, MIXTURE
@@ -21,7 +22,10 @@ ORDER = (
     SCORES,
     FIT,
     MIXTURE,
+    POOLS,
+    MOPO,
     EVALUATION,
+    CERTIFICATES,
     JUDGE,
     REPORT,
 )
@@ -35,6 +39,8 @@ def stages_of(context: Context) -> list[Stage]:
         left_out.add(EMBEDDED_STAGE.name)
     if context.config.reference.sft is None:
         left_out.add(REFERENCE.name)
+    if context.config.mopo is None:
+        left_out |= {POOLS.name, MOPO.name, CERTIFICATES.name}
     if context.config.evaluation.judge is None:
         left_out.add(JUDGE.name)
     return [stage for stage in ORDER if stage.name not in left_out]
@@ -53,9 +59,8 @@ def run_single(context: Context, *names: str) -> str:
     """
     wanted = [stage for stage in stages_of(context) if stage.name in names]
     if not wanted:
-        raise RunError(
-            f"this config has no stage {names[0]!r}: the reference is used as it is (reference.sft is not set)."
-        )
+        missing = "section `mopo`" if names[0] == POOLS.name else "reference.sft; the reference is used as it is"
+        raise RunError(f"this config has no stage {names[0]!r}: it has no {missing}.")
     needed = {name for stage in wanted for name in _before(stage)} - set(names)
     for stage in stages_of(context):
         if stage.name in needed and not context.run.is_complete(stage.name, context.inputs(stage)):

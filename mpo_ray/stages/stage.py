@@ -13,6 +13,7 @@ from rich.console import Console
 from mpo_ray.config import RunConfig
 from mpo_ray.config_training import Source
 from mpo_ray.data.sources import fingerprint
+from mpo_ray.records import MOPO_PREFIX
 from mpo_ray.run import Run, directory_digest, file_digest, stage_inputs
 
 EMBEDDED = "embedded"
@@ -76,6 +77,11 @@ class Context:
     def compared_models(self) -> dict[str, str]:
         """Other people's models by name, with absolute paths."""
         return {name: absolute(path) for name, path in self.config.evaluation.models.items()}
+
+    def mopo_policies(self) -> dict[str, str]:
+        """Where MOPO's policies lie, by the names of their candidates."""
+        problems = [] if self.config.mopo is None else self.config.mopo.problems
+        return {f"{MOPO_PREFIX}{name}": str(self.run.fetch(f"mopo/{name}/policy")) for name in problems}
 
     def uses_embedded(self) -> bool:
         return self.config.reference.model == EMBEDDED or any(s.embedded for s in self.sources().values())

@@ -11,6 +11,7 @@ from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.config_training import Training
 from mpo_ray.run import stage_inputs
 from mpo_ray.stages.stage import Context, Stage
+from mpo_ray.training.constrained import Problem
 
 #: What says where and how fast work is done, and not what comes out.
 PLACEMENT = {"workers": {"cpus_per_worker", "gpus_per_worker", "max_failures"}}
@@ -21,9 +22,9 @@ def train_reference(context: Context) -> dict[str, Any]:
     """Fine-tune the given model on the texts: π_ref of everything that follows."""
     sft = context.config.reference.sft
     assert sft is not None
-    job = _job(context, "base", (context.given_model(), context.given_content()), sft, "texts", "base")
-    _train(context, [job])
-    return _figures(context, "base")
+    job = training_job(context, "base", (context.given_model(), context.given_content()), sft, "texts", "base")
+    train_jobs(context, [job])
+    return figures_of(context, "base")
 
 
 def score_pairs(context: Context) -> None:
@@ -54,14 +55,14 @@ def train_policies(context: Context) -> dict[str, Any]:
     model = context.reference(), context.reference_inputs()
     settings = context.config.policies
     jobs = [
-        _job(context, name, model, settings, f"reference_logprobs/{name}", f"policies/{name}")
+        training_job(context, name, model, settings, f"reference_logprobs/{name}", f"policies/{name}")
         for name in context.config.objectives
     ]
-    _train(context, jobs)
-    return {name: _figures(context, f"policies/{name}") for name in context.config.objectives}
+    train_jobs(context, jobs)
+    return {name: figures_of(context, f"policies/{name}") for name in context.config.objectives}
 
 
-def _train(context: Context, jobs: list[TrainingJob]) -> None:
+def train_jobs(context: Context, jobs: list[TrainingJob]) -> None:
     """Do the jobs whose output does not record that it was trained from the same inputs."""
     missing = []
     for job in jobs:
@@ -74,16 +75,24 @@ def _train(context: Context, jobs: list[TrainingJob]) -> None:
         train_all(missing, context.console)
 
 
-def _job(
-    context: Context, name: str, model: tuple[str, str], training: Training, data: str, output: str
+def training_job(
+    context: Context,
+    name: str,
+    model: tuple[str, str],
+    training: Training,
+    data: str,
+    output: str,
+    *,
+    problem: Problem | None = None,
 ) -> TrainingJob:
-    """model: where it lies, and what stands for it in a digest of inputs."""
+    """model: where it lies, and what stands for it in a digest of inputs; problem: what MOPO's policy is to solve."""
     parts = context.run.parts(data)
     data_inputs = [[part, context.run.inputs_of(part)] for part in parts]
     settings = training.model_dump(mode="json", exclude={**PLACEMENT, "source": True})  # the data speak for it
+    solved = [] if problem is None else [problem.model_dump()]
     return TrainingJob(
         name=name,
-        inputs=stage_inputs("training", model[1], settings, context.config.seed, data_inputs),
+        inputs=stage_inputs("training", model[1], settings, context.config.seed, data_inputs, *solved),
         run_root=context.run.root,
         model=model[0],
         training=training,
@@ -91,10 +100,11 @@ def _job(
         heldout_parts=[part for part in parts if part.rpartition("/")[2].startswith("heldout")],
         output=output,
         seed=context.config.seed,
+        problem=problem,
     )
 
 
-def _figures(context: Context, node: str) -> dict[str, Any]:
+def figures_of(context: Context, node: str) -> dict[str, Any]:
     record = context.run.read_json(f"{node}/training.json")
     figures = ", ".join(f"{key} {value:.4g}" for key, value in record["heldout"].items())
     context.console.print(f"  {node}: {record['steps']} steps; held-out {figures}")

@@ -7,14 +7,27 @@ from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
 from mpo_ray.drawing import DPI, png
 from mpo_ray.evaluation import figures
+from mpo_ray.evaluation.candidates import Candidate
 from mpo_ray.evaluation.metrics import Metrics
-from tests.evaluation.world import OBJECTIVES, completions, evaluate_completions, evaluated, with_front
+from mpo_ray.evaluation.pareto import compare_points
+from tests.evaluation.world import (
+    OBJECTIVES,
+    WORLD,
+    Tendency,
+    completions,
+    evaluate_completions,
+    evaluated,
+    records,
+    with_front,
+)
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +177,27 @@ def test_the_front_picture_has_every_point_of_the_grid_at_its_win_rates(full):
             first, second = (points[name].win_rates[objective] for objective in pair)
             assert (x, y) == (first.value, second.value)
             np.testing.assert_allclose([*horizontal, *vertical], [first.low, first.high, second.low, second.high])
+
+
+def test_a_sweep_of_mopo_s_policies_is_one_family_and_a_single_one_a_candidate():
+    """Three or more are points of one look on the front, and nowhere by name; fewer are drawn like any other."""
+    sweep = {f"mopo-{i}": Tendency(0.5 + 0.1 * i, 5.0 - 0.4 * i, 0.3, 1.0) for i in range(3)}
+    candidates = records() | {name: Candidate("model", path=name) for name in sweep}
+    table = completions(num_prompts=12, world={**WORLD, **sweep})
+    many = evaluate_completions(table, OBJECTIVES, draws=20, confidence=0.9, seed=0)
+    families = {"mixture": [*OBJECTIVES, "uniform", "mpo"], "mopo": list(sweep)}
+    points = compare_points(table, OBJECTIVES, candidates, families, draws=20, confidence=0.9, seed=0)
+    figure = figures.pareto_figure(many, points)
+    assert "MOPO's policies" in legend_of(figure)
+    assert not [label for label in legend_of(figure) if label.startswith("MOPO ")]
+    [line] = [line for line in figure.axes[0].lines if line.get_label() == "MOPO's policies"]
+    rates = [[points.points[name].win_rates[o].value for o in OBJECTIVES[:2]] for name in sweep]
+    np.testing.assert_allclose(line.get_xydata(), rates)
+    for picture in (figures.win_rate_figure, figures.trade_off_figure, figures.kl_figure):
+        assert not [label for label in legend_of(picture(many)) if label.startswith("MOPO ")]
+    one = table.filter(pc.invert(pc.is_in(table["candidate"], pa.array(["mopo-1", "mopo-2"]))))
+    few = evaluate_completions(one, OBJECTIVES, draws=20, confidence=0.9, seed=0)
+    assert "MOPO 0" in legend_of(figures.win_rate_figure(few))
 
 
 def test_no_point_lies_above_the_stair_and_its_corners_are_points(full):

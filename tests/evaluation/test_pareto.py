@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
 from mpo_ray.config import Evaluation
 from mpo_ray.evaluation.candidates import Candidate, grid_candidates
-from mpo_ray.evaluation.pareto import Point, compare_points, families_of, hypervolume, nondominated
-from tests.evaluation.world import ALL_KINDS, OBJECTIVES, completions, records, with_front
+from mpo_ray.evaluation.pareto import Pareto, Point, compare_points, families_of, hypervolume, nondominated
+from tests.evaluation.world import ALL_KINDS, OBJECTIVES, Tendency, completions, records, with_front
 
 
 def dominates(a: np.ndarray, b: np.ndarray) -> bool:
@@ -55,6 +58,21 @@ def test_families_are_compared_at_the_same_weights():
         "mixture": [*OBJECTIVES, "uniform", "mpo"],
         "soup": [*OBJECTIVES, "soup-uniform", "soup-mpo"],
     }
+
+
+def test_mopo_s_policies_are_a_family_of_their_own():
+    """Its volume is that of its policies alone, and they are among the points and in the front."""
+    sweep = {f"mopo-{i}": Tendency(0.5 + 0.1 * i, 5.0 - 0.4 * i, 0.3, 1.0) for i in range(3)}
+    named = records() | {name: Candidate("model", path=name) for name in sweep}
+    families = families_of(OBJECTIVES, named, {})
+    assert families["mopo"] == list(sweep)
+    assert families_of(OBJECTIVES, named, grid_candidates(3, Evaluation(grid=2)))["mopo"] == list(sweep)
+    table = completions(num_prompts=10, world={**ALL_KINDS, **sweep})
+    found = compare_points(table, OBJECTIVES, named, families, draws=10, confidence=0.9, seed=0)
+    own = np.array([[found.points[name].win_rates[o].value for o in OBJECTIVES] for name in sweep])
+    assert found.hypervolume.mopo.value == pytest.approx(hypervolume(own))
+    assert found.hypervolume.num_mopo == 3
+    assert Pareto.from_json(json.loads(json.dumps(asdict(found)))) == found
 
 
 def test_without_soups_there_is_one_family_and_no_difference():

@@ -1,0 +1,73 @@
+"""MOPO's certificate: whether a policy's bounds hold on held-out prompts, with intervals (design 2.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mpo_ray.evaluation.completions import read_cells
+from mpo_ray.evaluation.estimates import Estimate
+from mpo_ray.maths.statistics import bootstrap_means
+from mpo_ray.maths.win_probability import Link
+from mpo_ray.records import REFERENCE
+
+MET, NOT_MET, UNDECIDED = "met", "not met", "undecided"
+
+
+def certify(
+    completions: pa.Table,
+    candidate: str,
+    primary: str,
+    bounds: Mapping[str, float],
+    *,
+    link: Link,
+    draws: int,
+    confidence: float,
+    seed: int,
+) -> dict[str, Any]:
+    """E[p̄] and every E[q̄] of a candidate's completions, against the reference's of the same prompts.
+
+    completions: an evaluation's table; bounds: objective → b; link: of the win probabilities that were bounded
+    A bound is `met` where the whole interval is at least b, `not met` where all of it is below, else `undecided`.
+    Intervals are percentiles of bootstrap means over prompts, one at a time: not simultaneous over the bounds.
+    """
+    names = [primary, *bounds]
+    cells, prompts = read_cells(completions, names)
+    ours, reference = cells[candidate].rewards, cells[REFERENCE].rewards
+    wins = [link(ours[n][:, :, None] - reference[n][:, None, :]).mean(axis=(1, 2)) for n in names]
+    values = np.stack(wins, axis=1)
+    drawn = bootstrap_means(values, draws, np.random.default_rng(seed))
+    found = {name: Estimate.over(float(values[:, k].mean()), drawn[:, k], confidence) for k, name in enumerate(names)}
+    return {
+        "primary": {primary: _written(found[primary])},
+        "bounds": {n: {"bound": b, **_written(found[n]), "verdict": _verdict(found[n], b)} for n, b in bounds.items()},
+        "num_prompts": len(prompts),
+        "num_completions": int(np.prod(next(iter(ours.values())).shape)),
+        "confidence": confidence,
+        "draws": draws,
+    }
+
+
+def certificate_lines(name: str, certificate: Mapping[str, Any]) -> Sequence[str]:
+    """The certificate for the terminal, a line per objective."""
+    [(primary, value)] = certificate["primary"].items()
+    lines = [f"{name}: {primary} {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"]
+    return lines + [
+        f"  {objective} {b['value']:.3f} [{b['low']:.3f}, {b['high']:.3f}], bound {b['bound']:.3f}: {b['verdict']}"
+        for objective, b in certificate["bounds"].items()
+    ]
+
+
+def _written(estimate: Estimate) -> dict[str, float | None]:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+
+
+def _verdict(estimate: Estimate, bound: float) -> str:
+    assert estimate.low is not None
+    assert estimate.high is not None
+    if estimate.low >= bound:
+        return MET
+    return NOT_MET if estimate.high < bound else UNDECIDED
