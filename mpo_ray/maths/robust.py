@@ -15,6 +15,8 @@ from mpo_ray.maths.simplex import Array
 
 #: Where log χ is looked for, from the spread of the values: a χ this small is the minimum, this large the mean.
 SMALLEST, LARGEST = 1e-9, 1e9
+#: Where steps of χ end, for values with a mean of at most 1, as ρ q̄ has: exp(−v/χ) of their least is above 0 there.
+LEAST_CHI = 2e-3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,9 +82,11 @@ def chi_step(log_chi: float, kl: float, radius: float, step_size: float) -> floa
     """log χ ← log χ + η (KL − ε)/ε, with a share of at most 1 either way   (design 2.4, eq. 12)
 
     The slope of (12) in log χ is χ (KL(Q_χ‖π_ref) − ε); here it is divided by χ ε, so that one η serves every radius,
-    and cut, since KL/ε has no bound. It rests where the slope is 0.
+    and cut, since KL/ε has no bound. It rests where the slope is 0, or at LEAST_CHI where the minimum is within the
+    radius.
     """
-    return log_chi + step_size * float(np.clip(kl / radius - 1.0, -1.0, 1.0))
+    moved = log_chi + step_size * float(np.clip(kl / radius - 1.0, -1.0, 1.0))
+    return max(moved, float(np.log(LEAST_CHI)))
 
 
 def check_radius(radius: float) -> None:

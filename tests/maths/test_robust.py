@@ -94,6 +94,17 @@ def test_steps_of_chi_end_at_the_optimum_from_either_side(radius: float, start: 
     assert log_chi == pytest.approx(exact, abs=1e-6)
 
 
+def test_steps_of_chi_come_to_rest_where_the_minimum_is_within_the_radius() -> None:
+    """χ* = 0 there: the value ends within χ ε of the minimum, however long the steps go on."""
+    log_reference, values = np.log([0.5, 0.3, 0.2]), np.array([0.4, 0.9, 1.7])
+    log_chi, radius = 0.0, 1.0
+    for _ in range(2000):
+        value, kl = dual_at(dual_moments(log_reference, values, log_chi), radius, log_chi)
+        log_chi = chi_step(log_chi, kl, radius, 0.1)
+    assert robust_bound(log_reference, values, radius).value == pytest.approx(0.4)
+    assert value == pytest.approx(0.4, abs=2e-3)
+
+
 def test_a_near_tie_at_the_minimum_is_within_the_radius_too() -> None:
     """Two of four values are 0 to 1e-10: log 2 nats reach them both, and 1 nat is more than that."""
     found = robust_bound(np.log(np.full(4, 0.25)), np.array([0.0, 1e-10, 1.0, 2.0]), 1.0)
