@@ -5,7 +5,6 @@ import torch
 
 from mpo_ray.cluster.train_worker import completion_model
 from mpo_ray.config_training import ConstrainedTraining
-from mpo_ray.policies.loading import load_model
 from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.constrained import token_batch
 from mpo_ray.training.lagged import LaggedModel
@@ -27,9 +26,17 @@ def _model(base: str, **changes: object) -> CompletionModel:
 
 @pytest.mark.parametrize("lora", [{"rank": 4, "dropout": 0.5}, None])
 def test_lagged_weights_stay_what_they_were_while_the_others_are_trained(base: str, lora: dict | None) -> None:
-    model = _model(base, lora=lora).train()
+    model = _model(base, lora=lora)
     assert isinstance(model, LaggedModel)
-    reference = CompletionModel(load_model(base))(BATCH)
+    reference = model.eval()(BATCH).detach()
+    assert torch.allclose(reference, model(BATCH, weights="lagged"), atol=1e-5)  # both begin as the model given
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, _, parameter in model.lagged_pairs():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    other = model(BATCH, weights="lagged")
+    assert (other - reference).abs().max() > 0.1
+    model.train()
     wanted = [p.requires_grad for p in model.parameters()]
     for _ in range(2):
         model(BATCH).sum().backward()
@@ -39,7 +46,7 @@ def test_lagged_weights_stay_what_they_were_while_the_others_are_trained(base: s
                     parameter.sub_(0.01 * parameter.grad.clamp(-1, 1))
         lagged = model(BATCH, weights="lagged")
         assert not lagged.requires_grad
-        assert torch.allclose(lagged, reference, atol=1e-5)  # nor is there dropout
+        assert torch.allclose(lagged, other, atol=1e-5)  # nor is there dropout
         assert (model(BATCH) - reference).abs().max() > 0.1
     assert [p.requires_grad for p in model.parameters()] == wanted
     assert all(m.training for m in model.modules())

@@ -97,8 +97,9 @@ def test_a_ratio_that_rests_on_too_few_candidates_is_refused() -> None:
 def test_the_state_is_the_same_after_a_checkpoint() -> None:
     for state in (Multipliers.start(PROBLEM), _loop(_problem(radius=0.01), _training(lag=2), 5, batch=5)[-1]):
         again = Multipliers.of_json(state.as_json())
-        assert again.as_json() == state.as_json()
-        assert (again.averages is None) == (state.averages is None)
+        for name in state.__slots__:
+            before, after = getattr(state, name), getattr(again, name)
+            assert (before is None and after is None) or np.array_equal(before, after), name
 
 
 def test_nothing_is_multiplied_where_nothing_is_bounded() -> None:
