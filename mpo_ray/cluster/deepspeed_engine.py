@@ -103,6 +103,7 @@ class DeepSpeedEngine:
         return total / self.world_size
 
     def save(self, directory: Path, *, step: int) -> None:
+        """As `Engine.save`. What lies in `directory / TAG` already is part of the state, and has its digest kept."""
         self._engine.save_checkpoint(
             str(directory), tag=TAG, client_state={"step": step}, save_latest=False, exclude_frozen_parameters=True
         )
@@ -118,19 +119,33 @@ class DeepSpeedEngine:
         return int(state["step"])
 
     @property
+    def wrapped(self) -> CompletionModel:
+        """What was handed over."""
+        return cast(CompletionModel, self._engine.module)
+
+    @property
     def unwrapped(self) -> Any:
         """The causal LM itself."""
-        return self._engine.module.causal_lm
+        return self.wrapped.causal_lm
+
+    def gathered(self, parameter: torch.nn.Parameter, *, modifier: int | None = None) -> Any:
+        """A context in which every worker has the whole parameter; what worker `modifier` changes there holds for all.
+
+        Only a sharded parameter is gathered and sent; others are there already. Collective.
+        """
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(
+            [parameter], modifier_rank=modifier, enabled=hasattr(parameter, "ds_id")
+        )
 
     def full_state(self, *, trained_only: bool) -> dict[str, torch.Tensor]:
         """Weights by name, gathered one at a time on rank 0 (elsewhere empty). Collective."""
-        import deepspeed
-
         state: dict[str, torch.Tensor] = {}
         for name, parameter in self.unwrapped.named_parameters():
             if trained_only and not parameter.requires_grad:
                 continue
-            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            with self.gathered(parameter):
                 if self.rank == 0:
                     state[name] = parameter.detach().cpu().clone()
         return state

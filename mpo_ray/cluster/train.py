@@ -65,7 +65,7 @@ def num_side_by_side(workers: Workers) -> int:
 
 
 def _fit(job: TrainingJob, progress: Queue) -> str | None:
-    """Run one TorchTrainer; returns its error as text, None if it ended well."""
+    """Run one TorchTrainer; returns its error, or why it stopped, as text, None if it ended well."""
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     workers = job.training.workers
     resources = {"CPU": workers.cpus_per_worker}
@@ -88,10 +88,10 @@ def _fit(job: TrainingJob, progress: Queue) -> str | None:
         ),
     )
     try:
-        trainer.fit()
+        stopped: str | None = trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
         log = f"{job.directory}/error.txt"
         Run.at(job.run_root).write_text(log, str(error))
         first = str(next(iter(getattr(error, "worker_failures", {}).values()), error))
         return f"{first.strip().splitlines()[-1]} (all of it: {job.run_root}/{log})"
-    return None
+    return stopped

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mpo_ray.config_training import PolicyTraining, Strict, SupervisedTraining
+from mpo_ray.config_training import ConstrainedTraining, PolicyTraining, Strict, SupervisedTraining
+from mpo_ray.training.constrained import Problem
 
 
 class TrainingJob(Strict):
@@ -10,13 +11,15 @@ class TrainingJob(Strict):
     inputs never resume it, and stays in the result's training.json.
 
     model: directory or hub id to start from; *_parts: Parquet files of the run; output: node of the run to publish.
+    problem: what constrained training maximises and bounds; None for the other kinds
     """
 
     name: str
     inputs: str
     run_root: str
     model: str
-    training: PolicyTraining | SupervisedTraining
+    training: PolicyTraining | ConstrainedTraining | SupervisedTraining
+    problem: Problem | None = None
     train_parts: list[str]
     heldout_parts: list[str]
     output: str

@@ -98,6 +98,19 @@ def barrier_multipliers(values: Array, bounds: Array, sigma: float, delta: float
     return np.asarray(sigma / np.maximum(values - bounds, delta))
 
 
+def barrier_step(
+    multipliers: Array, values: Array, bounds: Array, step_size: float, *, sigma: float, delta: float
+) -> Array:
+    """λ ← argmin_{0 ≤ l ≤ σ/δ} (G − b) l − σ log l + (l − λ)²/2η: a step towards `barrier_multipliers`   (design 2.4)
+
+    values: (J,) an estimate of G; step_size: η, per unit of win probability; sigma, delta: as in `barrier_multipliers`
+    Its fixed point is λ = σ/max(G − b, δ). Unlike that formula it takes an estimate as noisy as `multiplier_step` does,
+    whose step it is for σ → 0.
+    """
+    moved = multipliers - step_size * (values - bounds)
+    return np.asarray(np.minimum((moved + np.sqrt(np.square(moved) + 4 * step_size * sigma)) / 2, sigma / delta))
+
+
 def scheduled_bounds(values: Array, relaxation: float) -> Array:
     """b ← relaxation · G, with G of t0 steps ago   (design 2.4, eq. 13)"""
     return np.asarray(relaxation * values)

@@ -15,6 +15,8 @@ from mpo_ray.maths.simplex import Array
 
 #: Where log χ is looked for, from the spread of the values: a χ this small is the minimum, this large the mean.
 SMALLEST, LARGEST = 1e-9, 1e9
+#: Where steps of χ end, for values with a mean of at most 1, as ρ q̄ has: exp(−v/χ) of their least is above 0 there.
+LEAST_CHI = 2e-3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,14 +56,37 @@ def robust_bound(log_reference: Array, values: Array, radius: float) -> RobustBo
     return RobustBound(value, chi, np.exp(_log_tilt(log_reference, values, chi)))
 
 
-def chi_slope(log_reference: Array, values: Array, radius: float, log_chi: float) -> float:
-    """∂/∂log χ of −χ log E_ref exp(−v/χ) − χ ε: χ (KL(Q_χ‖π_ref) − ε)   (design 2.4, eq. 12)
+def dual_moments(log_reference: Array, values: Array, log_chi: float) -> Array:
+    """E_ref exp(−v/χ) and E_ref (v/χ) exp(−v/χ): what the dual of (12) needs of a batch   (design 2.4, eq. 12)
 
-    What the paper's loop ascends: 0 at χ*, positive below it. The unit of the values.
+    log_reference: (N,) log π_ref, nats, which sums to 1; values: (N,) v ≥ 0
+    Returns (2,). The moments of batches of equal size average to those of all of them, which the dual itself does not.
+    """
+    scaled = values / np.exp(log_chi)
+    tilt = np.exp(log_reference - scaled)
+    return np.array([tilt.sum(), tilt @ scaled])
+
+
+def dual_at(moments: Array, radius: float, log_chi: float) -> tuple[float, float]:
+    """−χ log E_ref exp(−v/χ) − χ ε, and KL(Q_χ‖π_ref), from `dual_moments`   (design 2.4, eq. 12)
+
+    The value is in the unit of v, a lower bound on the robust one at every χ; KL in nats, ε at χ*, and above it where χ
+    is too small. With moments of a sample the value is biased high, as the logarithm of a mean is.
     """
     chi = float(np.exp(log_chi))
-    log_tilt = _log_tilt(log_reference, values, chi)
-    return chi * (float(np.exp(log_reference + log_tilt) @ log_tilt) - radius)
+    mass, slope = np.maximum(moments, np.finfo(np.float64).tiny)
+    return float(-chi * (np.log(mass) + radius)), float(-np.log(mass) - slope / mass)
+
+
+def chi_step(log_chi: float, kl: float, radius: float, step_size: float) -> float:
+    """log χ ← log χ + η (KL − ε)/ε, with a share of at most 1 either way   (design 2.4, eq. 12)
+
+    The slope of (12) in log χ is χ (KL(Q_χ‖π_ref) − ε); here it is divided by χ ε, so that one η serves every radius,
+    and cut, since KL/ε has no bound. It rests where the slope is 0, or at LEAST_CHI where the minimum is within the
+    radius.
+    """
+    moved = log_chi + step_size * float(np.clip(kl / radius - 1.0, -1.0, 1.0))
+    return max(moved, float(np.log(LEAST_CHI)))
 
 
 def check_radius(radius: float) -> None:

@@ -33,9 +33,9 @@ def solve(context: Context) -> dict[str, Any]:
     context.run.write_table(POOL, pool)
     names = [name.removeprefix(WIN) for name in pool.column_names if name.startswith(WIN)]
     errors = {name: float(np.sqrt(np.square(pool[ERROR + name].to_numpy()).mean())) for name in names}
-    split = {"share": mopo.heldout_share, "seed": context.config.seed}
+    share, seed = mopo.heldout_share, context.config.seed
     # Another hash than that of data.heldout_share, which no prompt of the fit has on its held-out side.
-    kept = pa.array([is_heldout(f"pool {prompt}", **split) for prompt in pool[PROMPT].to_pylist()])
+    kept = pa.array([is_heldout(f"pool {prompt}", share=share, seed=seed) for prompt in pool[PROMPT].to_pylist()])
     sides = {"train": pool.filter(pc.invert(kept)), "heldout": pool.filter(kept)}
     for side, rows in sides.items():
         if not rows.num_rows:

@@ -1,4 +1,4 @@
-"""The training loop that SFT and preference training share: batches in a fixed order on one engine."""
+"""The training loop that all kinds of training share: batches in a fixed order on one engine."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from mpo_ray.maths.constrained import (
     RunawayError,
     Solution,
     barrier_multipliers,
+    barrier_step,
     dual,
     multiplier_step,
     ratio,
@@ -260,3 +261,15 @@ def test_a_temperature_that_is_none_is_refused(tau: float) -> None:
 def test_a_barrier_that_is_none_is_refused(sigma: float, delta: float, named: str) -> None:
     with pytest.raises(ValueError, match=rf"{named}: .* is not above 0"):
         solve_barrier(random_pool(0), np.array([0.5, 0.5]), tau=TAU, sigma=sigma, delta=delta)
+
+
+def test_barrier_steps_rest_where_the_formula_says_and_are_lagrangian_steps_without_a_barrier() -> None:
+    """λ = σ/max(G − b, δ) for every G; and σ → 0 leaves [λ − η (G − b)]₊."""
+    values, bounds = np.array([0.6, 0.52, 0.4]), np.array([0.5, 0.5, 0.5])
+    multipliers = np.zeros(3)
+    for _ in range(2000):
+        multipliers = barrier_step(multipliers, values, bounds, 2.0, sigma=0.01, delta=0.005)
+    assert multipliers == pytest.approx(barrier_multipliers(values, bounds, 0.01, 0.005), rel=1e-6)
+    start = np.array([0.1, 0.3, 0.2])
+    plain = multiplier_step(start, values, bounds, 2.0)
+    assert barrier_step(start, values, bounds, 2.0, sigma=1e-14, delta=1e-20) == pytest.approx(plain, abs=1e-6)

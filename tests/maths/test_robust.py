@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpo_ray.maths.robust import chi_slope, robust_bound
+from mpo_ray.maths.robust import chi_step, dual_at, dual_moments, robust_bound
 from mpo_ray.maths.simplex import Array
 
 
@@ -63,18 +63,46 @@ def test_chi_grows_like_one_over_the_root_of_the_radius() -> None:
         assert chi * np.sqrt(2 * radius) == pytest.approx(deviation, rel=5e-3)
 
 
-def test_the_slope_in_log_chi_is_the_derivative_of_the_dual_and_vanishes_at_the_optimum() -> None:
-    log_reference, values = problem(3)
-    radius, log_chi, step = 0.05, 0.3, 1e-6
+@pytest.mark.parametrize("seed", range(4))
+def test_the_dual_and_its_slope_follow_from_moments_that_average_over_batches(seed: int) -> None:
+    """At χ* the dual is the bound and KL the radius; elsewhere it is below, and χ (KL − ε) its slope in log χ."""
+    batches, radius, step = [problem(seed), problem(seed + 100)], 0.05, 1e-6
+    log_reference = np.concatenate([log - np.log(2) for log, _ in batches])
+    values = np.concatenate([v for _, v in batches])
+    exact = robust_bound(log_reference, values, radius)
 
-    def dual(log_chi: float) -> float:
-        chi = np.exp(log_chi)
-        return float(-chi * np.log(np.exp(log_reference) @ np.exp(-values / chi)) - chi * radius)
+    def dual(log_chi: float) -> tuple[float, float]:
+        return dual_at(np.mean([dual_moments(log, v, log_chi) for log, v in batches], axis=0), radius, log_chi)
 
-    slope = (dual(log_chi + step) - dual(log_chi - step)) / (2 * step)
-    assert chi_slope(log_reference, values, radius, log_chi) == pytest.approx(slope, abs=1e-8)
-    best = robust_bound(log_reference, values, radius).chi
-    assert chi_slope(log_reference, values, radius, float(np.log(best))) == pytest.approx(0.0, abs=1e-9)
+    assert dual(np.log(exact.chi)) == pytest.approx((exact.value, radius), abs=1e-9)
+    for log_chi in np.log(exact.chi) + np.array([-1.0, -0.1, 0.1, 1.0]):
+        value, kl = dual(log_chi)
+        assert value < exact.value
+        slope = (dual(log_chi + step)[0] - dual(log_chi - step)[0]) / (2 * step)
+        assert np.exp(log_chi) * (kl - radius) == pytest.approx(slope, abs=1e-8)
+
+
+@pytest.mark.parametrize("radius", [1e-5, 0.01, 0.3])
+@pytest.mark.parametrize("start", [-6.0, 6.0])
+def test_steps_of_chi_end_at_the_optimum_from_either_side(radius: float, start: float) -> None:
+    log_reference, values = problem(1)
+    exact = np.log(robust_bound(log_reference, values, radius).chi)
+    log_chi = exact + start
+    for _ in range(600):
+        _, kl = dual_at(dual_moments(log_reference, values, log_chi), radius, log_chi)
+        log_chi = chi_step(log_chi, kl, radius, 0.05)
+    assert log_chi == pytest.approx(exact, abs=1e-6)
+
+
+def test_steps_of_chi_come_to_rest_where_the_minimum_is_within_the_radius() -> None:
+    """χ* = 0 there: the value ends within χ ε of the minimum, however long the steps go on."""
+    log_reference, values = np.log([0.5, 0.3, 0.2]), np.array([0.4, 0.9, 1.7])
+    log_chi, radius = 0.0, 1.0
+    for _ in range(2000):
+        value, kl = dual_at(dual_moments(log_reference, values, log_chi), radius, log_chi)
+        log_chi = chi_step(log_chi, kl, radius, 0.1)
+    assert robust_bound(log_reference, values, radius).value == pytest.approx(0.4)
+    assert value == pytest.approx(0.4, abs=2e-3)
 
 
 def test_a_near_tie_at_the_minimum_is_within_the_radius_too() -> None:

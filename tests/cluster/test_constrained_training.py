@@ -1,0 +1,121 @@
+"""MOPO through Ray Train: what a job leaves behind, and why one stops."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from peft import PeftModel
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from mpo_ray.cluster.train import TrainingError, train_all
+from mpo_ray.cluster.training_job import TrainingJob
+from mpo_ray.config_training import ConstrainedTraining, PolicyTraining, Source, SupervisedTraining, Training
+from mpo_ray.maths.constrained import ratio
+from mpo_ray.training.constrained import Candidates, pool_of
+from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.training.candidates import PROBLEM, as_row, candidates, fixed_logprobs
+
+SHARED = {
+    "batch_size": 4,
+    "micro_batch_size": 4,
+    "learning_rate": 0.01,
+    "epochs": 10,
+    "checkpoint_every": 6,
+    "lora": {"rank": 4},
+    "workers": {"num_workers": 1, "max_failures": 1},
+}
+ONLINE = {**SHARED, "method": "online", "lag": 2, "zero_stage": 1}
+OFFLINE = {**SHARED, "method": "offline", "least_effective_share": 0.99}
+
+
+def _job(name: str, root: Path, model: str, training: Training) -> TrainingJob:
+    return TrainingJob(
+        name=name,
+        inputs="0" * 64,
+        run_root=str(root),
+        model=model,
+        training=training,
+        problem=PROBLEM,
+        train_parts=["candidates/train-0.parquet"],
+        heldout_parts=["candidates/heldout-0.parquet"],
+        output=f"mopo/{name}/policy",
+        seed=0,
+    )
+
+
+def test_a_job_that_has_travelled_is_of_the_kind_it_was(tmp_path: Path) -> None:
+    kinds = (
+        PolicyTraining(),
+        ConstrainedTraining(),
+        ConstrainedTraining.model_validate(ONLINE),
+        SupervisedTraining(source=Source(embedded="corpus")),
+    )
+    for training in kinds:
+        job = _job("a", tmp_path, "base", training)
+        again = TrainingJob.model_validate(json.loads(json.dumps(job.model_dump(mode="json"))))
+        assert again == job
+        assert type(again.training) is type(training)
+
+
+@pytest.mark.slow
+def test_two_jobs_one_of_which_stops(ray_cluster: None, tmp_path: Path) -> None:
+    """Online: a policy like any other, and a history. Offline, with a ratio more uneven than is asked for: why."""
+    base = str(tiny_llama(tmp_path / "base", tiny_tokenizer(), seed=0))
+    root = tmp_path / "run"
+    (root / "candidates").mkdir(parents=True)
+    (root / "config.yaml").write_text("{}")
+    heldout = _write(root / "candidates" / "heldout-0.parquet", candidates(3, seed=6))
+    _write(root / "candidates" / "train-0.parquet", candidates(8, seed=5))
+    jobs = [
+        _job(name, root, base, ConstrainedTraining.model_validate(values))
+        for name, values in (("online", ONLINE), ("offline", OFFLINE))
+    ]
+    with pytest.raises(TrainingError, match=r"offline: step 1: ρ rests on \d\d\.\d% of its candidates") as raised:
+        train_all(jobs, Console())
+    assert "online" not in str(raised.value)
+    assert not (root / "mopo" / "offline").exists()
+
+    policy = root / "mopo" / "online" / "policy"
+    assert not (policy / "lagged").exists()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), policy).eval()
+    assert not any("lagged" in name for name, _ in model.named_parameters())
+
+    record = json.loads((policy / "training.json").read_text())
+    steps = [row for row in record["history"] if "loss" in row]
+    wanted = ["loss", "primary", "effective_share", "kl"]
+    wanted += [f"{kind}_{name}" for kind in ("multiplier", "value", "bound", "slack") for name in PROBLEM.secondary]
+    assert [row["step"] for row in steps] == [10, 20]
+    assert all(set(wanted) | {"step"} == set(row) for row in steps)
+    last = steps[-1]
+    assert last["multiplier_harmless"] > steps[0]["multiplier_harmless"] > 0
+    assert last["slack_concise"] == pytest.approx(last["value_concise"] - last["bound_concise"])
+    assert [row["step"] for row in record["history"] if "heldout_primary" in row] == [6, 12, 18]
+
+    reference = AutoModelForCausalLM.from_pretrained(base).eval()
+    log_ratios = [fixed_logprobs(model, c) - fixed_logprobs(reference, c) for c in heldout]
+    shares = np.exp(pool_of(heldout, np.concatenate(log_ratios)).log_reference)
+    primary = shares @ np.concatenate([c.primary for c in heldout]) / len(heldout)
+    assert record["heldout"]["primary"] == pytest.approx(primary, abs=1e-5)
+    assert record["heldout"]["kl"] > 0.01
+
+    contents = [(policy / name).read_bytes() for name in ("adapter_model.safetensors", "training.json")]
+    shutil.rmtree(policy)
+    train_all(jobs[:1], Console())  # from the last checkpoint: weights, and the bounds that `slack` is over
+    assert [(policy / name).read_bytes() for name in ("adapter_model.safetensors", "training.json")] == contents
+
+
+def _write(path: Path, given: list[Candidates]) -> list[Candidates]:
+    """Write the rows of a part; ρ at λ = 0."""
+    pool = pool_of(given)
+    rho = np.split(ratio(pool, np.zeros(2), PROBLEM.tau), pool.starts[1:-1])
+    given = [replace(candidate, ratio=row) for candidate, row in zip(given, rho, strict=True)]
+    pq.write_table(pa.Table.from_pylist([as_row(i, c) for i, c in enumerate(given)]), path)
+    return given
