@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 WORDS = ["the film", "a plot", "acting was", "a long film", "very short"]
 NUM_PROMPTS, NUM_CANDIDATES = 30, 6
 PROBLEMS = {
-    "loose": {"primary": "good", "bounds": {"short": 0.3}},
+    "loose": {"primary": "good", "bounds": {"short": 0.0}},
     "tight": {"primary": "good", "bounds": {"short": "reference + 0.1"}},
 }
 
@@ -144,8 +144,8 @@ def test_a_policy_learns_from_the_optimum_on_the_training_prompts(solved: Contex
     expected = solve_lagrangian(pool, np.array([result["bounds"]["short"]]), tau=0.08)
     assert result["multipliers"]["short"] == pytest.approx(expected.multipliers[0])
     np.testing.assert_allclose(np.concatenate([row["ratio"] for row in rows]), expected.ratio)
-    assert result["bounds"]["short"] == pytest.approx(0.3 if name == "loose" else 0.6)
-    assert (expected.multipliers[0] > 0) is (name == "tight")
+    assert result["bounds"]["short"] == pytest.approx(0.0 if name == "loose" else 0.6)
+    assert bool(expected.multipliers[0] > 0) is (name == "tight")
     aside = Pool.of_samples(
         np.concatenate([row["primary"] for row in heldout]),
         np.concatenate([row["secondary"] for row in heldout]),
@@ -211,7 +211,7 @@ def test_policies_are_evaluated_like_any_other_and_certified(trained: Context) -
         assert certificate["primary"]["good"]["value"] == pytest.approx(rates["good"].value)
         found = certificate["bounds"]["short"]
         assert found["value"] == pytest.approx(rates["short"].value)
-        assert found["bound"] == pytest.approx(0.3 if name == "loose" else 0.6)
+        assert found["bound"] == pytest.approx(0.0 if name == "loose" else 0.6)
     assert metrics.pareto.hypervolume.num_mopo == 2
     assert metrics.pareto.hypervolume.mopo.value > 0
 
