@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,16 +14,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from mpo_ray.cluster.train import TrainingError, train_all
 from mpo_ray.cluster.training_job import TrainingJob
+from mpo_ray.cluster.training_metrics import TrainingMetrics
 from mpo_ray.config_training import ConstrainedTraining, PolicyTraining, Source, SupervisedTraining, Training
 from mpo_ray.maths.constrained import ratio
 from mpo_ray.training.constrained import Candidates, pool_of
 from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny_run import ROOT
 from tests.training.candidates import PROBLEM, as_row, candidates, fixed_logprobs
 
 SHARED = {
@@ -34,6 +40,8 @@ SHARED = {
 }
 ONLINE = {**SHARED, "method": "online", "lag": 2, "zero_stage": 1}
 OFFLINE = {**SHARED, "method": "offline", "least_effective_share": 0.99}
+QUANTITIES = ("loss", "primary", "effective_share", "kl")
+PER_OBJECTIVE = ("multiplier", "value", "bound", "slack")
 
 
 def _job(name: str, root: Path, model: str, training: Training) -> TrainingJob:
@@ -90,8 +98,7 @@ def test_two_jobs_one_of_which_stops(ray_cluster: None, tmp_path: Path) -> None:
 
     record = json.loads((policy / "training.json").read_text())
     steps = [row for row in record["history"] if "loss" in row]
-    wanted = ["loss", "primary", "effective_share", "kl"]
-    wanted += [f"{kind}_{name}" for kind in ("multiplier", "value", "bound", "slack") for name in PROBLEM.secondary]
+    wanted = [*QUANTITIES, *(f"{kind}_{name}" for kind in PER_OBJECTIVE for name in PROBLEM.secondary)]
     assert [row["step"] for row in steps] == [10, 20]
     assert all(set(wanted) | {"step"} == set(row) for row in steps)
     last = steps[-1]
@@ -110,6 +117,30 @@ def test_two_jobs_one_of_which_stops(ray_cluster: None, tmp_path: Path) -> None:
     shutil.rmtree(policy)
     train_all(jobs[:1], Console())  # from the last checkpoint: weights, and the bounds that `slack` is over
     assert [(policy / name).read_bytes() for name in ("adapter_model.safetensors", "training.json")] == contents
+
+
+@pytest.mark.slow
+def test_figures_are_metrics_of_the_cluster_under_the_names_that_the_documentation_gives(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    """A gauge per quantity at the node's metrics port, with the run, the training and the objective as tags."""
+    metrics = TrainingMetrics(_job("constrained", tmp_path / "mine", "base", ConstrainedTraining()))
+    expected = {
+        r'ray_mpo_ray_training_loss\{.*objective="".*run="mine",training="constrained"\} 1\.5',
+        r'ray_mpo_ray_training_multiplier\{.*objective="harmless".*run="mine",training="constrained"\} 0\.25',
+    }
+    address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    for _ in range(60):
+        metrics.show({"loss": 1.5, "multiplier": {"harmless": 0.25}})
+        time.sleep(1)
+        with urllib.request.urlopen(address, timeout=10) as page:
+            text = page.read().decode()
+        if all(re.search(line, text) for line in expected):
+            break
+    else:
+        pytest.fail("\n".join(line for line in text.splitlines() if "mpo_ray" in line))
+    documented = set(re.findall(r"`mpo_ray_training_(\w+)`", (ROOT / "docs" / "mopo.md").read_text()))
+    assert documented == {*QUANTITIES, *PER_OBJECTIVE, "chi"}
 
 
 def _write(path: Path, given: list[Candidates]) -> list[Candidates]:
