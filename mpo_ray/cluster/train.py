@@ -50,7 +50,7 @@ def train_all(jobs: Sequence[TrainingJob], console: Console) -> None:
     progress.shutdown()
     if failed:
         causes = "\n".join(f"  {name}: {cause}" for name, cause in failed.items())
-        raise TrainingError(f"training failed; the same command goes on from the last checkpoints:\n{causes}")
+        raise TrainingError(f"training ended early; mended, it goes on from its last checkpoints:\n{causes}")
 
 
 def num_side_by_side(workers: Workers) -> int:
