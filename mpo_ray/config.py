@@ -152,6 +152,7 @@ class MopoProblem(Strict):
     bounds: dict[str, float | str] = Field(
         {}, description="objective → win rate against the reference: 0.55, `reference - 0.02`, or `adaptive` (eq. 13)"
     )
+    training: ConstrainedTraining | None = Field(None, description="`mopo.training` if absent")
 
 
 class Mopo(Strict):
@@ -176,6 +177,10 @@ class Mopo(Strict):
     heldout_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.1, description="of the pool's prompts")
     training: ConstrainedTraining = ConstrainedTraining()
 
+    def training_of(self, name: str) -> ConstrainedTraining:
+        """How the policy of a problem is trained."""
+        return self.problems[name].training or self.training
+
     @model_validator(mode="after")
     def _bounds_make_sense(self) -> Mopo:
         for name, problem in self.problems.items():
@@ -184,10 +189,10 @@ class Mopo(Strict):
                     bound = Bound.parse(objective, text)
                 except ValueError as error:
                     raise ValueError(f"problems.{name}: {error}") from None
-                if bound.adaptive and self.training.method != "online":
+                if bound.adaptive and self.training_of(name).method != "online":
                     raise ValueError(
                         f"problems.{name}: the bound of {objective!r} is adaptive, and follows an online training; set "
-                        "mopo.training.method to online, or give a number"
+                        "the training's method to online, or give a number"
                     )
         return self
 

@@ -57,6 +57,19 @@ class TestCheck:
         assert "problem  data: objective 'good': 1 of 19 rows are bad" in out
         assert "3 problem(s)" in out
 
+    def test_mopo_s_workers_are_among_the_resources(self, run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Those of all problems, and of one that has its own."""
+        large = "{workers: {cpus_per_worker: 64}}"
+        problem = "mopo.problems.kind={primary: good}"
+        status, out = _check(run_file, capsys, "--set", problem, "--set", f"mopo.training={large}")
+        assert status == 1
+        assert "problem  resources: mopo.training.workers: each needs 64 CPU" in out
+        own = f"mopo.problems.kind.training={large}"
+        assert (
+            "mopo.problems.kind.training.workers: each needs 64 CPU"
+            in _check(run_file, capsys, "--set", problem, "--set", own)[1]
+        )
+
     def test_a_reward_that_cannot_be_imported_is_named(
         self, run_file: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

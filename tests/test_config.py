@@ -348,7 +348,7 @@ def test_mopo_s_problems_name_objectives_and_bounds(raw: dict[str, Any]) -> None
         ("mopo.problems.kind.bounds={harmless: much}", "problems.kind: bound harmless: 'much' is no win probability"),
         (
             "mopo.problems.kind.bounds={harmless: adaptive}",
-            "the bound of 'harmless' is adaptive, and follows an online training; set mopo.training.method to online",
+            "the bound of 'harmless' is adaptive, and follows an online training; set the training's method to online",
         ),
         ("mopo.tau=0", "mopo.tau: Input should be greater than 0 (got 0)"),
         ("mopo.radius=-0.1", "mopo.radius: Input should be greater than or equal to 0 (got -0.1)"),

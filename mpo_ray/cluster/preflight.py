@@ -96,6 +96,10 @@ def _demands(config: RunConfig) -> list[tuple[str, int, dict[str, float]]]:
     trainings = {"policies.workers": config.policies.workers}
     if config.reference.sft is not None:
         trainings["reference.sft.workers"] = config.reference.sft.workers
+    if config.mopo is not None:
+        trainings["mopo.training.workers"] = config.mopo.training.workers
+        own = {name: problem.training for name, problem in config.mopo.problems.items()}
+        trainings |= {f"mopo.problems.{name}.training.workers": t.workers for name, t in own.items() if t is not None}
     demands: list[tuple[str, int, dict[str, float]]] = [
         (key, w.num_workers, {"CPU": w.cpus_per_worker, "GPU": w.gpus_per_worker}) for key, w in trainings.items()
     ]

@@ -75,7 +75,7 @@ def train(context: Context) -> dict[str, Any]:
                 context,
                 f"mopo-{name}",
                 (context.reference(), context.reference_inputs()),
-                mopo.training,
+                mopo.training_of(name),
                 f"mopo/{name}/candidates",
                 f"mopo/{name}/policy",
                 problem=problem,
@@ -197,7 +197,8 @@ POOLS = Stage(
     after=("scores",),
     outputs=lambda context: [POOL, *(f"mopo/{name}/mopo.json" for name in _settings(context).problems)],
     depends_on=lambda context: [
-        context.config.mopo and context.config.mopo.model_dump(exclude={"training"}),
+        context.config.mopo
+        and context.config.mopo.model_dump(exclude={"training": True, "problems": {"__all__": {"training"}}}),
         context.config.seed,
     ],
     work=solve,
@@ -207,7 +208,10 @@ MOPO = Stage(
     title="MOPO's policies",
     after=("pool",),
     outputs=lambda context: [f"mopo/{name}/policy" for name in _settings(context).problems],
-    depends_on=lambda context: context.config.mopo and context.config.mopo.training.model_dump(exclude=PLACEMENT),
+    depends_on=lambda context: (
+        context.config.mopo
+        and {n: context.config.mopo.training_of(n).model_dump(exclude=PLACEMENT) for n in context.config.mopo.problems}
+    ),
     work=train,
 )
 CERTIFICATES = Stage(
