@@ -1,9 +1,12 @@
-"""Several finished runs side by side, as Markdown: python benchmarks/compare_runs.py RUN [RUN …]
+"""Several finished runs side by side, as Markdown: python benchmarks/compare_runs.py RUN [RUN …] [--tokens RUN …]
 
 Four tables: the minimum win rate of every candidate in every run, with MPO's paired difference from the best baseline;
 the same as means over the seeds of a setting (objectives and β); the evidence on each fit (λ, effective samples, KL of
 the policies, log Z); and what the samples predicted against what decoding gave, for every mixture of each run. Runs
 need `evaluation.fits: true` for the fits that were not chosen.
+
+--tokens: runs of the same names, policies and prompts whose mixtures were decoded token by token; their mixtures, and
+the soup at their λ, join the means over seeds.
 """
 
 from __future__ import annotations
@@ -11,9 +14,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from mpo_ray.data.scores import scores_from_table
 from mpo_ray.evaluation.completions import resample
@@ -22,18 +28,23 @@ from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.evaluation.verdict import baselines
 from mpo_ray.fitting.trade_off import predict_trade_off
 from mpo_ray.maths.statistics import minimum_win_rate
-from mpo_ray.records import FIT_PREFIX, MPO, REFERENCE, UNIFORM
+from mpo_ray.records import FIT_PREFIX, MPO, REFERENCE, SOUP_UNIFORM, UNIFORM
 from mpo_ray.run import Run
+
+#: What the candidates of the runs of --tokens are called, after their names.
+TOKENS = "token by token"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run directories")
-    runs = {Run.at(path).name: Run.at(path) for path in parser.parse_args().runs}
+    parser.add_argument("--tokens", nargs="*", default=[], help="run directories")
+    given = parser.parse_args()
+    runs, tokens = ({Run.at(path).name: Run.at(path) for path in paths} for paths in (given.runs, given.tokens))
     metrics = {name: Metrics.from_json(run.read_json("evaluation/metrics.json")) for name, run in runs.items()}
     fits = {name: run.read_json("fit.json") for name, run in runs.items()}
     print(quality(metrics))
-    print(over_seeds(list(runs.values())))
+    print(over_seeds(list(runs.values()), tokens))
     print(evidence(metrics, fits))
     print(prediction(runs, metrics, fits))
     return 0
@@ -64,7 +75,7 @@ def quality(metrics: Mapping[str, Metrics]) -> str:
     return "Minimum win rate\n\n" + table(header, rows)
 
 
-def over_seeds(runs: Sequence[Run], draws: int = 1000) -> str:
+def over_seeds(runs: Sequence[Run], tokens: Mapping[str, Run] = MappingProxyType({}), draws: int = 1000) -> str:
     """Mean over seeds of every candidate's minimum win rate, and of MPO's difference from it, for every setting.
 
     Intervals are 95 % over prompts, which are resampled for all runs of a setting together: they hold for the policies
@@ -74,13 +85,12 @@ def over_seeds(runs: Sequence[Run], draws: int = 1000) -> str:
     for run in runs:
         config = run.read_config()
         settings.setdefault((tuple(config["objectives"]), config["policies"]["beta"]), []).append(run)
-    minima, gaps, columns = [], [], dict[str, None]()
+    minima, gaps = dict[str, dict[str, str]](), dict[str, dict[str, str]]()
     for (objectives, beta), group in settings.items():
-        tables = [run.read_table("evaluation/completions.parquet") for run in group]
+        tables = [beside(run, tokens.get(run.name)) for run in group]
         wins = [resample(t, objectives, draws=draws, seed=0).wins for t in tables]
         best = [max(objectives, key=lambda o, w=w: minimum_win_rate(w[o][0])) for w in wins]  # type: ignore[misc]
         names = ["best policy", *(c for c in wins[0] if c not in (*objectives, REFERENCE))]
-        columns |= dict.fromkeys(names)
         found = [
             {c: [minimum_win_rate(v) for v in w[top if c == "best policy" else c]] for c in names}
             for w, top in zip(wins, best, strict=True)
@@ -88,20 +98,36 @@ def over_seeds(runs: Sequence[Run], draws: int = 1000) -> str:
         means = {c: np.array([float(f[c][0]) for f in found]) for c in names}
         drawn = {c: np.mean([f[c][1] for f in found], axis=0) for c in names}
         setting = f"K = {len(objectives)}, β = {beta:g} ({len(group)} seeds)"
-        minima.append({"": setting} | {c: shown(Estimate.over(means[c].mean(), drawn[c], 0.95)) for c in names})
-        gaps.append({"": setting})
-        for name in (c for c in names if c != MPO):
+        for name in names:
+            mean = Estimate.over(means[name].mean(), drawn[name], 0.95)
+            minima.setdefault(name, {})[setting] = shown(mean)
             gap = Estimate.over((means[MPO] - means[name]).mean(), drawn[MPO] - drawn[name], 0.95)
             held = int((means[MPO] >= means[name]).sum())
-            gaps[-1][name] = f"{interval(gap)}, {held} of {len(group)}"
-    header = ["", *columns]
-    rows = [[row.get(c, "") for c in header] for row in minima]
-    others = [c for c in header if c != MPO]
+            gaps.setdefault(name, {})[setting] = f"{interval(gap)}, {held} of {len(group)}"
+    del gaps[MPO]
     return (
-        f"Mean over seeds of the minimum win rate\n\n{table(header, rows)}\n"
-        "MPO − this, and in how many seeds MPO is at least this\n\n"
-        f"{table(others, [[row.get(c, '') for c in others] for row in gaps])}"
+        f"Mean over seeds of the minimum win rate\n\n{by_setting(minima)}\n"
+        f"MPO − this, and in how many seeds MPO is at least this\n\n{by_setting(gaps)}"
     )
+
+
+def by_setting(cells: Mapping[str, Mapping[str, str]]) -> str:
+    """A row per candidate, a column per setting."""
+    settings = list(dict.fromkeys(setting for row in cells.values() for setting in row))
+    return table(["", *settings], [[name, *(row.get(s, "") for s in settings)] for name, row in cells.items()])
+
+
+def beside(run: Run, other: Run | None) -> pa.Table:
+    """A run's completions, and those of the other's mixtures and of the soup at its λ, under names that say so."""
+    table = run.read_table("evaluation/completions.parquet")
+    if other is None:
+        return table
+    added = other.read_table("evaluation/completions.parquet")
+    fixed = (REFERENCE, SOUP_UNIFORM, *run.read_config()["objectives"])
+    added = added.filter(pc.invert(pc.is_in(added["candidate"], pa.array(fixed))))
+    place = added.column_names.index("candidate")
+    names = pc.binary_join_element_wise(added["candidate"], TOKENS, ", ")
+    return pa.concat_tables([table, added.set_column(place, "candidate", names)])
 
 
 def evidence(metrics: Mapping[str, Metrics], fits: Mapping[str, Any]) -> str:
