@@ -366,3 +366,8 @@ def test_candidates_that_nobody_draws_are_refused(raw: dict[str, Any]) -> None:
     assert parse_config(
         {**raw, "mopo": MOPO}, ["mopo.training.method=online", "mopo.problems.kind.bounds.harmless=adaptive"]
     )
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("configs/*.yaml")), ids=lambda path: path.stem)
+def test_every_run_file_of_the_project_is_sound(path: Path) -> None:
+    assert load_config(path).objectives
