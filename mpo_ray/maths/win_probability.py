@@ -47,7 +47,7 @@ def win_probabilities_in_pool(
         np.fill_diagonal(weights, 0.0)
         weights /= weights.sum(axis=1, keepdims=True)
         wins = link(own[:, None] - own[None, :])
-        found[first:last] = (weights * wins).sum(axis=1)
+        found[first:last] = np.minimum((weights * wins).sum(axis=1), 1.0)  # the shares sum to 1 up to rounding
         errors[first:last] = np.sqrt(np.square(weights * (wins - found[first:last, None])).sum(axis=1))
     return found, errors
 

@@ -61,6 +61,18 @@ def test_opponents_count_by_their_shares_of_the_reference() -> None:
     np.testing.assert_allclose((alike, errors), expected)
 
 
+def test_who_wins_always_wins_with_probability_1_and_no_more() -> None:
+    """Whatever the shares are: rounding leads to no value outside [0, 1]."""
+    rng = np.random.default_rng(0)
+    starts = np.arange(301) * 12
+    shares = np.log(rng.dirichlet(np.ones(12), size=300)).ravel()
+    found, _ = win_probabilities_in_pool(
+        rng.permuted(np.tile(np.arange(12.0), (300, 1)), axis=1).ravel(), starts, order, shares
+    )
+    assert found.max() == 1.0
+    assert found.min() == 0.0
+
+
 def test_the_error_is_that_of_a_mean_over_the_opponents() -> None:
     """Over many pools, the squared error of p̄ against the exact value is the mean of the squared standard errors."""
     rng = np.random.default_rng(0)
