@@ -21,10 +21,10 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from mpo_ray.config import Fit, RunConfig, Serve
-from mpo_ray.records import Bound, check_weights
+from mpo_ray import cli_tables
+from mpo_ray.config import RunConfig, Serve
 from mpo_ray.run import Run, StageError
-from mpo_ray.run_file import load_config, parse_settings
+from mpo_ray.run_file import load_config
 
 if TYPE_CHECKING:
     from mpo_ray.stages.stage import Context
@@ -92,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     for verb, text in HELP.items():
         if verb not in ("fit", "mopo"):
             add(verb, _stage, text)
-    _fit_arguments(add("fit", _fit, HELP["fit"]))
-    _mopo_arguments(add("mopo", _mopo, HELP["mopo"]))
+    cli_tables.add_fit_arguments(add("fit", _fit, HELP["fit"]))
+    cli_tables.add_mopo_arguments(add("mopo", _mopo, HELP["mopo"]))
     generate = add("generate", _generate, "answer one prompt from the mixture", config=False)
     generate.add_argument("directory", help="run directory or mixture artefact")
     generate.add_argument("--prompt", required=True)
@@ -107,37 +107,6 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host")
     serve.add_argument("--port", type=int)
     return parser
-
-
-def _fit_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--at", metavar="NAME=λ,…", help="predict the trade-off at one λ instead of fitting")
-    table = parser.add_argument_group("a score table of your own, in the place of a run file")
-    table.add_argument("--table", nargs="+", metavar="FILE", help="Parquet, CSV or JSON Lines; globs and URLs too")
-    table.add_argument("--out", metavar="DIR", help="where fit.json, trade_off.json and their pictures go")
-    table.add_argument("--method", choices=("exact", "bsmd", "fixed"), help="default: exact, or fixed with --weights")
-    table.add_argument("--estimator", choices=("balanced", "paper"), default="balanced")
-    table.add_argument("--weights", metavar="NAME=λ,…", help="λ for --method fixed")
-    table.add_argument("--steps", type=int, help="T of --method bsmd")
-    table.add_argument("--bootstrap-draws", type=int, default=200, help="for the intervals; 0 for none")
-    table.add_argument("--seed", type=int, default=0)
-
-
-def _mopo_arguments(parser: argparse.ArgumentParser) -> None:
-    table = parser.add_argument_group("a pool of your own, in the place of a run file")
-    table.add_argument("--table", nargs="+", metavar="FILE", help="Parquet, CSV or JSON Lines; globs too")
-    table.add_argument("--primary", metavar="NAME", help="the objective that is maximised")
-    table.add_argument(
-        "--bound",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="the least win probability of another objective: 0.55, or `reference - 0.02`; once for each",
-    )
-    table.add_argument("--tau", type=float, default=0.08, help="strength of the KL penalty, win probability per nat")
-    table.add_argument("--radius", type=float, default=0.0, help="of the robust bounds, nats; 0 for none")
-    table.add_argument("--variant", choices=("lagrangian", "barrier"), default="lagrangian")
-    table.add_argument("--sigma", type=float, help="strength of the barrier; 0.01 if absent")
-    table.add_argument("--out", metavar="DIR", help="where mopo.json and ratio.parquet go")
 
 
 def run_job(*verbs: str) -> int:
@@ -183,100 +152,17 @@ def _fit(options: argparse.Namespace) -> int:
     if (options.config is None) == (options.table is None):
         raise ValueError("give a run file, or a score table of your own with --table FILE --out DIR; one of the two.")
     if options.at is not None:
-        return _predict(options)
-    if options.config is not None:
-        return _stage(options)
-    if options.out is None:
-        raise ValueError("--out DIR is missing: where fit.json, trade_off.json and their pictures go.")
-    from mpo_ray.fitting.standalone import fit_file
-    from mpo_ray.fitting.summary import fit_summary
-
-    result = fit_file(options.table, Path(options.out), _table_settings(options), seed=options.seed)
-    if options.json:
-        print(json.dumps({"out": str(Path(options.out).absolute()), **result}))
-    else:
-        Console(highlight=False, width=None if sys.stdout.isatty() else 100).print(fit_summary(result))
-        print("\n".join(str(path) for path in sorted(Path(options.out).absolute().iterdir())))
-    return 0
+        return cli_tables.predict(options)
+    return _stage(options) if options.config is not None else cli_tables.fit(options)
 
 
 def _mopo(options: argparse.Namespace) -> int:
-    from mpo_ray.fitting.pool_solution import pool_summary, solve_file
-
     if (options.config is None) == (options.table is None):
         raise ValueError("give a run file, or a pool of your own with --table FILE --primary NAME --out DIR.")
-    if options.config is not None:
-        return _stage(options)
-    for name in ("primary", "out"):
-        if getattr(options, name) is None:
-            raise ValueError(f"--{name} is missing: a pool of your own needs --primary NAME and --out DIR.")
-    bounds: dict[str, Bound] = {}
-    for text in options.bound:
-        name, equals, value = text.partition("=")
-        if not equals or name in bounds:
-            raise ValueError(f"--bound {text!r}: write NAME=VALUE, once for each objective.")
-        bounds[name] = Bound.parse(name, value)
-    out = Path(options.out)
-    result = solve_file(
-        options.table,
-        out,
-        primary=options.primary,
-        bounds=bounds,
-        tau=options.tau,
-        radius=options.radius,
-        variant=options.variant,
-        sigma=options.sigma,
-    )
-    if options.json:
-        print(json.dumps({"out": str(out.absolute()), **result}))
-    else:
-        Console(highlight=False, width=None if sys.stdout.isatty() else 100).print(pool_summary(result))
-        print(f"{out.absolute()}/mopo.json\n{out.absolute()}/ratio.parquet")
-    return 0
-
-
-def _predict(options: argparse.Namespace) -> int:
-    """The predicted trade-off at the λ of --at, from a run's scores or a table."""
-    from mpo_ray.data.scores import open_scores, scores_from_table
-    from mpo_ray.fitting.standalone import usable_estimator
-    from mpo_ray.fitting.summary import trade_off_table
-    from mpo_ray.fitting.trade_off import predict_trade_off
-
-    if options.table is not None:
-        settings, seed, scores = _table_settings(options), options.seed, open_scores(options.table)
-    else:
-        config = _config(options)
-        run, settings, seed = Run.check(config, update=options.update), config.fit, config.seed
-        if not run.parts("scores"):
-            raise ValueError(f"{run.root} has no scores yet; `mpo-ray run {options.config}` makes them.")
-        scores = scores_from_table(run.read_table("scores"), list(config.objectives), min_objectives=1)
-    weights = check_weights(_weights(options.at, "--at") or {}, list(scores.objectives), where="--at")
-    result = predict_trade_off(
-        scores,
-        [weights],
-        estimator=usable_estimator(scores, settings.estimator),
-        draws=settings.bootstrap_draws,
-        confidence=settings.confidence,
-        seed=seed,
-    )
-    if options.json:
-        print(json.dumps(result))
-    else:
-        Console(highlight=False, width=None if sys.stdout.isatty() else 100).print(trade_off_table(result))
-    return 0
-
-
-def _table_settings(options: argparse.Namespace) -> Fit:
-    """The fit's settings from the command line, checked as a run file's are."""
-    weights = _weights(options.weights, "--weights")
-    given = {
-        "method": options.method or ("exact" if weights is None else "fixed"),
-        "estimator": options.estimator,
-        "weights": weights,
-        "bootstrap_draws": options.bootstrap_draws,
-        **({} if options.steps is None else {"bsmd": {"steps": options.steps}}),
-    }
-    return parse_settings(Fit, given, "fit")
+    given = [name for name in ("primary", "bound", "sigma", "out") if getattr(options, name)]
+    if options.config is not None and given:
+        raise ValueError(f"--{given[0]} goes with --table; in a run it stands in the run file, under `mopo`.")
+    return _stage(options) if options.config is not None else cli_tables.mopo(options)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -299,7 +185,7 @@ def _generate(options: argparse.Namespace) -> int:
     text = answer(
         _artefact(options.directory)[0],
         options.prompt,
-        weights=_weights(options.weights, "--weights"),
+        weights=cli_tables.parse_weights(options.weights, "--weights"),
         max_tokens=options.max_tokens,
         temperature=options.temperature,
         seed=options.seed,
@@ -325,15 +211,6 @@ def _artefact(directory: str) -> tuple[str, str, Serve]:
     run = Run.at(directory)
     stored = RunConfig.model_validate(run.read_config())
     return str(run.fetch("mixture")), stored.name, stored.serve
-
-
-def _weights(text: str | None, option: str) -> dict[str, float] | None:
-    if text is None:
-        return None
-    try:
-        return {name: float(value) for name, value in (item.split("=") for item in text.split(","))}
-    except ValueError:
-        raise ValueError(f"{option} {text!r}: write NAME=VALUE,NAME=VALUE,…") from None
 
 
 def _config(options: argparse.Namespace) -> RunConfig:

@@ -160,6 +160,11 @@ def test_training_goes_on_without_a_reference_to_train(run_file: Path, capsys: p
         (["run.yaml", "--table", "x.parquet"], "give a run file, or a pool of your own"),
         (["--table", "x.parquet", "--out", "x"], "--primary is missing: a pool of your own needs --primary NAME and"),
         (["--table", "x.parquet", "--primary", "x"], "--out is missing"),
+        (
+            ["run.yaml", "--primary", "x"],
+            "--primary goes with --table; in a run it stands in the run file, under `mopo`",
+        ),
+        (["run.yaml", "--bound", "x=0.5"], "--bound goes with --table"),
     ],
 )
 def test_mopo_needs_a_run_file_or_a_whole_pool(
@@ -213,8 +218,8 @@ class TestGenerate:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            (["--particles", "0"], "--particles 0: 1 decodes token by token"),
-            (["--particles", "4", "--temperature", "0.5"], "--temperature 0.5: 4 particles draw from π_λ"),
+            (["--particles", "0"], "particles: 0 is below 1; 1 decodes token by token"),
+            (["--particles", "4", "--temperature", "0.5"], "temperature: 0.5, and 4 particles draw from π_λ"),
         ],
     )
     def test_particles_that_cannot_be_are_refused(

@@ -62,13 +62,9 @@ class ConstrainedTask(Task):
         )
         return cls(job.training, job.problem, train, heldout, pad_id=tokenizer.pad_token_id)
 
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([example.num_tokens for example in self.train])
-
     def begin(self, engine: DeepSpeedEngine) -> None:
         """The weights are still π_ref's: its log-probabilities are taken now, and no model is kept for them."""
-        self.engine = engine
+        super().begin(engine)
         self._reference = self._log_probabilities(self.heldout)
         self._lagged = None
         if keeps_lagged(self.training):

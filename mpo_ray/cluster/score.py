@@ -12,8 +12,7 @@ import pyarrow as pa
 
 from mpo_ray.config import Actors
 from mpo_ray.data.tokens import prompt_token_ids, render_prompt, response_token_ids
-from mpo_ray.decoding.batch import sample_completions
-from mpo_ray.decoding.particles import sample_from_particles
+from mpo_ray.decoding.particles import sample_mixture
 from mpo_ray.evaluation.rewards import IMPLICIT, Reward, load_reward
 from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.policies.policy_set import PolicySet, Sequences
@@ -137,12 +136,16 @@ def draw(
     """
     rows = prompts.to_pylist()
     ids = [prompt_token_ids(tokenizer, decode_prompt(r["prompt"], r["is_chat"])) for r in rows]
-    special = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
-    how = {"num_completions": num, "max_new_tokens": max_new_tokens, "seed": seed, **special}
-    if particles == 1:
-        drawn = sample_completions(model, ids, temperature=temperature, **how)
-    else:
-        drawn = sample_from_particles(model, ids, num_particles=particles, **how)
+    drawn = sample_mixture(
+        model,
+        ids,
+        num_particles=particles,
+        temperature=temperature,
+        num_completions=num,
+        max_new_tokens=max_new_tokens,
+        tokenizer=tokenizer,
+        seed=seed,
+    )
     columns: dict[str, list[Any]] = {name: [] for name in _SAMPLE_SCHEMA.names}
     for row, prompt_ids, completions in zip(rows, ids, drawn, strict=True):
         for index, completion in enumerate(completions):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,15 +21,27 @@ from mpo_ray.training.sft import Example, sft_loss
 Figures = Mapping[str, float | Mapping[str, float]]
 
 
+class Sized(Protocol):
+    """A training example of any kind."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+
 class Task(Protocol):
     """One kind of training. A task that carries no state of its own from step to step keeps the empty methods."""
+
+    train: Sequence[Sized]
+    engine: DeepSpeedEngine
 
     @property
     def lengths(self) -> np.ndarray:
         """(N,) tokens of every training example."""
+        return np.array([example.num_tokens for example in self.train])
 
     def begin(self, engine: DeepSpeedEngine) -> None:
         """Take the engine. Its weights are still those of the beginning, even where a checkpoint will replace them."""
+        self.engine = engine
 
     def loss(self, examples: np.ndarray) -> torch.Tensor:
         """The mean loss of some training examples, a scalar with gradient."""
@@ -62,13 +74,6 @@ class PreferenceTask(Task):
         self.training, self.pad_id = job.training, tokenizer.pad_token_id
         self.train = [_pair(row) for row in rows_of(run, job.train_parts)]
         self.heldout = [_pair(row) for row in rows_of(run, job.heldout_parts)]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([example.num_tokens for example in self.train])
-
-    def begin(self, engine: DeepSpeedEngine) -> None:
-        self.engine = engine
 
     def loss(self, examples: np.ndarray) -> torch.Tensor:
         return self._loss([self.train[i] for i in examples]).losses.mean()
@@ -109,13 +114,6 @@ class SupervisedTask(Task):
         self.training, self.pad_id = job.training, tokenizer.pad_token_id
         self.train = [Example(row["prompt_ids"], row["response_ids"]) for row in rows_of(run, job.train_parts)]
         self.heldout = [Example(row["prompt_ids"], row["response_ids"]) for row in rows_of(run, job.heldout_parts)]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([example.num_tokens for example in self.train])
-
-    def begin(self, engine: DeepSpeedEngine) -> None:
-        self.engine = engine
 
     def loss(self, examples: np.ndarray) -> torch.Tensor:
         total, num_tokens = self._loss([self.train[i] for i in examples])

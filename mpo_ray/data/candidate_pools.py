@@ -44,10 +44,7 @@ def pool_of_scores(
     if candidates == REFERENCE:
         rows = rows.filter(pc.equal(rows["proposal"], REFERENCE))
     rows, starts = _of_several(rows)
-    if candidates == REFERENCE:
-        shares = normalised(np.zeros(rows.num_rows), starts)
-    else:
-        shares = normalised(-_log_proposal(rows, starts), starts)
+    shares = normalised(-_log_proposal(rows, starts), starts)
     columns = {
         PROMPT: rows[PROMPT],
         RESPONSE: rows["sample_id"],

@@ -7,14 +7,49 @@ as N grows, with a bias of O(1/N).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpo_ray.decoding.batch import LARGEST_UNIFORM, Completion, DecodedBatch, cut
+from mpo_ray.decoding.batch import LARGEST_UNIFORM, Completion, DecodedBatch, cut, sample_completions
 from mpo_ray.maths.log_linear import log_normalizer
 from mpo_ray.maths.resampling import drawn_particle, effective_number, log_mean_weight, systematic_ancestors
 from mpo_ray.policies.mixture import MixtureForCausalLM
+
+
+def sample_mixture(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_particles: int,
+    temperature: float,
+    num_completions: int,
+    max_new_tokens: int,
+    tokenizer: Any,
+    seed: int,
+) -> list[list[Completion]]:
+    """Draw token by token with one particle, for which any causal language model serves, and whole with more.
+
+    Raises ValueError for particles that cannot be, or another temperature than 1 with more than one.
+    """
+    special = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    how = {"num_completions": num_completions, "max_new_tokens": max_new_tokens, "seed": seed, **special}
+    check_particles(num_particles, temperature)
+    if num_particles == 1:
+        return sample_completions(model, prompts, temperature=temperature, **how)
+    return sample_from_particles(model, prompts, num_particles=num_particles, **how)
+
+
+def check_particles(num_particles: int, temperature: float) -> None:
+    """Refuse what `sample_mixture` cannot draw, before a model is opened. Raises ValueError."""
+    if num_particles < 1:
+        raise ValueError(f"particles: {num_particles} is below 1; 1 decodes token by token, more draw whole answers.")
+    if num_particles > 1 and temperature != 1.0:
+        raise ValueError(
+            f"temperature: {temperature:g}, and {num_particles} particles draw from π_λ, which has the temperature 1; "
+            "leave one of both out."
+        )
 
 
 @torch.no_grad()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from mpo_ray.evaluation.completions import read_cells
-from mpo_ray.evaluation.estimates import Estimate
+from mpo_ray.evaluation.estimates import Estimate, written
 from mpo_ray.maths.statistics import bootstrap_means
 from mpo_ray.maths.win_probability import Link
 from mpo_ray.records import REFERENCE
@@ -42,8 +43,8 @@ def certify(
     drawn = bootstrap_means(values, draws, np.random.default_rng(seed))
     found = {name: Estimate.over(float(values[:, k].mean()), drawn[:, k], confidence) for k, name in enumerate(names)}
     return {
-        "primary": {primary: _written(found[primary])},
-        "bounds": {n: {"bound": b, **_written(found[n]), "verdict": _verdict(found[n], b)} for n, b in bounds.items()},
+        "primary": {primary: asdict(found[primary])},
+        "bounds": {n: {"bound": b, **asdict(found[n]), "verdict": _verdict(found[n], b)} for n, b in bounds.items()},
         "num_prompts": len(prompts),
         "num_completions": int(np.prod(next(iter(ours.values())).shape)),
         "confidence": confidence,
@@ -54,15 +55,18 @@ def certify(
 def certificate_lines(name: str, certificate: Mapping[str, Any]) -> Sequence[str]:
     """The certificate for the terminal, a line per objective."""
     [(primary, value)] = certificate["primary"].items()
-    lines = [f"{name}: {primary} {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"]
-    return lines + [
-        f"  {objective} {b['value']:.3f} [{b['low']:.3f}, {b['high']:.3f}], bound {b['bound']:.3f}: {b['verdict']}"
-        for objective, b in certificate["bounds"].items()
+    return [
+        f"{name}: {primary} {shown_estimate(value)}",
+        *(
+            f"  {objective} {shown_estimate(found)}, bound {found['bound']:.3f}: {found['verdict']}"
+            for objective, found in certificate["bounds"].items()
+        ),
     ]
 
 
-def _written(estimate: Estimate) -> dict[str, float | None]:
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+def shown_estimate(found: Mapping[str, Any]) -> str:
+    """A certificate's value with its interval."""
+    return written(Estimate(found["value"], found["low"], found["high"]), 3)
 
 
 def _verdict(estimate: Estimate, bound: float) -> str:

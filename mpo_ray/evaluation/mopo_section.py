@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mpo_ray.drawing import DARK, legend_of, objective_style, plain
+from mpo_ray.evaluation.certificate import shown_estimate
 
 #: Problems with the same primary and bounded objective that make a sweep worth a picture.
 SWEEP = 3
@@ -26,7 +27,7 @@ def mopo_section(solved: Mapping[str, Any], certificates: Mapping[str, Any]) -> 
             "",
             f"{result['values'][primary]:.3f}",
             f"{result['heldout_values'][primary]:.3f}",
-            _estimate(certificate["primary"][primary]),
+            shown_estimate(certificate["primary"][primary]),
             "",
             "",
         ]
@@ -35,7 +36,7 @@ def mopo_section(solved: Mapping[str, Any], certificates: Mapping[str, Any]) -> 
                 f"{result['multipliers'][name]:.3f}",
                 f"{result['values'][name]:.3f}",
                 f"{result['heldout_values'][name]:.3f}",
-                _estimate(found),
+                shown_estimate(found),
                 f"{found['bound']:.3f}",
                 found["verdict"],
             ]
@@ -86,7 +87,3 @@ def sweep_figure(certificates: Mapping[str, Any]) -> Figure | None:
         axes.set_title(f"{primary} maximised", fontsize=10)
     legend_of(figure, entries)
     return figure
-
-
-def _estimate(found: Mapping[str, float]) -> str:
-    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"

@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 
 from mpo_ray.cluster.evaluate import CandidateEvaluator
 from mpo_ray.cluster.parts import Part, process_parts
-from mpo_ray.config import RunConfig
 from mpo_ray.data.scores import scores_from_table
 from mpo_ray.evaluation.candidates import Candidate, grid_candidates, named_candidates
 from mpo_ray.evaluation.metrics import Metrics, evaluate_completions
@@ -40,9 +39,9 @@ def evaluate(context: Context) -> dict[str, Any]:
         run.read_json("fit.json"),
         settings,
         context.compared_models() | context.mopo_policies(),
-        **_decoding(config),
+        particles=config.decoding.particles,
     )
-    grid = grid_candidates(len(objectives), settings, **_decoding(config))
+    grid = grid_candidates(len(objectives), settings, particles=config.decoding.particles)
     # A point of the grid that is a named candidate takes its completions; the others have the first prompts only.
     known = {candidate.distribution for candidate in named.values()}
     parts = {name: _parts(context, candidate) for name, candidate in named.items()}
@@ -51,7 +50,7 @@ def evaluate(context: Context) -> dict[str, Any]:
         parts[name] = _parts(context, candidate, first=first)
     _generate(context, list({part.target: part for own in parts.values() for part in own}.values()))
     table = _table(context, {name: parts[name] for name in named})
-    metrics = evaluate_completions(table, objectives, **_resampling(context), **_decoding(config))
+    metrics = evaluate_completions(table, objectives, **_resampling(context), particles=config.decoding.particles)
     run.write_table("evaluation/completions.parquet", table)
     points = table
     if grid:
@@ -85,10 +84,6 @@ def _parts(context: Context, candidate: Candidate, *, first: int | None = None) 
         inputs = stage_inputs("completions", identity, values["seed"], num_prompts, run.inputs_of(source), made_from)
         parts.append(Part(source, target, inputs, values))
     return parts
-
-
-def _decoding(config: RunConfig) -> dict[str, int]:
-    return {"particles": config.decoding.particles}
 
 
 def _made_from(context: Context) -> list[Any]:
@@ -192,7 +187,7 @@ def predictions(context: Context) -> dict[str, Any]:
     """What the scored samples predict of every candidate that is a mixture with known weights."""
     config, run = context.config, context.run
     objectives, fit = list(config.objectives), run.read_json("fit.json")
-    named = named_candidates(objectives, fit, config.evaluation, {}, **_decoding(config))
+    named = named_candidates(objectives, fit, config.evaluation, {}, particles=config.decoding.particles)
     weights = {name: candidate.weights for name, candidate in named.items() if candidate.kind == "mixture"}
     predicted = predict_trade_off(
         scores_from_table(run.read_table("scores"), objectives, min_objectives=1),
