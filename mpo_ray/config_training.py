@@ -103,6 +103,11 @@ class ConstrainedTraining(Training):
     method: Literal["offline", "online"] = Field(
         "offline", description="`offline` takes ρ of the solved pool, `online` updates λ, χ and the policy in one loop"
     )
+    values_of: Literal["ratio", "policy"] = Field(
+        "ratio",
+        description="what λ answers, online: the values of ρ π_ref, as in the paper (`ratio`), or those of the policy "
+        "itself on held-out prompts, so that what is trained meets the bounds (`policy`)",
+    )
     batch_size: PositiveInt = Field(16, description="prompts per optimiser step, over all workers")
     micro_batch_size: PositiveInt = Field(4, description="prompts per worker and forward pass")
     lora: Lora | None = Field(Lora(), description="null trains all weights")
@@ -117,3 +122,12 @@ class ConstrainedTraining(Training):
     least_effective_share: Share = Field(
         0.1, description="of its candidates that ρ rests on, mean over the prompts; below it training stops"
     )
+
+    @model_validator(mode="after")
+    def _answers_in_a_loop(self) -> ConstrainedTraining:
+        if self.values_of == "policy" and self.method != "online":
+            raise ValueError(
+                "values_of is policy, and the method is offline, which takes λ from the pool before there is a policy; "
+                "set method to online, or values_of to ratio"
+            )
+        return self

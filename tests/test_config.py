@@ -353,6 +353,7 @@ def test_mopo_s_problems_name_objectives_and_bounds(raw: dict[str, Any]) -> None
         ("mopo.tau=0", "mopo.tau: Input should be greater than 0 (got 0)"),
         ("mopo.radius=-0.1", "mopo.radius: Input should be greater than or equal to 0 (got -0.1)"),
         ("mopo.problems={'a b': {primary: helpful}}", "mopo.problems: 'a b': names are letters, digits, - and _"),
+        ("mopo.training.values_of=policy", "values_of is policy, and the method is offline"),
         ("mopo.training.batch_size=6", "batch_size 6 is not a multiple of micro_batch_size × num_workers = 4"),
     ],
 )

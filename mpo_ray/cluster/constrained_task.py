@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mpo_ray.training.constrained import (
     Problem,
     Statistics,
     cloning_loss,
+    policy_statistics,
     pool_of,
     statistics,
     token_batch,
@@ -92,9 +94,11 @@ class ConstrainedTask(Task):
 
         Raises RunawayError and DegenerateRatioError, on every worker at the same step.
         """
-        mine = torch.as_tensor(np.mean(self._seen, axis=0))
-        found = Statistics.of_array(self.engine.mean(mine).cpu().numpy())
+        mine = np.mean(self._seen, axis=0)
+        found = self._over_workers(mine)
         self._seen = []
+        if self.training.values_of == "policy":
+            found = replace(self._over_workers(self._of_policy(step)), effective_share=found.effective_share)
         if self.training.method == "online":
             self.state = self.state.after(found, self.problem, self.training, step=step)
         else:
@@ -125,12 +129,8 @@ class ConstrainedTask(Task):
         """
         if not self.heldout:
             return {}
-        log_ratios = [
-            found - known for found, known in zip(self._log_probabilities(self.heldout), self._reference, strict=True)
-        ]
-        first, moved = pool_of(self.heldout), pool_of(self.heldout, np.concatenate(log_ratios))
-        rho = np.exp(moved.log_reference - first.log_reference)
-        found = statistics(first, rho, first, self.state.log_chi)
+        log_ratios = np.concatenate(self._log_probabilities(self.heldout)) - np.concatenate(self._reference)
+        found = policy_statistics(self.heldout, log_ratios, self.state.log_chi)
         slack = found.values - self.state.bounds
         return {
             "primary": found.primary,
@@ -152,6 +152,20 @@ class ConstrainedTask(Task):
         if self._lagged is not None:
             self._lagged.load(directory)
 
+    def _of_policy(self, step: int) -> Array:
+        """What the policy has on this worker's next `micro_batch_size` held-out prompts, after the `step`-th step."""
+        size = self.training.micro_batch_size
+        first = ((step - 1) * self.engine.world_size + self.engine.rank) * size
+        places = [(first + i) % len(self.heldout) for i in range(size)]
+        batch = [self.heldout[i] for i in places]
+        self.engine.model.eval()
+        log_ratios = self._fixed(batch) - np.concatenate([self._reference[i] for i in places])
+        self.engine.model.train()
+        return policy_statistics(batch, log_ratios, self.state.log_chi).as_array()
+
+    def _over_workers(self, mine: Array) -> Statistics:
+        return Statistics.of_array(self.engine.mean(torch.as_tensor(mine)).cpu().numpy())
+
     def _named(self, values: Array) -> dict[str, float]:
         return dict(zip(self.problem.secondary, values.tolist(), strict=True))
 
@@ -163,11 +177,16 @@ class ConstrainedTask(Task):
         found = torch.zeros(int(starts[-1]), dtype=torch.float64, device=self.engine.device)
         self.engine.model.eval()
         for batch, num_own in even_batches(len(examples), self.engine, self.training.micro_batch_size):
-            tokens = token_batch([examples[i] for i in batch], pad_id=self.pad_id).to(self.engine.device)
-            with torch.no_grad():
-                logprobs = self.engine.model(tokens)
+            logprobs = self._fixed([examples[i] for i in batch])
             if num_own:
-                found[int(starts[batch[0]]) : int(starts[batch[-1] + 1])] = logprobs.double()
+                found[int(starts[batch[0]]) : int(starts[batch[-1] + 1])] = torch.as_tensor(logprobs)
         self.engine.model.train()
         total = (self.engine.mean(found) * self.engine.world_size).cpu().numpy()
         return np.split(total, starts[1:-1])
+
+    @torch.no_grad()
+    def _fixed(self, batch: Sequence[Candidates]) -> Array:
+        """log π_ψ of every candidate of a batch, (N,) nats."""
+        tokens = token_batch(batch, pad_id=self.pad_id).to(self.engine.device)
+        logprobs: Array = self.engine.model(tokens).double().cpu().numpy()
+        return logprobs

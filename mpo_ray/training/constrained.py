@@ -170,3 +170,9 @@ def statistics(pool: Pool, rho: Array, first: Pool, log_chi: Array) -> Statistic
         effective_share=float((carry / np.diff(pool.starts)).mean()),
         kl=float(weights @ moved / pool.num_prompts),
     )
+
+
+def policy_statistics(batch: Sequence[Candidates], log_ratios: Array, log_chi: Array) -> Statistics:
+    """The same of a policy: ρ is π_ψ/π_ref, self-normalised. log_ratios: (N,) log π_ψ − log π_ref, nats"""
+    first, moved = pool_of(batch), pool_of(batch, log_ratios)
+    return statistics(first, np.exp(moved.log_reference - first.log_reference), first, log_chi)

@@ -27,13 +27,14 @@ from tests.training.candidates import PROBLEM, candidates
 STEPS, SAVED, WORLD = 5, 3, 2
 TRAIN, HELDOUT = candidates(10, seed=5), candidates(3, seed=6)
 LORA = {"rank": 4, "alpha": 16.0}
-#: ZeRO stage, adapters, lag, and whether the run is broken after `SAVED` steps.
+#: ZeRO stage, adapters, lag, and whether the run is broken after `SAVED` steps. In `policy`, λ answers the policy.
 CASES: dict[str, tuple[int, dict[str, Any] | None, int, bool]] = {
     "lora-1": (1, LORA, 1, False),
     "lora-2": (2, LORA, 2, False),
     "lora-3": (3, LORA, 1, True),
     "full-0": (0, None, 1, False),
     "full-3": (3, None, 1, True),
+    "policy": (1, LORA, 2, True),
 }
 
 
@@ -42,6 +43,7 @@ def training_of(case: str) -> ConstrainedTraining:
     return ConstrainedTraining.model_validate(
         {
             "method": "online",
+            "values_of": "policy" if case == "policy" else "ratio",
             "batch_size": 4,
             "micro_batch_size": 1,
             "learning_rate": 0.003,

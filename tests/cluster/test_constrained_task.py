@@ -79,16 +79,13 @@ def _plain(base: str, case: str) -> dict[str, Any]:
     for step in range(STEPS):
         lagged = policies[max(0, step // lag - 1) * lag]
         batch = [TRAIN[i] for i in batch_indices(step, num_examples=len(TRAIN), batch_size=4, seed=0)]
-        values, mass, slope, loss = np.zeros(2), np.zeros(2), np.zeros(2), torch.zeros(())
+        seen, loss = [], torch.zeros(())
         for given in batch:
             moved = np.exp(given.log_reference + fixed_logprobs(lagged, given) - fixed_logprobs(reference, given))
             shares = moved / moved.sum()
             tilt = np.exp((given.primary + given.secondary @ lam) / tau)
             rho = tilt / (shares @ tilt)
-            won = rho[:, None] * given.secondary
-            values += shares @ won / 4
-            mass += shares @ np.exp(-won / np.exp(log_chi)) / 4
-            slope += shares @ (np.exp(-won / np.exp(log_chi)) * won / np.exp(log_chi)) / 4
+            seen.append((shares, rho, given))
             loss = loss - (torch.tensor(shares * rho).float() * logprobs(policy, given)).sum() / 4
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), training.max_grad_norm)
@@ -96,8 +93,20 @@ def _plain(base: str, case: str) -> dict[str, Any]:
         schedule.step()
         optimizer.zero_grad()
         policies.append(copy.deepcopy(policy))
+        if training.values_of == "policy":
+            seen = []
+            for given in [HELDOUT[(2 * step + i) % len(HELDOUT)] for i in range(2)]:
+                first = np.exp(given.log_reference)
+                moved = first * np.exp(fixed_logprobs(policy, given) - fixed_logprobs(reference, given))
+                seen.append((first, moved / moved.sum() / first, given))
+        chi, values, mass, slope = np.exp(log_chi), np.zeros(2), np.zeros(2), np.zeros(2)
+        for shares, rho, given in seen:
+            won = rho[:, None] * given.secondary
+            values += shares @ won / len(seen)
+            mass += shares @ np.exp(-won / chi) / len(seen)
+            slope += shares @ (np.exp(-won / chi) * won / chi) / len(seen)
         if radius:
-            values = -np.exp(log_chi) * (np.log(mass) + radius)
+            values = -chi * (np.log(mass) + radius)
         lam = np.maximum(lam - training.multiplier_step * (values - bounds), 0.0)
         if radius:
             kl = -np.log(mass) - slope / mass
