@@ -102,7 +102,7 @@ def main() -> int:
 def draw(found: dict[tuple[str, int | None, float], Array], path: Path) -> None:
     """A panel per structure: primary against the least bounded objective, a colour per t0, a marker per relaxation."""
     figure = Figure(figsize=(3.2 * len(STRUCTURES), 3.8), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(STRUCTURES), squeeze=False)[0], STRUCTURES, strict=True):
+    for axes, name in zip(figure.subplots(1, len(STRUCTURES), sharey=True, squeeze=False)[0], STRUCTURES, strict=True):
         plain(axes)
         axes.axvline(0.0, color="black", linewidth=0.8)
         for (own, lag, relaxation), runs in found.items():
@@ -111,6 +111,7 @@ def draw(found: dict[tuple[str, int | None, float], Array], path: Path) -> None:
                 style = {"color": COLOURS[LAGS.index(lag)], "marker": marker}
                 label = f"t0 = {lag}, {relaxation:g}" if lag else "t0 = ∞"
                 axes.plot(np.median(runs[:, 1]), np.median(runs[:, 0]), linestyle="", label=label, **style)
+        axes.margins(x=0.15)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("least bounded, above π_ref")
     figure.axes[0].set_ylabel("primary, above π_ref")

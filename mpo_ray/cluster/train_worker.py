@@ -14,8 +14,9 @@ from peft import LoraConfig, get_peft_model
 
 from mpo_ray.cluster.constrained_task import ConstrainedTask
 from mpo_ray.cluster.deepspeed_engine import TAG, CheckpointError, DeepSpeedEngine, prepare_sharded_loading
+from mpo_ray.cluster.event_log import EventLog
 from mpo_ray.cluster.progress import report
-from mpo_ray.cluster.tasks import PreferenceTask, SupervisedTask, Task
+from mpo_ray.cluster.tasks import Figures, PreferenceTask, SupervisedTask, Task
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.cluster.training_metrics import TrainingMetrics, flat
 from mpo_ray.config_training import ConstrainedTraining, Lora, PolicyTraining, Training
@@ -53,7 +54,7 @@ def train_worker(values: dict[str, Any]) -> str | None:
 
     task.begin(engine)
     start, history = _restore(engine, task, job)
-    metrics = TrainingMetrics(job) if engine.rank == 0 else None
+    display = _Display(run, job, values["progress"], start=start, total=total) if engine.rank == 0 else None
     try:
         for step, loss in train(
             engine,
@@ -69,19 +70,36 @@ def train_worker(values: dict[str, Any]) -> str | None:
             if step % LOG_EVERY == 0 or step == total:
                 figures = {"loss": float(engine.mean(torch.tensor(loss, dtype=torch.float64))), **task.figures()}
                 history.append({"step": step, **flat(figures)})
-                if metrics is not None:
-                    metrics.show(figures)
-                    report(values["progress"], job.name, step, total, **flat(figures))
+                if display is not None:
+                    display.show(step, figures)
             if step % training.checkpoint_every == 0 and step < total:
                 evaluated = {f"heldout_{name}": value for name, value in task.evaluate().items()}
                 history.append({"step": step, **evaluated})
+                if display is not None:
+                    display.events.add(step, evaluated)
                 _checkpoint(engine, task, step, history)
     except (RunawayError, DegenerateRatioError) as error:
         return str(error)
+    finally:
+        if display is not None:
+            display.events.close()
     final = task.evaluate()
     _export(engine, run, job, tokenizer, {"inputs": job.inputs, "steps": total, "heldout": final, "history": history})
     _checkpoint(engine, task, total, history)
     return None
+
+
+class _Display:
+    """Where the figures of a training are seen while it runs: the cluster's metrics, TensorBoard, the progress line."""
+
+    def __init__(self, run: Run, job: TrainingJob, progress: Any, *, start: int, total: int) -> None:
+        self.metrics, self.events = TrainingMetrics(job), EventLog(run, job.name, start=start)
+        self._name, self._progress, self._total = job.name, progress, total
+
+    def show(self, step: int, figures: Figures) -> None:
+        self.metrics.show(figures)
+        self.events.add(step, flat(figures))
+        report(self._progress, self._name, step, self._total, **flat(figures))
 
 
 def _task(run: Run, job: TrainingJob, tokenizer: Any) -> Task:

@@ -1,6 +1,7 @@
 """The report's part about MOPO: what each problem asked for, what its pool gives, and what holds on held-out prompts.
 
-`solved` is problem → what its mopo.json holds; `certificates` is problem → what its certificate.json holds.
+`solved` is problem → what its mopo.json holds; `trained` problem → bounded objective → λ at the end of an online
+training, empty where there was none; `certificates` problem → what its certificate.json holds.
 """
 
 from __future__ import annotations
@@ -17,13 +18,24 @@ from mpo_ray.evaluation.certificate import shown_estimate
 SWEEP = 3
 
 
-def mopo_section(solved: Mapping[str, Any], certificates: Mapping[str, Any]) -> dict[str, Any]:
+def mopo_section(
+    solved: Mapping[str, Any], trained: Mapping[str, Mapping[str, float]], certificates: Mapping[str, Any]
+) -> dict[str, Any]:
     """The table {"columns", "rows"} of every problem's objectives, and the pool's errors as a sentence."""
-    columns = ["λ", "pool's optimum", "its ρ on held-out prompts", "policy, held out", "bound", "certificate"]
+    columns = [
+        "λ, pool",
+        "λ, training",
+        "pool's optimum",
+        "its ρ on held-out prompts",
+        "policy, held out",
+        "bound",
+        "certificate",
+    ]
     rows = {}
     for problem, result in solved.items():
         certificate, primary = certificates[problem], result["primary"]
         rows[f"{problem}: {primary}, maximised"] = [
+            "",
             "",
             f"{result['values'][primary]:.3f}",
             f"{result['heldout_values'][primary]:.3f}",
@@ -34,6 +46,7 @@ def mopo_section(solved: Mapping[str, Any], certificates: Mapping[str, Any]) -> 
         for name, found in certificate["bounds"].items():
             rows[f"{problem}: {name}"] = [
                 f"{result['multipliers'][name]:.3f}",
+                f"{trained[problem][name]:.3f}" if name in trained[problem] else "",
                 f"{result['values'][name]:.3f}",
                 f"{result['heldout_values'][name]:.3f}",
                 shown_estimate(found),
@@ -42,7 +55,7 @@ def mopo_section(solved: Mapping[str, Any], certificates: Mapping[str, Any]) -> 
             ]
     errors = {name: error for result in solved.values() for name, error in result["pool_errors"].items()}
     return {
-        "table": {"columns": columns, "rows": rows},
+        "table": {"columns": [*columns, "bound", "certificate"], "rows": rows},
         "errors": ", ".join(f"{name} {error:.3f}" for name, error in errors.items()),
         "warnings": {problem: result["warnings"] for problem, result in solved.items() if result["warnings"]},
     }

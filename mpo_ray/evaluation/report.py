@@ -74,7 +74,7 @@ def write_report(
     conflict: per pair of objectives `first`, `second`, `disagreement`, `rank_correlation`, `sentence`; None if unknown
     provenance: what the run was made with (versions, seed, digest of the config, …), nested as deep as need be
     judge: what judge.json holds; None without a judge
-    mopo: `solved` and `certificates`, problem → what mopo.json and certificate.json hold; None without problems
+    mopo: `solved`, `trained` and `certificates` of `mopo_section`; None without problems
     training: objective → `steps`, `heldout` (named numbers) and `history` (a list of {"step", "loss"}), each optional
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def write_report(
         provenance=_flat(provenance),
         judge=judge,
         judge_kinds=JUDGE_KINDS,
-        mopo=None if mopo is None else mopo_section(mopo["solved"], mopo["certificates"]),
+        mopo=None if mopo is None else mopo_section(**mopo),
     )
     path = directory / "report.html"
     path.write_text(page, encoding="utf-8")

@@ -181,14 +181,16 @@ def certify_policies(context: Context) -> dict[str, Any]:
 
 def _certified_bounds(context: Context, name: str) -> dict[str, float]:
     """What a policy has to reach: a relative bound is that far from ½, an adaptive one is where training left it."""
-    found = {}
-    for objective, bound in _bounds(_settings(context), name).items():
-        if bound.adaptive:
-            history = context.run.read_json(f"mopo/{name}/policy/training.json")["history"]
-            found[objective] = [float(e[f"bound_{objective}"]) for e in history if f"bound_{objective}" in e][-1]
-        else:
-            found[objective] = bound.at(0.5)
-    return found
+    bounds = _bounds(_settings(context), name)
+    left = last_figures(context, name, "bound")
+    return {objective: left[objective] if bound.adaptive else bound.at(0.5) for objective, bound in bounds.items()}
+
+
+def last_figures(context: Context, name: str, quantity: str) -> dict[str, float]:
+    """Bounded objective → the last that a problem's training reported of a quantity; empty where it reported none."""
+    history = context.run.read_json(f"mopo/{name}/policy/training.json")["history"]
+    keys = {objective: f"{quantity}_{objective}" for objective in _settings(context).problems[name].bounds}
+    return {o: float(entry[key]) for entry in history for o, key in keys.items() if key in entry}
 
 
 POOLS = Stage(

@@ -23,6 +23,7 @@ from mpo_ray.fitting.trade_off import predict_trade_off
 from mpo_ray.records import digest
 from mpo_ray.run import stage_inputs
 from mpo_ray.stages.check import check_compared_models
+from mpo_ray.stages.constrained import last_figures
 from mpo_ray.stages.stage import Context, Stage, content
 from mpo_ray.stages.training import ACTOR_PLACEMENT
 
@@ -179,6 +180,7 @@ def _mopo(context: Context) -> dict[str, Any] | None:
     names, read = list(context.config.mopo.problems), context.run.read_json
     return {
         "solved": {name: read(f"mopo/{name}/mopo.json") for name in names},
+        "trained": {name: last_figures(context, name, "multiplier") for name in names},
         "certificates": {name: read(f"mopo/{name}/certificate.json") for name in names},
     }
 

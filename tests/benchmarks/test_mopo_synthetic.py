@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+from mopo_lag import figures_of, trained
 from mopo_synthetic import STRUCTURES, TAU, below_front, bounds_of, estimated, exact_distance, structure, updates
 
 from mpo_ray.maths.constrained import solve_lagrangian
@@ -47,3 +48,13 @@ def test_more_labels_bring_the_policy_nearer_to_the_front_and_to_its_bound(varia
     assert found[1][1] < 0.02
     exact = solve_lagrangian(given.pool, bounds, tau=TAU)
     assert exact.multipliers[0] > 0.1, "the bound binds, or there was nothing to find"
+
+
+def test_a_schedule_that_relaxes_often_loses_the_bound_and_none_keeps_it() -> None:
+    """Opposed objectives: what is bounded falls to its least with t0 = 20 and 0.9, and stays with t0 = ∞."""
+    pool = structure("opposed", 0).pool
+    lost, kept = (figures_of(pool, trained(pool, lag=lag, relaxation=0.9, seed=0))[1:] for lag in (20, None))
+    assert kept == pytest.approx((0.0, 0.0), abs=0.02)
+    least = float(pool.secondary.reshape(pool.num_prompts, -1).min(axis=1).mean())
+    assert lost[0] == pytest.approx(least - float(pool.expectation(pool.secondary)[0]), abs=0.02)
+    assert lost[1] > 1.0

@@ -17,13 +17,16 @@ import pytest
 import ray
 from peft import PeftModel
 from rich.console import Console
+from tensorboardX.proto import event_pb2
 from transformers import AutoModelForCausalLM
 
+from mpo_ray.cluster.event_log import EventLog
 from mpo_ray.cluster.train import TrainingError, train_all
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.cluster.training_metrics import TrainingMetrics
 from mpo_ray.config_training import ConstrainedTraining, PolicyTraining, Source, SupervisedTraining, Training
 from mpo_ray.maths.constrained import ratio
+from mpo_ray.run import Run
 from mpo_ray.training.constrained import Candidates, pool_of
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.tiny_run import ROOT
@@ -113,10 +116,25 @@ def test_two_jobs_one_of_which_stops(ray_cluster: None, tmp_path: Path) -> None:
     assert record["heldout"]["primary"] == pytest.approx(primary, abs=1e-5)
     assert record["heldout"]["kl"] > 0.01
 
+    shown = {(row["step"], name): row[name] for row in record["history"] for name in set(row) - {"step"}}
+    assert _values(_events(root / "tensorboard" / "online")) == pytest.approx(shown, rel=1e-6)
+
     contents = [(policy / name).read_bytes() for name in ("adapter_model.safetensors", "training.json")]
     shutil.rmtree(policy)
     train_all(jobs[:1], Console())  # from the last checkpoint: weights, and the bounds that `slack` is over
     assert [(policy / name).read_bytes() for name in ("adapter_model.safetensors", "training.json")] == contents
+
+
+def test_events_reach_storage_that_is_elsewhere_and_void_what_a_broken_run_had_seen() -> None:
+    run = Run("memory://events", "far")
+    shutil.rmtree(run.local, ignore_errors=True)
+    log = EventLog(run, "dpo-good", start=7)
+    log.add(10, {"loss": 0.5})
+    log.add(20, {"loss": 0.25})
+    log.close()
+    events = _events(run.fetch("tensorboard/dpo-good"))
+    assert [event.step for event in events if event.session_log.status == event_pb2.SessionLog.START] == [8]
+    assert _values(events) == {(10, "loss"): 0.5, (20, "loss"): 0.25}
 
 
 @pytest.mark.slow
@@ -141,6 +159,22 @@ def test_figures_are_metrics_of_the_cluster_under_the_names_that_the_documentati
         pytest.fail("\n".join(line for line in text.splitlines() if "mpo_ray" in line))
     documented = set(re.findall(r"`mpo_ray_training_(\w+)`", (ROOT / "docs" / "mopo.md").read_text()))
     assert documented == {*QUANTITIES, *PER_OBJECTIVE, "chi"}
+
+
+def _events(directory: Path) -> list[event_pb2.Event]:
+    """The events of all files of a directory; a file is length, checksum, event, checksum, one after another."""
+    found = []
+    for path in directory.iterdir():
+        content, place = path.read_bytes(), 0
+        while place < len(content):
+            size = int.from_bytes(content[place : place + 8], "little")
+            found.append(event_pb2.Event.FromString(content[place + 12 : place + 12 + size]))
+            place += size + 16
+    return found
+
+
+def _values(events: list[event_pb2.Event]) -> dict[tuple[int, str], float]:
+    return {(event.step, value.tag): value.simple_value for event in events for value in event.summary.value}
 
 
 def _write(path: Path, given: list[Candidates]) -> list[Candidates]:

@@ -114,7 +114,7 @@ def test_a_submitted_job_runs_the_pipeline_and_agrees_with_a_local_run(
     assert weights[0] == weights[1]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_mopo_is_submitted_and_its_metrics_are_at_the_head_while_it_trains(
     head: Head, finished_run: Path, tmp_path: Path
 ) -> None:

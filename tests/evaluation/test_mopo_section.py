@@ -38,15 +38,16 @@ def certificate(bound: float, verdict: str = "met") -> dict[str, Any]:
 
 
 def test_a_problem_has_a_line_for_every_objective() -> None:
-    found = mopo_section({"p": solved(0.5)}, {"p": certificate(0.5)})
-    assert len(found["table"]["columns"]) == 6
+    found = mopo_section({"p": solved(0.5)}, {"p": {"concise": 0.31}}, {"p": certificate(0.5)})
+    assert len(found["table"]["columns"]) == 7
     assert found["table"]["rows"] == {
-        "p: positive, maximised": ["", "0.611", "0.602", "0.575 [0.535, 0.625]", "", ""],
-        "p: concise": ["0.250", "0.500", "0.489", "0.520 [0.501, 0.550]", "0.500", "met"],
+        "p: positive, maximised": ["", "", "0.611", "0.602", "0.575 [0.535, 0.625]", "", ""],
+        "p: concise": ["0.250", "0.310", "0.500", "0.489", "0.520 [0.501, 0.550]", "0.500", "met"],
     }
     assert found["errors"] == "positive 0.123, concise 0.045"
     assert found["warnings"] == {}
-    cautious = mopo_section({"p": solved(0.5, warnings=["ρ rests on few"])}, {"p": certificate(0.5)})
+    cautious = mopo_section({"p": solved(0.5, warnings=["ρ rests on few"])}, {"p": {}}, {"p": certificate(0.5)})
+    assert cautious["table"]["rows"]["p: concise"][:2] == ["0.250", ""]
     assert cautious["warnings"] == {"p": ["ρ rests on few"]}
 
 
