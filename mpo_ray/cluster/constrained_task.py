@@ -94,8 +94,7 @@ class ConstrainedTask(Task):
 
         Raises RunawayError and DegenerateRatioError, on every worker at the same step.
         """
-        mine = np.mean(self._seen, axis=0)
-        found = self._over_workers(mine)
+        found = self._over_workers(np.mean(self._seen, axis=0))
         self._seen = []
         if self.training.values_of == "policy":
             found = replace(self._over_workers(self._of_policy(step)), effective_share=found.effective_share)

@@ -120,7 +120,7 @@ def test_mopo_is_submitted_and_its_metrics_are_at_the_head_while_it_trains(
 ) -> None:
     """From the scores of a finished run to a policy on two workers, under the metrics that docs/mopo.md names."""
     shutil.copytree(finished_run, tmp_path / "bounded")
-    items = [*overrides(tmp_path, "bounded"), f"'mopo={json.dumps(MOPO)}'"]  # the entry point goes through a shell
+    items = [*overrides(tmp_path, "bounded"), f"mopo={json.dumps(MOPO)}"]
     given = [argument for item in items for argument in ("--set", item)]
     seen: set[str] = set()
     with (tmp_path / "log").open("w+") as log:
