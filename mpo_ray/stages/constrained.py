@@ -15,8 +15,9 @@ from mpo_ray.data.pools import LOG_REF, WIN, pool_from_table
 from mpo_ray.data.prompts import is_heldout
 from mpo_ray.data.score_files import PROMPT
 from mpo_ray.data.sources import DataError
-from mpo_ray.evaluation.certificate import certificate_lines, certify
+from mpo_ray.evaluation.certificate import NOT_MET, certificate_lines, certify
 from mpo_ray.fitting.pool_solution import pool_summary, solve_pool, values_under
+from mpo_ray.fitting.summary import caution
 from mpo_ray.maths.win_probability import LINKS
 from mpo_ray.records import MOPO_PREFIX, Bound, digest
 from mpo_ray.stages.stage import Context, Stage
@@ -24,6 +25,11 @@ from mpo_ray.stages.training import PLACEMENT, figures_of, train_jobs, training_
 from mpo_ray.training.constrained import Problem
 
 POOL = "mopo/pool.parquet"
+#: What to do about a policy that was cloned, and misses a bound.
+SHORT = (
+    "the policy misses a bound that ρ meets on the pool: what is cloned moves only part of the way there. Train it "
+    "with `method: online, values_of: policy`, where λ answers the policy; or for more epochs, or on more candidates."
+)
 
 
 def solve(context: Context) -> dict[str, Any]:
@@ -176,6 +182,8 @@ def certify_policies(context: Context) -> dict[str, Any]:
         for line in certificate_lines(name, certificate):
             context.console.print(f"  {line}")
         verdicts[name] = {objective: found["verdict"] for objective, found in certificate["bounds"].items()}
+        if NOT_MET in verdicts[name].values() and mopo.training_of(name).values_of == "ratio":
+            context.console.print(caution(f"{name}: {SHORT}"))
     return verdicts
 
 

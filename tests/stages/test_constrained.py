@@ -23,7 +23,7 @@ from mpo_ray.policies.loading import load_policy
 from mpo_ray.policies.policy_set import PolicySet
 from mpo_ray.records import REFERENCE
 from mpo_ray.run import Run, RunError
-from mpo_ray.stages.constrained import certify_policies, solve, train
+from mpo_ray.stages.constrained import SHORT, certify_policies, solve, train
 from mpo_ray.stages.evaluating import evaluate
 from mpo_ray.stages.pipeline import run_single
 from mpo_ray.stages.stage import Context
@@ -111,6 +111,11 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def context(root: Path, **changes: Any) -> Context:
     given = config(root, **changes)
     return Context(given, Run.open(given, update=True), Console(file=io.StringIO(), width=120))
+
+
+def _said(given: Context) -> str:
+    """What was printed, without its line breaks."""
+    return " ".join(given.console.file.getvalue().split())
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +219,26 @@ def test_policies_are_evaluated_like_any_other_and_certified(trained: Context) -
         assert found["bound"] == pytest.approx(0.0 if name == "loose" else 0.6)
     assert metrics.pareto.hypervolume.num_mopo == 2
     assert metrics.pareto.hypervolume.mopo.value > 0
+    assert "not met" not in _said(trained)
+
+
+def test_a_policy_that_misses_its_bound_is_told_what_to_do_unless_it_is_done(trained: Context, storage: Path) -> None:
+    evaluate(trained)
+    node = "evaluation/completions.parquet"
+    rows = trained.run.read_table(node)
+    own = pc.equal(rows["candidate"], "mopo-tight")
+    lost = pc.if_else(own, -100.0, rows["reward_short"])
+    trained.run.write_table(node, rows.set_column(rows.column_names.index("reward_short"), "reward_short", lost))
+    cloned = context(storage)
+    certify_policies(cloned)
+    assert "bound 0.600: not met" in _said(cloned)
+    assert f"caution: tight: {SHORT}" in _said(cloned)
+    online = {"epochs": 4, "method": "online", "values_of": "policy"}
+    answered = context(storage, problems={"tight": {**PROBLEMS["tight"], "training": online}})
+    certify_policies(answered)
+    assert "bound 0.600: not met" in _said(answered)
+    assert "caution" not in _said(answered)
+    trained.run.write_table(node, rows)
 
 
 def test_the_exported_policy_opens_like_any_other(trained: Context) -> None:
