@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 
 from mpo_ray.config_training import ConstrainedTraining
-from mpo_ray.maths.constrained import RUNAWAY, RunawayError, barrier_step, multiplier_step, scheduled_bounds
+from mpo_ray.maths.constrained import RunawayError, barrier_step, multiplier_step, scheduled_bounds
 from mpo_ray.maths.robust import chi_step, dual_at
 from mpo_ray.maths.simplex import Array
 from mpo_ray.training.constrained import Problem, Statistics
 
 #: Steps over which what is shown, checked and made a bound is averaged: a batch's own values are noisy.
 AVERAGED = 50
+#: A multiplier beyond this has run away: what is maximised is less than a hundredth of ρ's exponent.
+RUNAWAY = 100.0
 #: Slack below which the barrier goes on linearly, in units of win probability.
 DELTA = 1e-3
 #: Standard deviation of ρ q̄ from which χ begins, at the χ* = sd/√(2ε) of a small radius.
