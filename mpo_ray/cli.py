@@ -22,7 +22,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from mpo_ray import cli_tables
-from mpo_ray.config import RunConfig, Serve
+from mpo_ray.config import NAME, RunConfig, Serve
 from mpo_ray.run import Run, StageError
 from mpo_ray.run_file import load_config
 
@@ -94,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
             add(verb, _stage, text)
     cli_tables.add_fit_arguments(add("fit", _fit, HELP["fit"]))
     cli_tables.add_mopo_arguments(add("mopo", _mopo, HELP["mopo"]))
+    mix = add("mix", _mix, "put policies that are trained into a mixture artefact", config=False)
+    mix.add_argument("policies", nargs="+", metavar="NAME=DIR", help="LoRA adapters or whole models, MOPO's among them")
+    mix.add_argument("--reference", required=True, help="what they were trained from: a directory or a hub id")
+    mix.add_argument("--weights", help="NAME=VALUE,… ; even if absent")
+    mix.add_argument("--out", required=True, metavar="DIR", help="where the artefact goes")
     generate = add("generate", _generate, "answer one prompt from the mixture", config=False)
     generate.add_argument("directory", help="run directory or mixture artefact")
     generate.add_argument("--prompt", required=True)
@@ -177,6 +182,34 @@ def _check(options: argparse.Namespace) -> int:
     else:
         print(findings.as_text())
     return 1 if findings.problems else 0
+
+
+def _mix(options: argparse.Namespace) -> int:
+    from mpo_ray.policies.artefact import write_artefact
+
+    policies: dict[str, Path] = {}
+    for text in options.policies:
+        name, equals, directory = text.partition("=")
+        if not equals or name in policies:
+            raise ValueError(f"{text!r}: write NAME=DIR, once for each policy.")
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{name!r}: names are letters, digits, - and _.")
+        policies[name] = Path(directory)
+    out = Path(options.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is there already; name a directory that is not, so that nothing is mixed up.")
+    given = cli_tables.parse_weights(options.weights, "--weights")
+    config = write_artefact(
+        out,
+        objectives=policies,
+        reference=options.reference,
+        copy_reference=False,
+        weights=dict.fromkeys(policies, 1.0 / len(policies)) if given is None else given,
+        fit={},
+    )
+    place = str(out.absolute())
+    print(json.dumps({"out": place, "weights": config.weights}) if options.json else place)
+    return 0
 
 
 def _generate(options: argparse.Namespace) -> int:

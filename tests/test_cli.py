@@ -5,11 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from mpo_ray.cli import main
+from mpo_ray.data.tokens import prompt_token_ids
+from mpo_ray.policies.loading import load_policy
 from tests import tiny_run
 from tests.evaluation.judge_server import JudgeServer
-from tests.tiny import WORDS, tiny_llama, tiny_tokenizer
+from tests.tiny import WORDS, tiny_llama, tiny_lora, tiny_tokenizer
 
 PAIRS = [{"prompt": f"the film {w}", "chosen": "good", "rejected": "bad"} for w in WORDS]
 
@@ -177,6 +180,62 @@ def test_mopo_needs_a_run_file_or_a_whole_pool(
 def test_serving_something_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tmp_path)]) == 1
     assert "is not a run directory" in capsys.readouterr().err
+
+
+class TestMix:
+    @pytest.fixture
+    def given(self, tmp_path: Path) -> list[str]:
+        """Two policies of one base, as the arguments of `mpo-ray mix`."""
+        base = str(tiny_llama(tmp_path / "base", tiny_tokenizer(), seed=0))
+        for seed, name in enumerate(("helpful", "bounded"), start=1):
+            tiny_lora(tmp_path / name, base, seed=seed)
+        names = [f"{name}={tmp_path / name}" for name in ("helpful", "bounded")]
+        return [*names, "--reference", base, "--out", str(tmp_path / "mixed")]
+
+    def test_the_mixture_answers_as_its_policies_do(
+        self, given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """All weight on one policy: what that policy alone writes."""
+        assert main(["mix", *given, "--weights", "helpful=0.3,bounded=0.7", "--json"]) == 0
+        written = json.loads(capsys.readouterr().out)
+        assert written == {"out": str(tmp_path / "mixed"), "weights": {"helpful": 0.3, "bounded": 0.7}}
+        tokenizer = tiny_tokenizer()
+        ids = torch.tensor([prompt_token_ids(tokenizer, ({"role": "user", "content": "the film"},))])
+        greedy = ["--prompt", "the film", "--temperature", "0", "--max-tokens", "6", "--json"]
+        for name in ("helpful", "bounded"):
+            assert main(["generate", written["out"], "--weights", f"{name}=1", *greedy]) == 0
+            policy = load_policy(str(tmp_path / name), str(tmp_path / "base"))
+            own = policy.generate(ids, do_sample=False, max_new_tokens=6, pad_token_id=0)[0, ids.shape[1] :]
+            assert json.loads(capsys.readouterr().out)["text"] == tokenizer.decode(own, skip_special_tokens=True)
+
+    def test_weights_are_even_unless_they_are_given(self, given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["mix", *given, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["weights"] == {"helpful": 0.5, "bounded": 0.5}
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            (["--weights", "helpful=0.3"], "sum to 0.3, not 1"),
+            (["--weights", "polite=1"], "unknown objective 'polite'"),
+            (["bounded=elsewhere"], "'bounded=elsewhere': write NAME=DIR, once for each policy"),
+            (["a/b=elsewhere"], "'a/b': names are letters, digits, - and _"),
+            (["other=nowhere"], "nowhere: no such policy directory"),
+        ],
+    )
+    def test_what_cannot_be_mixed_is_refused(
+        self, given: list[str], capsys: pytest.CaptureFixture[str], more: list[str], message: str
+    ) -> None:
+        assert main(["mix", *given[:2], *more, *given[2:]]) == 1
+        assert message in capsys.readouterr().err
+
+    def test_a_directory_with_something_in_it_is_left_alone(
+        self, given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "mixed").mkdir()
+        (tmp_path / "mixed" / "notes").write_text("mine")
+        assert main(["mix", *given]) == 1
+        assert f"--out {tmp_path / 'mixed'} is there already" in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / "mixed").iterdir()] == ["notes"]
 
 
 @pytest.mark.slow
