@@ -95,6 +95,7 @@ def sweep_figure(certificates: Mapping[str, Any]) -> Figure | None:
                 capsize=3.0,
             )
         (entries["the bound"],) = axes.plot(places, places, color=DARK, linestyle=":")
+        axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel(f"bound of {bounded}")
         axes.set_ylabel("win rate, held-out prompts")
         axes.set_title(f"{primary} maximised", fontsize=10)

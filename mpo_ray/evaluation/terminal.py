@@ -64,13 +64,15 @@ def print_summary(metrics: Metrics, fit: Mapping[str, Any], *, file: TextIO | No
 
 
 def _volumes(pareto: Pareto) -> Text:
-    """The volumes of both families, and what they were measured on."""
+    """The volumes of the families, and what they were measured on."""
     volume = pareto.hypervolume
     assert volume.soup is not None
     assert volume.difference is not None
+    mopo = "" if volume.mopo is None else f"; MOPO's {volume.num_mopo} policies {written(volume.mopo, 3)}"
     return Text(
         f"Hypervolume of win rates above 0, {volume.num_points} points each: mixtures {written(volume.mixture, 3)}, "
-        f"soups {written(volume.soup, 3)}; difference {written(volume.difference, 3)} ({pareto.num_prompts} prompts)."
+        f"soups {written(volume.soup, 3)}; difference {written(volume.difference, 3)}{mopo} "
+        f"({pareto.num_prompts} prompts)."
     )
 
 

@@ -64,6 +64,11 @@ def test_both_verdicts_and_the_volumes_of_both_families_are_told(full):
     assert baseline_verdict(full).sentence in text
     volume = full.pareto.hypervolume
     assert f"15 points each: mixtures {written(volume.mixture, 3)}, soups {written(volume.soup, 3)}" in text
+    assert "MOPO" not in text
+    given = replace(volume, mopo=volume.soup, num_mopo=7)
+    text = summary(replace(full, pareto=replace(full.pareto, hypervolume=given)))
+    told = f"; MOPO's 7 policies {written(volume.soup, 3)} ({full.pareto.num_prompts} prompts)."
+    assert told in " ".join(text.split())
 
 
 def test_the_note_says_how_mixtures_were_decoded(metrics):
