@@ -55,7 +55,7 @@ def mopo_section(
             ]
     errors = {name: error for result in solved.values() for name, error in result["pool_errors"].items()}
     return {
-        "table": {"columns": [*columns, "bound", "certificate"], "rows": rows},
+        "table": {"columns": columns, "rows": rows},
         "errors": ", ".join(f"{name} {error:.3f}" for name, error in errors.items()),
         "warnings": {problem: result["warnings"] for problem, result in solved.items() if result["warnings"]},
     }
