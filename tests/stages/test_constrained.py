@@ -131,6 +131,12 @@ def trained(solved: Context) -> Context:
     return solved
 
 
+@pytest.fixture(scope="module")
+def evaluated(trained: Context) -> Context:
+    evaluate(trained)
+    return trained
+
+
 def candidates(run: Run, name: str, side: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = run.read_table(f"mopo/{name}/candidates/{side}-00000.parquet").to_pylist()
     return rows
@@ -202,10 +208,9 @@ def test_nothing_is_trained_again_from_the_same_inputs(trained: Context) -> None
     assert after == before
 
 
-def test_policies_are_evaluated_like_any_other_and_certified(trained: Context) -> None:
-    run = trained.run
-    evaluate(trained)
-    certify_policies(trained)
+def test_policies_are_evaluated_like_any_other_and_certified(evaluated: Context) -> None:
+    run = evaluated.run
+    certify_policies(evaluated)
     metrics = Metrics.from_json(run.read_json("evaluation/metrics.json"))
     assert set(metrics.candidates) == {REFERENCE, "good", "short", "uniform", "mopo-loose", "mopo-tight", "mpo"}
     assert metrics.label("mopo-tight") == "MOPO tight"
@@ -219,16 +224,15 @@ def test_policies_are_evaluated_like_any_other_and_certified(trained: Context) -
         assert found["bound"] == pytest.approx(0.0 if name == "loose" else 0.6)
     assert metrics.pareto.hypervolume.num_mopo == 2
     assert metrics.pareto.hypervolume.mopo.value > 0
-    assert "not met" not in _said(trained)
+    assert "not met" not in _said(evaluated)
 
 
-def test_a_policy_that_misses_its_bound_is_told_what_to_do_unless_it_is_done(trained: Context, storage: Path) -> None:
-    evaluate(trained)
+def test_a_policy_that_misses_its_bound_is_told_what_to_do_unless_it_is_done(evaluated: Context, storage: Path) -> None:
     node = "evaluation/completions.parquet"
-    rows = trained.run.read_table(node)
+    rows = evaluated.run.read_table(node)
     own = pc.equal(rows["candidate"], "mopo-tight")
     lost = pc.if_else(own, -100.0, rows["reward_short"])
-    trained.run.write_table(node, rows.set_column(rows.column_names.index("reward_short"), "reward_short", lost))
+    evaluated.run.write_table(node, rows.set_column(rows.column_names.index("reward_short"), "reward_short", lost))
     cloned = context(storage)
     certify_policies(cloned)
     assert "bound 0.600: not met" in _said(cloned)
@@ -238,7 +242,7 @@ def test_a_policy_that_misses_its_bound_is_told_what_to_do_unless_it_is_done(tra
     certify_policies(answered)
     assert "bound 0.600: not met" in _said(answered)
     assert "caution" not in _said(answered)
-    trained.run.write_table(node, rows)
+    evaluated.run.write_table(node, rows)
 
 
 def test_the_exported_policy_opens_like_any_other(trained: Context) -> None:
