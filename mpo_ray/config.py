@@ -240,6 +240,9 @@ class Serve(Strict):
     max_replicas: PositiveInt = 4
     target_ongoing_requests: PositiveFloat = 8.0
     max_queued_requests: PositiveInt = 64
+    num_lanes: PositiveInt = Field(
+        16, description="sequences that a replica decodes at a time, if every policy takes part"
+    )
     cpus_per_replica: PositiveFloat = 1.0
     gpus_per_replica: Annotated[float, Field(ge=0.0)] = 0.0
     max_tokens: PositiveInt = Field(256, description="default and upper limit of a request's max_tokens")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,21 @@ from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.lora_file import LoraFile, read_lora
 from mpo_ray.records import REFERENCE
 
-#: The groups of the forward pass that this thread (or task) is in: indices of adapters; `_BASE` is the base itself.
-_GROUPS: ContextVar[tuple[int, ...]] = ContextVar("adapter_groups", default=())
 _BASE = -1
+
+
+class _Groups(NamedTuple):
+    """The groups of the forward pass that this thread (or task) is in: of which adapter each is, `_BASE` for none.
+
+    sizes: rows of each group where they differ, else None
+    """
+
+    adapters: tuple[int, ...] = ()
+    sizes: tuple[int, ...] | None = None
+
+
+_NO_GROUPS = _Groups()
+_GROUPS: ContextVar[_Groups] = ContextVar("adapter_groups", default=_NO_GROUPS)
 
 
 class AdapterStack(nn.Module):
@@ -58,11 +70,15 @@ class AdapterStack(nn.Module):
             return self.base(**inputs)
 
     @contextmanager
-    def running(self, names: Sequence[str]) -> Iterator[PreTrainedModel]:
-        """The base model, whose calls in this thread are calls of `forward` with these names while the block runs."""
+    def running(self, names: Sequence[str], sizes: Sequence[int] | None = None) -> Iterator[PreTrainedModel]:
+        """The base model, whose calls in this thread are calls of `forward` with these names while the block runs.
+
+        sizes: how many rows each group has, or tokens where the batch is one row; None for groups of one size
+        """
         if not names or len({*names}) < len(names) or REFERENCE in names[1:]:
             raise ValueError(f"the groups of rows are {list(names)}: name each policy once, and `reference` first.")
-        token = _GROUPS.set(tuple(self._places[name] for name in names))
+        uneven = None if sizes is None or len({*sizes}) == 1 else tuple(sizes)
+        token = _GROUPS.set(_Groups(tuple(self._places[name] for name in names), uneven))
         try:
             yield self.base
         finally:
@@ -78,7 +94,7 @@ class StackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, factors: Sequence[tuple[Tensor, Tensor] | None]) -> None:
         """factors: per adapter A (r, in) and B (out, r), or None."""
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.linear = linear
         weight = linear.weight
         rank = max(pair[0].shape[0] for pair in factors if pair is not None)
         down = weight.new_zeros(len(factors), weight.shape[1], rank)
@@ -91,15 +107,24 @@ class StackedLinear(nn.Module):
         self._selected: tuple[tuple[int, ...], torch.device, Tensor, Tensor] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """inputs: (rows, …, in), the rows a multiple of the number of groups; or (1, tokens, in), likewise."""
-        groups = _GROUPS.get()
-        outputs = nn.functional.linear(inputs, self.weight, self.bias)
-        if all(group == _BASE for group in groups):
+        """inputs: (rows, …, in), the rows a multiple of the number of groups; or (1, tokens, in), likewise.
+
+        Groups of different sizes: (1, tokens, in), tokens group after group.
+        """
+        adapters, sizes = _GROUPS.get()
+        outputs: Tensor = self.linear(inputs)
+        if all(adapter == _BASE for adapter in adapters):
             return outputs
-        flat = outputs.view(len(groups), -1, outputs.shape[-1])
-        grouped = inputs.reshape(len(groups), -1, inputs.shape[-1])
-        first = 1 if groups[0] == _BASE else 0  # the reference's rows are complete
-        down, up = self._factors(groups[first:])
+        if sizes is not None:
+            parts = zip(adapters, inputs[0].split_with_sizes(sizes), outputs[0].split_with_sizes(sizes), strict=True)
+            for adapter, rows, results in parts:
+                if adapter != _BASE:
+                    results.addmm_(rows @ self.down[adapter], self.up[adapter])
+            return outputs
+        flat = outputs.view(len(adapters), -1, outputs.shape[-1])
+        grouped = inputs.reshape(len(adapters), -1, inputs.shape[-1])
+        first = 1 if adapters[0] == _BASE else 0  # the reference's rows are complete
+        down, up = self._factors(adapters[first:])
         flat[first:].baddbmm_(torch.bmm(grouped[first:], down), up)
         return outputs
 

@@ -151,7 +151,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values
         if cache is None:
-            branches = self._branches_of(active)
+            branches = self.branches_of(active)
             if use_cache:
                 cache = MixtureCache({b: CachePart(self._empty_cache(b), ks) for b, ks in branches.items()})
         elif cache.policies >= set(active):
@@ -192,7 +192,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         """
         active = self._weights.nonzero()[:, 0].tolist()
         logprobs: dict[int, Tensor] = {}
-        for place, policies in self._branches_of(active).items():
+        for place, policies in self.branches_of(active).items():
             branch: Any = self.branches[place]
             if isinstance(branch, AdapterStack):
                 with branch.running([self.config.objectives[k] for k in policies]) as base:
@@ -204,7 +204,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         stacked = torch.stack([logprobs[k] for k in active]) if len(self.branches) > 1 else grouped
         return mix_logprobs(stacked, self._weights[active].to(stacked.device))
 
-    def _branches_of(self, policies: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    def branches_of(self, policies: Sequence[int]) -> dict[int, tuple[int, ...]]:
         """The branches that hold these policies, and which of them each holds."""
         places = sorted({self._places[k] for k in policies})
         return {place: tuple(k for k in policies if self._places[k] == place) for place in places}

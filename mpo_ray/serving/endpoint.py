@@ -10,7 +10,7 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,13 +23,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from mpo_ray.data.tokens import prompt_token_ids
+from mpo_ray.decoding.protocol import GenerationRequest, RequestError
+from mpo_ray.decoding.protocol import Sampling as Drawing
 from mpo_ray.records import check_weights
-from mpo_ray.serving.decode_loop import Delta, Generation
 from mpo_ray.serving.openai_schema import Answer, ApiError, ChatRequest, CompletionRequest, Sampling, usage_body
+from mpo_ray.serving.side_by_side import Batch, Generate
 
 MOST_CHOICES = 128
-
-Generate = Callable[[Sequence[Generation]], AsyncGenerator[Delta]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,23 +154,27 @@ class _Handlers:
         self._served, self._tokenizer, self._generate = served, tokenizer, generate
 
     async def answer(self, body: Sampling, prompts: list[list[int]], *, chat: bool) -> Response:
-        generations = self._generations(body, prompts)
+        requests = self._requests(body, prompts)
         prompt_tokens = sum(map(len, prompts))
         answer = Answer(chat=chat, id=uuid.uuid4().hex, created=int(time.time()), model=body.model)
-        deltas = self._generate(generations)
+        batches = self._generate(requests)
+        try:
+            first = await anext(batches)  # a refusal comes before the first piece, while the status can still say so
+        except RequestError as error:
+            raise ApiError(400, error.message, error.param) from None
         if body.stream:
-            first = await anext(deltas)  # a refusal comes before the first piece, while the status can still say so
-            stream = _stream(answer, first, deltas, len(generations), prompt_tokens if body.include_usage else None)
+            stream = _stream(answer, first, batches, len(requests), prompt_tokens if body.include_usage else None)
             return StreamingResponse(stream, media_type="text/event-stream")
-        texts, finish, num_tokens = [""] * len(generations), [""] * len(generations), 0
-        async for delta in deltas:
-            texts[delta.index] += delta.text
-            finish[delta.index] = delta.finish_reason or ""
-            num_tokens += delta.num_tokens
+        texts, finish, num_tokens = [""] * len(requests), [""] * len(requests), 0
+        async for batch in _chain(first, batches):
+            for number, delta in batch:
+                texts[number] += delta.text
+                finish[number] = delta.finish_reason or ""
+                num_tokens += len(delta.tokens)
         whole = answer.whole(list(zip(texts, finish, strict=True)), usage_body(prompt_tokens, num_tokens))
         return JSONResponse(whole)
 
-    def _generations(self, body: Sampling, prompts: list[list[int]]) -> list[Generation]:
+    def _requests(self, body: Sampling, prompts: list[list[int]]) -> list[GenerationRequest]:
         """One per prompt and choice, the choices of a prompt beside each other."""
         served = self._served
         weights = parse_model_id(body.model, served.name, served.objectives)
@@ -183,13 +187,16 @@ class _Handlers:
         if len(prompts) * body.n > MOST_CHOICES:
             raise ApiError(400, f"{len(prompts)} prompts × n = {body.n} is more than {MOST_CHOICES} choices.", "n")
         return [
-            Generation(
+            GenerationRequest(
+                id=uuid.uuid4().hex,
                 prompt_ids=tuple(prompt),
-                max_new_tokens=self._limit(body, prompt),
-                temperature=body.temperature,
-                top_p=body.top_p,
-                seed=None if body.seed is None else (body.seed + len(prompts) * choice + row) % 2**63,
-                stop=body.stops,
+                sampling=Drawing(
+                    max_tokens=self._limit(body, prompt),
+                    temperature=body.temperature,
+                    top_p=body.top_p,
+                    seed=None if body.seed is None else (body.seed + len(prompts) * choice + row) % 2**63,
+                    stop=body.stops,
+                ),
                 weights=weights,
             )
             for row, prompt in enumerate(prompts)
@@ -219,7 +226,7 @@ class _Handlers:
 
 
 async def _stream(
-    answer: Answer, first: Delta, rest: AsyncGenerator[Delta], num_choices: int, prompt_tokens: int | None
+    answer: Answer, first: Batch, rest: AsyncGenerator[Batch], num_choices: int, prompt_tokens: int | None
 ) -> AsyncIterator[str]:
     """Server-sent events: a chunk per piece of text, usage if `prompt_tokens` is given, then `[DONE]`."""
     for index in range(num_choices):
@@ -228,10 +235,11 @@ async def _stream(
     num_tokens = 0
     try:
         async with aclosing(rest):
-            async for delta in _chain(first, rest):
-                num_tokens += delta.num_tokens
-                if delta.text or delta.finish_reason:
-                    yield _event(answer.piece(delta.index, delta.text, delta.finish_reason))
+            async for batch in _chain(first, rest):
+                for number, delta in batch:
+                    num_tokens += len(delta.tokens)
+                    if delta.text or delta.finish_reason:
+                        yield _event(answer.piece(number, delta.text, delta.finish_reason))
     except Exception as error:  # the status was sent long ago: the stream itself has to say it
         yield _event(ApiError(500, f"decoding failed: {type(error).__name__}").body())
         return
@@ -240,10 +248,10 @@ async def _stream(
     yield "data: [DONE]\n\n"
 
 
-async def _chain(first: Delta, rest: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
+async def _chain(first: Batch, rest: AsyncIterator[Batch]) -> AsyncIterator[Batch]:
     yield first
-    async for delta in rest:
-        yield delta
+    async for batch in rest:
+        yield batch
 
 
 def _event(body: dict[str, Any]) -> str:

@@ -19,48 +19,47 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 from ray import serve as ray_serve
 from ray.serve.exceptions import BackPressureError
-from transformers import AutoModelForCausalLM
 
 from mpo_ray.cluster.preflight import check_serving
 from mpo_ray.config import ConfigError, Serve
 from mpo_ray.config_training import Strict
+from mpo_ray.decoding.engine_thread import EngineThread
+from mpo_ray.decoding.open_engine import open_engine
+from mpo_ray.decoding.protocol import GenerationRequest, Statistics
 from mpo_ray.policies.artefact import check_artefact
 from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.policies.mixture_config import MixtureConfig
-from mpo_ray.serving.decode_loop import DecodeLoop, Delta, Generation
 from mpo_ray.serving.endpoint import Served, create_app
 from mpo_ray.serving.openai_schema import ApiError
+from mpo_ray.serving.side_by_side import Batch, side_by_side
 
 #: Seconds that a replica has, once told to stop, to finish what it decodes.
 GRACE = 120.0
 
 
 class _Replica:
-    """The policies and one decoding thread. `user_config: {"weights": {…}}` swaps the default weights."""
+    """The policies and their engine. `user_config: {"weights": {…}}` swaps the default weights."""
 
-    def __init__(self, artefact: str) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(artefact, device_map="auto")
-        self._decoding = DecodeLoop(self._model, load_tokenizer(artefact))
+    def __init__(self, artefact: str, num_lanes: int) -> None:
+        self._engine = EngineThread(open_engine(artefact, num_lanes=num_lanes))
 
     def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         unknown = sorted(set(user_config) - {"weights"})
         if unknown:
             raise ConfigError(f"user_config: unknown key {unknown[0]!r}; the known key is 'weights'.")
         if "weights" in user_config:
-            self._model.set_weights(user_config["weights"])
+            self._engine.set_weights(user_config["weights"])
 
-    async def generate(self, generations: Sequence[Generation]) -> AsyncIterator[Delta]:
-        async with aclosing(self._decoding.generate(generations)) as deltas:
-            async for delta in deltas:
-                yield delta
+    async def generate(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[Batch]:
+        async with aclosing(side_by_side(self._engine, requests)) as batches:
+            async for batch in batches:
+                yield batch
 
-    def num_decoding(self) -> int:
-        """Completions that are being decoded now."""
-        return self._decoding.num_active
+    def statistics(self) -> Statistics:
+        return self._engine.statistics()
 
     def check_health(self) -> None:
-        if not self._decoding.is_alive:
-            raise RuntimeError("the decoding thread has ended")
+        self._engine.check_health()
 
 
 @ray_serve.ingress()
@@ -76,15 +75,15 @@ class _Endpoint:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._served, self._tokenizer, self._generate)
 
-    async def _generate(self, generations: Sequence[Generation]) -> AsyncGenerator[Delta]:
-        deltas = self._replica.options(stream=True).generate.remote(list(generations))
+    async def _generate(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[Batch]:
+        batches = self._replica.options(stream=True).generate.remote(list(requests))
         try:
-            async for delta in deltas:
-                yield delta
+            async for batch in batches:
+                yield batch
         except BackPressureError:
             raise ApiError(429, "too many requests are waiting; try again later.", code="overloaded") from None
         except (asyncio.CancelledError, GeneratorExit):
-            deltas.cancel()
+            batches.cancel()
             raise
 
 
@@ -121,7 +120,7 @@ def build_app(artefact: str, serve: Serve, name: str) -> ray_serve.Application:
         max_ongoing_requests=max(1, round(2 * serve.target_ongoing_requests)),
         max_queued_requests=serve.max_queued_requests,
         graceful_shutdown_timeout_s=GRACE,
-    ).bind(artefact)
+    ).bind(artefact, serve.num_lanes)
     return ray_serve.deployment(
         _Endpoint,
         name="Endpoint",

@@ -6,21 +6,19 @@ import asyncio
 import hashlib
 import json
 import pickle
-import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import httpx
 import pytest
 from pydantic import ValidationError
 
-from mpo_ray.policies.artefact import write_artefact
-from mpo_ray.policies.mixture import MixtureForCausalLM
-from mpo_ray.serving.decode_loop import DecodeLoop, Delta, Generation
+from mpo_ray.decoding.protocol import Delta, GenerationRequest, Sampling
+from mpo_ray.decoding.text_stream import TextStream
 from mpo_ray.serving.endpoint import Served, create_app, parse_model_id
 from mpo_ray.serving.openai_schema import NOT_IMPLEMENTED, ApiError, ChatRequest, CompletionRequest
-from mpo_ray.serving.text_stream import TextStream
-from tests.tiny import tiny_llama, tiny_tokenizer
+from mpo_ray.serving.side_by_side import Batch
+from tests.tiny import tiny_tokenizer
 
 OBJECTIVES = ("helpful", "harmless")
 
@@ -29,13 +27,13 @@ class Recorder:
     """Stands for the replicas: keeps what it was asked for and answers each with two words."""
 
     def __init__(self) -> None:
-        self.asked: list[Generation] = []
+        self.asked: list[GenerationRequest] = []
 
-    async def __call__(self, generations: Sequence[Generation]) -> AsyncGenerator[Delta]:
-        self.asked = list(generations)
-        for index in range(len(generations)):
-            yield Delta(index, "good", 1)
-            yield Delta(index, " film", 1, "stop")
+    async def __call__(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[Batch]:
+        self.asked = list(requests)
+        for index in range(len(requests)):
+            yield [(index, Delta((11,), "good"))]
+            yield [(index, Delta((9,), " film", finish_reason="stop"))]
 
 
 def ask(
@@ -73,12 +71,16 @@ def test_what_is_asked_is_what_is_decoded() -> None:
     recorder = Recorder()
     fields = {"max_tokens": 5, "temperature": 0.3, "top_p": 0.8, "seed": 3, "stop": "bad", "user": "me"}
     assert ask("/v1/completions", completion(**fields), recorder=recorder).status_code == 200
-    assert recorder.asked == [Generation((1, 7, 9), 5, 0.3, 0.8, 3, ("bad",), None)]
+    [asked] = recorder.asked
+    assert asked.prompt_ids == (1, 7, 9)
+    assert asked.sampling == Sampling(5, temperature=0.3, top_p=0.8, seed=3, stop=("bad",))
     nothing = dict.fromkeys(["max_tokens", "temperature", "top_p", "seed", "stop", "n", "stream", "mixture"])
     assert ask("/v1/completions", completion(**nothing), recorder=recorder).status_code == 200
-    assert recorder.asked == [Generation((1, 7, 9), 12, 1.0, 1.0, None, (), None)]
+    [asked] = recorder.asked
+    assert asked.sampling == Sampling(12)
+    assert asked.weights is None
     assert ask("/v1/chat/completions", chat(max_completion_tokens=4, n=2, seed=5), recorder=recorder).status_code == 200
-    assert [(one.prompt_ids, one.max_new_tokens, one.seed) for one in recorder.asked] == [
+    assert [(one.prompt_ids, one.sampling.max_tokens, one.sampling.seed) for one in recorder.asked] == [
         ((1, 4, 11, 5), 4, s) for s in (5, 6)
     ]
 
@@ -101,7 +103,7 @@ def test_a_prompt_is_text_or_token_ids_or_a_list_of_either(prompt: Any, ids: lis
 def test_seeds_of_all_choices_differ() -> None:
     recorder = Recorder()
     ask("/v1/completions", completion(prompt=["the", "a", "film"], n=4, seed=10), recorder=recorder)
-    assert sorted(one.seed for one in recorder.asked if one.seed is not None) == list(range(10, 22))
+    assert sorted(one.sampling.seed or 0 for one in recorder.asked) == list(range(10, 22))
 
 
 def test_weights_come_from_the_body_or_the_model_id() -> None:
@@ -181,7 +183,7 @@ def test_prompt_and_completion_must_fit_the_context() -> None:
     """16 tokens: a prompt of 15 leaves one, of 16 none; what is asked for must fit as well."""
     recorder = Recorder()
     assert ask("/v1/completions", completion(prompt=[7] * 15), recorder=recorder).status_code == 200
-    assert recorder.asked[0].max_new_tokens == 1
+    assert recorder.asked[0].sampling.max_tokens == 1
     for fields in ({"prompt": [7] * 16}, {"prompt": [7] * 10, "max_tokens": 7}):
         error = ask("/v1/completions", completion(**fields)).json()["error"]
         assert error["code"] == "context_length_exceeded"
@@ -219,12 +221,12 @@ def test_the_key_is_checked_before_anything_else() -> None:
 def test_a_refusal_by_the_replicas_is_an_answer_even_for_a_stream() -> None:
     """Before the first piece the status can still say so; after it the stream does."""
 
-    async def overloaded(generations: Sequence[Generation]) -> AsyncGenerator[Delta]:
+    async def overloaded(requests: Sequence[GenerationRequest]) -> AsyncGenerator[Batch]:
         raise ApiError(429, "too many", code="overloaded")
-        yield Delta(0, "", 0)
+        yield []
 
-    async def failing(generations: Sequence[Generation]) -> AsyncGenerator[Delta]:
-        yield Delta(0, "good", 1)
+    async def failing(requests: Sequence[GenerationRequest]) -> AsyncGenerator[Batch]:
+        yield [(0, Delta((11,), "good"))]
         raise RuntimeError("gone")
 
     for stream in (False, True):
@@ -298,111 +300,6 @@ def test_text_ends_before_the_first_stop_string(stop: list[str], expected: str, 
             break
     assert text + stream.finish() == expected
     assert stream.stopped is stopped
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> MixtureForCausalLM:
-    root = tmp_path_factory.mktemp("mixture")
-    tokenizer = tiny_tokenizer()
-    write_artefact(
-        root / "mixture",
-        objectives={name: tiny_llama(root / name, tokenizer, seed) for seed, name in enumerate(OBJECTIVES)},
-        reference=tiny_llama(root / "reference", tokenizer, seed=9, max_position_embeddings=4096),
-        copy_reference=False,
-        weights={"helpful": 0.5, "harmless": 0.5},
-        fit={},
-    )
-    return MixtureForCausalLM.from_pretrained(root / "mixture")
-
-
-def with_loop(mixture: MixtureForCausalLM, work: Callable[[DecodeLoop], Coroutine[Any, Any, None]]) -> None:
-    decoding = DecodeLoop(mixture, tiny_tokenizer())
-    decoding._eos_ids = []  # these random models never end by themselves
-    try:
-        asyncio.run(work(decoding))
-    finally:
-        decoding.close()
-
-
-def greedy(num_tokens: int, **changes: Any) -> Generation:
-    values = {
-        "prompt_ids": (1, 7),
-        "max_new_tokens": num_tokens,
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "seed": None,
-        "stop": (),
-    }
-    return Generation(**{**values, "weights": None, **changes})
-
-
-def test_completions_of_different_weights_take_turns(mixture: MixtureForCausalLM) -> None:
-    """Each is as if it were alone, and a short one ends before a long one that began earlier."""
-
-    async def work(decoding: DecodeLoop) -> None:
-        kinds = [{"helpful": 1.0, "harmless": 0.0}, {"helpful": 0.0, "harmless": 1.0}, None]
-        generations = [greedy(n, weights=weights) for n, weights in zip((30, 20, 10), kinds, strict=True)]
-
-        async def texts(some: list[Generation]) -> tuple[list[str], list[int]]:
-            made, ended = [""] * len(some), []
-            async for delta in decoding.generate(some):
-                made[delta.index] += delta.text
-                ended += [delta.index] if delta.finish_reason else []
-            return made, ended
-
-        together, ended = await texts(generations)
-        assert ended == [2, 1, 0]
-        assert together == [(await texts([one]))[0][0] for one in generations]
-        assert len(set(together)) == 3
-
-    with_loop(mixture, work)
-
-
-def test_a_cancelled_completion_is_not_decoded_further(mixture: MixtureForCausalLM) -> None:
-    """Leaving the iterator after 3 tokens of 3000 frees the thread within a few tokens' time."""
-
-    async def work(decoding: DecodeLoop) -> None:
-        deltas = decoding.generate([greedy(3000), greedy(3000)])
-        for _ in range(3):
-            await anext(deltas)
-        assert decoding.num_active == 2
-        await deltas.aclose()
-        end = time.monotonic() + 2
-        while decoding.num_active and time.monotonic() < end:
-            await asyncio.sleep(0.01)
-        assert decoding.num_active == 0
-
-    with_loop(mixture, work)
-
-
-def test_an_error_in_decoding_reaches_the_caller_and_the_thread_lives_on(mixture: MixtureForCausalLM) -> None:
-    async def work(decoding: DecodeLoop) -> None:
-        with pytest.raises(IndexError):
-            async for _ in decoding.generate([greedy(3, prompt_ids=(999,))]):
-                pass
-        assert [delta.num_tokens async for delta in decoding.generate([greedy(2)])] == [1, 1, 0]
-
-    with_loop(mixture, work)
-
-
-def test_the_event_loop_is_free_while_tokens_are_decoded(mixture: MixtureForCausalLM) -> None:
-    """Something else on the loop gets its turn between tokens."""
-
-    async def work(decoding: DecodeLoop) -> None:
-        ticks = 0
-
-        async def tick() -> None:
-            nonlocal ticks
-            while True:
-                ticks += 1
-                await asyncio.sleep(0)
-
-        ticking = asyncio.create_task(tick())
-        tokens = [delta async for delta in decoding.generate([greedy(30)])]
-        ticking.cancel()
-        assert ticks > len(tokens)
-
-    with_loop(mixture, work)
 
 
 def test_request_models_survive_what_the_wire_may_bring() -> None:

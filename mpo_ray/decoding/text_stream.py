@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 #: What a tokenizer writes for bytes that are not yet a whole character.
@@ -19,7 +20,18 @@ class TextStream:
         self._context = 0  # ids from here on are decoded together, so that spaces between tokens come out right
         self._decoded = 0  # ids before this have become text
         self._held = ""  # text that may be the beginning of a stop string
-        self.stopped = False
+        self.watching = True  # whether stop strings count from here on
+        self.found: str | None = None  # the stop string that ended the text
+
+    @property
+    def stopped(self) -> bool:
+        return self.found is not None
+
+    def copy(self) -> TextStream:
+        """Another stream that goes on from here."""
+        other = copy(self)
+        other._ids = list(self._ids)
+        return other
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that is now certain, perhaps none."""
@@ -45,12 +57,14 @@ class TextStream:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
 
     def _release(self, text: str) -> str:
+        if not self.watching:
+            return text
         text = self._held + text
-        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
-        if found:
-            self.stopped = True
+        places = {stop: place for stop in self._stop if (place := text.find(stop)) >= 0}
+        if places:
+            self.found = min(places, key=lambda stop: (places[stop], -len(stop)))
             self._held = ""
-            return text[: min(found)]
+            return text[: places[self.found]]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

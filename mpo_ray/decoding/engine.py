@@ -1,0 +1,229 @@
+"""The engine: requests that join and leave at every step, decoded side by side on one mixture.
+
+A step computes the newest token of every running completion and a bounded piece of the prompts that are joining, in one
+pass; then every completion draws. A request is admitted with all the rows that it will ever need, or it waits: nothing
+admitted can run out of memory. One thread calls it; `engine_thread` puts it behind the protocol.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from mpo_ray.decoding.drafts import Rules
+from mpo_ray.decoding.protocol import (
+    Delta,
+    EngineError,
+    GenerationRequest,
+    NothingAcceptedError,
+    QueueFullError,
+    RequestError,
+    Statistics,
+)
+from mpo_ray.decoding.request_check import check_request
+from mpo_ray.decoding.runner import Piece, Runner
+from mpo_ray.decoding.runs import Place, Run, places_of, run_of
+from mpo_ray.decoding.token_choice import Draw, choose_tokens
+from mpo_ray.records import check_weights
+
+#: Tokens of prompts that a step computes, at most, beside the running completions: longer ones would make them stall.
+PROMPT_TOKENS = 128
+
+logger = logging.getLogger(__name__)
+
+#: What a step has to say of a request: what was added, or why it ends.
+Event = tuple[str, Delta | Exception]
+
+
+@dataclass(slots=True)
+class _Work:
+    """A run's part of a step."""
+
+    run: Run
+    pieces: list[Piece]
+    rows: range
+
+
+class MixtureEngine:
+    """Decodes with `runner`. Not for several threads.
+
+    weights: λ by objective for requests that bring none, in the policies' order
+    eos_ids: the model's end tokens; tokenizer: makes the text and finds stop strings; None for token ids alone
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        weights: Mapping[str, float],
+        *,
+        eos_ids: Sequence[int],
+        tokenizer: Any,
+        max_waiting: int = 1024,
+        prompt_tokens: int = PROMPT_TOKENS,
+    ) -> None:
+        self.objectives = tuple(weights)
+        self._runner, self._weights = runner, dict(weights)
+        self._eos_ids, self._tokenizer = tuple(eos_ids), tokenizer
+        self._max_waiting, self._prompt_tokens = max_waiting, prompt_tokens
+        self._waiting: deque[Run] = deque()
+        self._running: dict[str, Run] = {}
+        self._counts = Statistics(running=0, waiting=0, rows=runner.rows, rows_used=0)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def max_waiting(self) -> int:
+        return self._max_waiting
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Change λ for requests to come. Raises ValueError off the simplex."""
+        self._weights = check_weights(weights, list(self.objectives), where="weights")
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Let a request wait for its turn. Raises RequestError for one that can never be served, and QueueFullError."""
+        weights = self._weights if request.weights is None else request.weights
+        check_request(request, weights, self._runner, self.objectives)
+        if request.id in self._running or any(run.request.id == request.id for run in self._waiting):
+            raise RequestError(f"a request with the id {request.id!r} is being served.", "id")
+        if len(self._waiting) >= self._max_waiting:
+            raise QueueFullError(f"{len(self._waiting)} requests are waiting already.")
+        rules = Rules(request.sampling, self._eos_ids, self._tokenizer)
+        row = [float(weights.get(name, 0.0)) for name in self.objectives]
+        self._waiting.append(run_of(request, row, rules, self.objectives))
+
+    def abort(self, request_id: str) -> bool:
+        """End a request and free its rows at once; says whether it was there."""
+        if request_id in self._running:
+            self._release(self._running[request_id])
+        else:
+            left = deque(run for run in self._waiting if run.request.id != request_id)
+            if len(left) == len(self._waiting):
+                return False
+            self._waiting = left
+        self._count(aborted=1)
+        return True
+
+    def statistics(self) -> Statistics:
+        return replace(
+            self._counts, running=len(self._running), waiting=len(self._waiting), rows_used=self._runner.rows_used()
+        )
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Go on by one token with everything that runs. Exceptions in the events are those of single requests."""
+        self._admit()
+        events: list[Event] = []
+        work = self._plan()
+        if not work:
+            return events
+        draws: list[tuple[_Work, list[tuple[Place, Draw]]]] = []
+        for part, places in self._computed(work, events):
+            try:
+                wanted = part.run.see(part.pieces, places, self._runner)
+                self._refuse_nan(wanted)
+                delta = part.run.prompt_only() if wanted is None else None
+            except Exception as error:
+                self._fail(part.run, error, events)
+                continue
+            if delta is not None:
+                self._tell(part.run, delta, events)
+            if wanted is not None:
+                draws.append((part, wanted))
+        flat = [one for _, wanted in draws for one in wanted]
+        tokens = self._choose(flat)
+        self._count(steps=1)
+        for part, wanted in draws:
+            mine, tokens = tokens[: len(wanted)], tokens[len(wanted) :]
+            try:
+                delta = part.run.take(mine, wanted)
+            except Exception as error:
+                self._fail(part.run, error, events)
+                continue
+            if delta is not None:
+                self._tell(part.run, delta, events)
+        return events
+
+    def _admit(self) -> None:
+        while self._waiting and self._runner.fits(self._waiting[0].policies, self._waiting[0].num_lanes):
+            run = self._waiting.popleft()
+            run.start([self._runner.open(run.policies) for _ in range(run.num_lanes)])
+            self._running[run.request.id] = run
+
+    def _plan(self) -> list[_Work]:
+        work, row, budget = [], 0, self._prompt_tokens
+        for run in self._running.values():
+            before = run.prompt_left
+            if before and budget <= 0:
+                continue
+            pieces = run.pieces(budget)
+            if before:
+                computed = sum(len(piece.tokens) for piece in pieces)
+                budget -= computed
+                self._count(prompt_tokens=computed)
+            wanted = sum(piece.wanted for piece in pieces)
+            work.append(_Work(run, pieces, range(row, row + wanted)))
+            row += wanted
+        return work
+
+    def _computed(self, work: Sequence[_Work], events: list[Event]) -> Iterator[tuple[_Work, list[Place]]]:
+        """Every part of the step with its places. If the pass fails, each run has one of its own, and fails alone."""
+        try:
+            predictions = self._runner.run([piece for part in work for piece in part.pieces])
+        except Exception as error:
+            if len(work) == 1:
+                self._fail(work[0].run, error, events)
+                return
+            logger.exception("a pass of %d requests failed; they go on one by one", len(work))
+            for part in work:
+                yield from self._computed([replace(part, rows=range(len(part.rows)))], events)
+            return
+        log_z = predictions.log_z.tolist()
+        for part in work:
+            yield part, places_of(predictions, log_z, part.rows)
+
+    @staticmethod
+    def _refuse_nan(draws: Sequence[tuple[Place, Draw]] | None) -> None:
+        for place, _ in draws or ():
+            if math.isnan(float(place.logits.max())):
+                raise EngineError("the model's logits are not numbers for this request.")
+
+    @staticmethod
+    def _choose(draws: Sequence[tuple[Place, Draw]]) -> list[int]:
+        if not draws:
+            return []
+        return choose_tokens(torch.stack([place.logits for place, _ in draws]), [draw for _, draw in draws])
+
+    def _tell(self, run: Run, delta: Delta, events: list[Event]) -> None:
+        events.append((run.request.id, delta))
+        self._count(generated_tokens=len(delta.tokens))
+        if run.finished:
+            self._release(run)
+            self._count(finished=1)
+
+    def _fail(self, run: Run, error: Exception, events: list[Event]) -> None:
+        if not isinstance(error, NothingAcceptedError):
+            logger.error("request %s failed", run.request.id, exc_info=error)
+            error = error if isinstance(error, EngineError) else EngineError(f"{type(error).__name__} while decoding")
+        events.append((run.request.id, error))
+        self._release(run)
+        self._count(failed=1)
+
+    def _release(self, run: Run) -> None:
+        del self._running[run.request.id]
+        for lane in run.lanes:
+            self._runner.close(lane)
+
+    def _count(self, **added: int) -> None:
+        self._counts = replace(self._counts, **{name: getattr(self._counts, name) + n for name, n in added.items()})

@@ -1,0 +1,167 @@
+"""The engine in a thread of its own, behind the protocol: whoever awaits a token never waits for a step to end.
+
+Requests and aborts are handed over between steps; what a step adds goes at once to the event loops that wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+
+from mpo_ray.decoding.engine import Event, MixtureEngine
+from mpo_ray.decoding.protocol import Delta, EngineError, GenerationRequest, QueueFullError, Statistics
+
+#: Seconds that a step may take before the engine counts as stuck.
+STUCK_AFTER = 120.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Stream:
+    """Where a request's deltas go: a queue of the event loop that waits for them. None ends it."""
+
+    loop: asyncio.AbstractEventLoop
+    queue: asyncio.Queue[Delta | Exception | None]
+
+
+class EngineThread:
+    """An `Engine` (protocol) that decodes here. `close` ends it."""
+
+    def __init__(self, engine: MixtureEngine, *, stuck_after: float = STUCK_AFTER) -> None:
+        self.objectives = engine.objectives
+        self._engine, self._stuck_after = engine, stuck_after
+        self._commands: deque[Callable[[], None]] = deque()
+        self._num_submitted = 0  # requests among the commands
+        self._streams: dict[str, _Stream] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._failure: str | None = None
+        self._busy_since: float | None = None
+        self._thread = threading.Thread(target=self._run, name="mixture-engine", daemon=True)
+        self._thread.start()
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
+        """Yield what is added, as it comes; leaving the iterator aborts the request. Raises as the protocol says."""
+        if self._failure is not None:
+            raise EngineError(self._failure)
+        if self._engine.num_waiting + self._num_submitted >= self._engine.max_waiting:
+            raise QueueFullError(f"{self._engine.max_waiting} requests are waiting already.")
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        self._num_submitted += 1
+        self._command(lambda: self._submit(request, stream))
+        finished = False
+        try:
+            while not finished:
+                item = await stream.queue.get()
+                if item is None:
+                    finished = True
+                elif isinstance(item, Exception):
+                    finished = True
+                    raise item
+                else:
+                    finished = item.finish_reason is not None
+                    yield item
+        finally:
+            if not finished:
+                self._command(lambda: self._abort(request.id, stream))
+
+    async def abort(self, request_id: str) -> None:
+        self._command(lambda: self._abort(request_id, None))
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        self._engine.set_weights(weights)
+
+    def check_health(self) -> None:
+        if self._failure is not None or not self._thread.is_alive():
+            raise EngineError(self._failure or "the engine has ended.")
+        busy_since = self._busy_since
+        if busy_since is not None and (seconds := time.monotonic() - busy_since) > self._stuck_after:
+            raise EngineError(f"the engine has been in one step for {seconds:.0f} s.")
+
+    def statistics(self) -> Statistics:
+        return self._engine.statistics()
+
+    def close(self) -> None:
+        """End after the step that runs; what is being decoded ends with an EngineError."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._changed:
+            self._commands.append(command)
+            self._changed.notify()
+
+    def _submit(self, request: GenerationRequest, stream: _Stream) -> None:
+        self._num_submitted -= 1
+        try:
+            self._engine.submit(request)
+        except (ValueError, QueueFullError) as error:
+            _hand_over(stream.loop, [(stream, error)])
+        else:
+            self._streams[request.id] = stream
+
+    def _abort(self, request_id: str, stream: _Stream | None) -> None:
+        """stream: of the request that is meant, None for any"""
+        current = self._streams.get(request_id)
+        if current is not None and stream in (None, current):
+            del self._streams[request_id]
+            self._engine.abort(request_id)
+            _hand_over(current.loop, [(current, None)])
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                self._busy_since = time.monotonic()
+                self._deliver(self._engine.step())
+                self._busy_since = None
+            self._end("the engine is closed.")
+        except Exception:
+            logger.exception("the engine has ended")
+            self._end("the engine has ended after an error; its log has the cause.")
+
+    def _wait(self) -> bool:
+        """Wait for work, and take in what was commanded; returns False once it is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._commands or self._engine.has_work or self._closed)
+            commands, self._commands = self._commands, deque()
+            closed = self._closed
+        if not closed:
+            for command in commands:
+                command()
+        return not closed
+
+    def _deliver(self, events: list[Event]) -> None:
+        """Hand every loop its items of this step in one call."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Delta | Exception | None]]] = defaultdict(list)
+        for request_id, item in events:
+            stream = self._streams[request_id]
+            by_loop[stream.loop].append((stream, item))
+            if isinstance(item, Exception) or item.finish_reason is not None:
+                del self._streams[request_id]
+        for loop, items in by_loop.items():
+            _hand_over(loop, items)
+
+    def _end(self, reason: str) -> None:
+        self._failure = reason
+        for stream in self._streams.values():
+            _hand_over(stream.loop, [(stream, EngineError(reason))])
+        self._streams.clear()
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, items: list[tuple[_Stream, Delta | Exception | None]]) -> None:
+    def put() -> None:
+        for stream, item in items:
+            stream.queue.put_nowait(item)
+
+    try:
+        loop.call_soon_threadsafe(put)
+    except RuntimeError:  # the event loop was closed: nobody waits any more
+        logger.debug("%d items came after their event loop was closed", len(items))

@@ -1,0 +1,36 @@
+"""From a mixture artefact to the engine that decodes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mpo_ray.decoding.engine import PROMPT_TOKENS, MixtureEngine
+from mpo_ray.decoding.runner import MixtureRunner
+from mpo_ray.policies.loading import load_tokenizer
+from mpo_ray.policies.mixture import MixtureForCausalLM
+
+
+def open_engine(
+    artefact: str,
+    *,
+    num_lanes: int,
+    context: int | None = None,
+    weights: Mapping[str, float] | None = None,
+    max_waiting: int = 1024,
+    prompt_tokens: int = PROMPT_TOKENS,
+) -> MixtureEngine:
+    """Open the artefact, on the GPU where there is one, and reserve the memory of `num_lanes` sequences.
+
+    context: tokens of a sequence, at most and by default the model's own; weights: in the place of the artefact's
+    Raises ModelError, ValueError.
+    """
+    mixture = MixtureForCausalLM.from_pretrained(artefact, weights=weights, device_map="auto")
+    ends = mixture.generation_config.eos_token_id
+    return MixtureEngine(
+        MixtureRunner(mixture, num_lanes=num_lanes, context=context),
+        {name: mixture.config.weights[name] for name in mixture.objectives},
+        eos_ids=ends if isinstance(ends, list) else [ends],
+        tokenizer=load_tokenizer(artefact),
+        max_waiting=max_waiting,
+        prompt_tokens=prompt_tokens,
+    )

@@ -1,0 +1,381 @@
+"""How a request becomes a completion: token by token, by rejection, by sequential Monte Carlo (design 2.3).
+
+A run is told the distributions of the places that it asked for, says which tokens to draw from which of them, and is
+told what was drawn. Its random numbers are its own, so that a completion does not depend on who is decoded beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpo_ray.decoding.batch import LARGEST_UNIFORM
+from mpo_ray.decoding.drafts import Draft, Rules, prompt_logprobs, token_logprob
+from mpo_ray.decoding.protocol import Delta, Diagnostics, GenerationRequest, NothingAcceptedError, TokenLogprob
+from mpo_ray.decoding.runner import Piece, Predictions, Runner
+from mpo_ray.decoding.token_choice import Draw, History
+from mpo_ray.maths.resampling import drawn_particle, effective_number, log_mean_weight, systematic_ancestors
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The distribution of one next token: logits (V,) up to a constant, log Z_t (NaN if not measured), log π_k by k."""
+
+    logits: Tensor
+    log_z: float
+    policies: Mapping[int, Tensor]
+
+
+class Run:
+    """What all runs share: lanes, and the prompt, which is computed in pieces in the first lane."""
+
+    #: Whether log Z_t decides over anything.
+    needs_log_z = True
+
+    def __init__(
+        self, request: GenerationRequest, weights: Sequence[float], rules: Rules, names: Sequence[str]
+    ) -> None:
+        """weights: (K,) λ that is decoded; names: of the K policies."""
+        self.request, self._weights, self._rules, self._names = request, weights, rules, names
+        self.policies = tuple(k for k, weight in enumerate(weights) if weight != 0)
+        sampling = request.sampling
+        self._drawn_by = replace(sampling, temperature=1.0) if self.needs_log_z else sampling  # λ/τ has it already
+        self._separate = self.needs_log_z or request.mode.log_z or sampling.policy_logprobs
+        self._computed = 0  # of the prompt
+        self._prompt_logprobs: list[TokenLogprob | None] = [None]
+        self._told_prompt = not sampling.prompt_logprobs
+        self._asked: list[Draft] = []  # whose last tokens the step computes
+        self._drafts: list[Draft] = []
+        self.lanes: list[int] = []
+        self.finished = False
+
+    @property
+    def num_lanes(self) -> int:
+        return self.request.mode.particles
+
+    @property
+    def prompt_left(self) -> int:
+        return len(self.request.prompt_ids) - self._computed
+
+    def start(self, lanes: Sequence[int]) -> None:
+        self.lanes = list(lanes)
+
+    def pieces(self, prompt_budget: int) -> list[Piece]:
+        """What to compute in this step: a piece of the prompt, of at most this many tokens, or the newest tokens."""
+        prompt = self.request.prompt_ids
+        if self.prompt_left:
+            start, end = self._computed, min(self._computed + prompt_budget, len(prompt))
+            whole = self.request.sampling.prompt_logprobs
+            wanted = end - start if whole else int(end == len(prompt))
+            return [Piece(self.lanes[0], prompt[start:end], start, self._weights, wanted, self._separate)]
+        self._asked = [draft for draft in self._drafts if draft.finish is None]
+        return [
+            Piece(
+                draft.lane,
+                (draft.tokens[-1],),
+                len(prompt) + len(draft.tokens) - 1,
+                self._weights,
+                1,
+                self._separate,
+            )
+            for draft in self._asked
+        ]
+
+    def see(self, pieces: Sequence[Piece], places: Sequence[Place], runner: Runner) -> list[tuple[Place, Draw]] | None:
+        """Take in what was computed; returns the draws to make, or None where it is still the prompt's turn."""
+        if self.prompt_left:
+            return self._see_prompt(pieces[0], places, runner)
+        return self._draws(places, runner)
+
+    def take(self, tokens: Sequence[int], draws: Sequence[tuple[Place, Draw]]) -> Delta | None:
+        """Take the tokens drawn; returns what can be said of them. Sets `finished`."""
+        raise NotImplementedError
+
+    def _begin(self, place: Place, runner: Runner) -> list[tuple[Place, Draw]]:
+        """The draws of the first token. place: what follows the prompt."""
+        raise NotImplementedError
+
+    def _draws(self, places: Sequence[Place], runner: Runner) -> list[tuple[Place, Draw]]:
+        """The draws of the next tokens. places: one for each of `_asked`."""
+        raise NotImplementedError
+
+    def _see_prompt(self, piece: Piece, places: Sequence[Place], runner: Runner) -> list[tuple[Place, Draw]] | None:
+        sampling, prompt = self.request.sampling, self.request.prompt_ids
+        end = piece.start + len(piece.tokens)
+        if sampling.prompt_logprobs:
+            following = prompt[piece.start + 1 : end + 1]
+            if following:
+                logits = torch.stack([place.logits for place in places[: len(following)]])
+                self._prompt_logprobs += prompt_logprobs(logits, following, num_top=sampling.num_logprobs or 0)
+        self._computed = end
+        if self.prompt_left or sampling.max_tokens == 0:
+            return None
+        return self._begin(places[-1], runner)
+
+    def prompt_only(self) -> Delta | None:
+        """The answer to a request for no token, once its prompt is computed."""
+        if self.prompt_left or self.request.sampling.max_tokens > 0:
+            return None
+        self.finished = True
+        return self._told(Delta(finish_reason="length", diagnostics=self._diagnostics()))
+
+    def _told(self, delta: Delta) -> Delta:
+        """With the prompt's log-probabilities, if they were not told yet."""
+        if self._told_prompt:
+            return delta
+        self._told_prompt = True
+        return Delta(
+            delta.tokens,
+            delta.text,
+            delta.logprobs,
+            tuple(self._prompt_logprobs),
+            delta.finish_reason,
+            delta.stop,
+            delta.diagnostics,
+        )
+
+    def _draft(self, lane: int, *, reads_text: bool) -> Draft:
+        text = self._rules.text_stream() if reads_text else None
+        return Draft(lane, text, History(frozenset(self.request.prompt_ids)))
+
+    def _draw(self, draft: Draft, place: Place, uniform: float) -> tuple[Place, Draw]:
+        return place, Draw(self._drawn_by, draft.history, min(uniform, LARGEST_UNIFORM), self._rules.end_ids)
+
+    def _record(self, draft: Draft, token: int, place: Place) -> None:
+        """Keep what the request wants to know of a drawn token."""
+        sampling = self.request.sampling
+        if not math.isnan(place.log_z):
+            draft.log_z += place.log_z
+        if sampling.num_logprobs is not None:
+            by_policy = {self._names[k]: float(row[token]) for k, row in place.policies.items()}
+            draft.logprobs.append(
+                token_logprob(
+                    place.logits,
+                    token,
+                    num_top=sampling.num_logprobs,
+                    by_policy=by_policy if sampling.policy_logprobs else None,
+                    log_z=None if math.isnan(place.log_z) else place.log_z,
+                )
+            )
+
+    def _diagnostics(self, draft: Draft | None = None, **figures: float | None) -> Diagnostics:
+        measured = draft is not None and self._separate
+        return Diagnostics(
+            mode=self.request.mode.kind,
+            weights=dict(zip(self._names, self._weights, strict=True)),
+            log_z=draft.log_z if draft is not None and measured else None,
+            **figures,  # type: ignore[arg-type]
+        )
+
+    def _whole(self, draft: Draft, **figures: float | None) -> Delta:
+        """A finished draft as one delta; its text is made now."""
+        self.finished = True
+        text, reader = "", self._draft(draft.lane, reads_text=True)
+        if reader.text is not None:
+            text = "".join(reader.extend(token, self._rules) for token in draft.tokens)
+        return self._told(
+            Delta(
+                tuple(draft.tokens),
+                text,
+                tuple(draft.logprobs),
+                finish_reason=draft.finish,
+                stop=draft.stop,
+                diagnostics=self._diagnostics(draft, **figures),
+            )
+        )
+
+
+class TokenRun(Run):
+    """Draw from q_t, token after token: the token-level mixture."""
+
+    needs_log_z = False
+
+    def __init__(
+        self, request: GenerationRequest, weights: Sequence[float], rules: Rules, names: Sequence[str]
+    ) -> None:
+        super().__init__(request, weights, rules, names)
+        self._random = np.random.default_rng(request.sampling.seed)
+
+    def _begin(self, place: Place, runner: Runner) -> list[tuple[Place, Draw]]:
+        self._drafts = self._asked = [self._draft(self.lanes[0], reads_text=True)]
+        return self._draws([place], runner)
+
+    def _draws(self, places: Sequence[Place], runner: Runner) -> list[tuple[Place, Draw]]:
+        return [self._draw(self._drafts[0], places[0], float(self._random.random()))]
+
+    def take(self, tokens: Sequence[int], draws: Sequence[tuple[Place, Draw]]) -> Delta | None:
+        [token], [draft] = tokens, self._drafts
+        self._record(draft, token, draws[0][0])
+        text = draft.extend(token, self._rules)
+        self.finished = draft.finish is not None
+        return self._told(
+            Delta(
+                (token,),
+                text,
+                tuple(draft.logprobs[-1:]),
+                finish_reason=draft.finish,
+                stop=draft.stop,
+                diagnostics=self._diagnostics(draft) if self.finished else None,
+            )
+        )
+
+
+class ParticleRun(Run):
+    """Draw from π_λ in the limit of many particles: sequential Monte Carlo over the token-level mixture.
+
+    A particle is weighed by Π_t Z_t. Where fewer than half of them count, they are resampled before their next token is
+    drawn; ended ones keep their weight and stay. One is returned with probability ∝ its weight. Ẑ is unbiased.
+    """
+
+    def __init__(
+        self, request: GenerationRequest, weights: Sequence[float], rules: Rules, names: Sequence[str]
+    ) -> None:
+        super().__init__(request, weights, rules, names)
+        self._random = np.random.default_rng(request.sampling.seed)
+        self._log_weights = torch.zeros(1, self.num_lanes, dtype=torch.float64)
+        self._log_z_hat = 0.0
+
+    def _begin(self, place: Place, runner: Runner) -> list[tuple[Place, Draw]]:
+        others = self.lanes[1:]
+        if others:
+            runner.copy([(self.lanes[0], lane) for lane in others], len(self.request.prompt_ids))
+        reads = bool(self.request.sampling.stop)
+        self._drafts = [self._draft(lane, reads_text=reads) for lane in self.lanes]
+        self._asked = list(self._drafts)
+        return self._draws([place] * len(self._drafts), runner)
+
+    def _draws(self, places: Sequence[Place], runner: Runner) -> list[tuple[Place, Draw]]:
+        numbers = {draft.lane: n for n, draft in enumerate(self._drafts)}
+        at: dict[int, Place] = {numbers[draft.lane]: place for draft, place in zip(self._asked, places, strict=True)}
+        for n, place in at.items():
+            self._log_weights[0, n] += place.log_z
+        if float(effective_number(self._log_weights)) < self.num_lanes / 2:
+            at = self._resample(at, runner)
+        self._asked = [draft for draft in self._drafts if draft.finish is None]
+        uniforms = self._random.random(self.num_lanes)
+        return [
+            self._draw(draft, at[n], float(uniforms[n])) for n, draft in enumerate(self._drafts) if draft.finish is None
+        ]
+
+    def _resample(self, at: Mapping[int, Place], runner: Runner) -> dict[int, Place]:
+        """Draw the particles again, with the rows of their caches; returns the places of those that go on."""
+        shift = torch.tensor([self._random.random()], dtype=torch.float64)
+        ancestors: list[int] = systematic_ancestors(self._log_weights, shift)[0].tolist()
+        self._log_z_hat += float(log_mean_weight(self._log_weights))
+        self._log_weights.zero_()
+        moved = [(self.lanes[a], self.lanes[n]) for n, a in enumerate(ancestors) if a != n and a in at]
+        if moved:
+            length = len(self.request.prompt_ids) + max(len(self._drafts[a].tokens) for a in ancestors if a in at)
+            runner.copy(moved, length)
+        self._drafts = [self._drafts[a].fork(self.lanes[n]) for n, a in enumerate(ancestors)]
+        return {n: at[a] for n, a in enumerate(ancestors) if a in at}
+
+    def take(self, tokens: Sequence[int], draws: Sequence[tuple[Place, Draw]]) -> Delta | None:
+        for draft, token, (place, _) in zip(self._asked, tokens, draws, strict=True):
+            self._record(draft, token, place)
+            draft.extend(token, self._rules)
+        if any(draft.finish is None for draft in self._drafts):
+            return None
+        chosen = int(drawn_particle(self._log_weights, torch.tensor([self._random.random()])))
+        return self._whole(
+            self._drafts[chosen],
+            log_z_hat=self._log_z_hat + float(log_mean_weight(self._log_weights)),
+            effective_sample_size=float(effective_number(self._log_weights)),
+            particles=self.num_lanes,
+        )
+
+
+class RejectionRun(Run):
+    """Draw from π_λ: attempts from q that are given up, at each token, with probability 1 − Z_t.
+
+    Several attempts are made side by side; the first in the order of their numbers that is accepted is the answer, not
+    the first to be finished, which would prefer short ones. Needs λ ≥ 0 and Σ λ ≥ 1, for which Z_t ≤ 1.
+    """
+
+    def __init__(
+        self, request: GenerationRequest, weights: Sequence[float], rules: Rules, names: Sequence[str]
+    ) -> None:
+        super().__init__(request, weights, rules, names)
+        seed = request.sampling.seed
+        self._seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+        self._number: dict[int, int] = {}  # lane → number of the attempt in it
+        self._random: dict[int, np.random.Generator] = {}
+        self._first: Place | None = None
+        self._next = 0
+        self._accepted: tuple[int, Draft] | None = None
+
+    def _begin(self, place: Place, runner: Runner) -> list[tuple[Place, Draw]]:
+        others = self.lanes[1:]
+        if others:
+            runner.copy([(self.lanes[0], lane) for lane in others], len(self.request.prompt_ids))
+        self._first = Place(place.logits.clone(), place.log_z, {k: row.clone() for k, row in place.policies.items()})
+        draws = [self._attempt(lane) for lane in self.lanes]
+        return self._going([draw for draw in draws if draw is not None])
+
+    def _draws(self, places: Sequence[Place], runner: Runner) -> list[tuple[Place, Draw]]:
+        draws = []
+        for draft, place in zip(self._asked, places, strict=True):
+            random = self._random[draft.lane]
+            if random.random() < math.exp(place.log_z):
+                draws.append((draft, self._draw(draft, place, float(random.random()))))
+                continue
+            again = self._attempt(draft.lane)
+            if again is not None:
+                draws.append(again)
+        return self._going(draws)
+
+    def _going(self, draws: Sequence[tuple[Draft, tuple[Place, Draw]]]) -> list[tuple[Place, Draw]]:
+        self._drafts = self._asked = [draft for draft, _ in draws]
+        if not draws and self._accepted is None:
+            raise NothingAcceptedError(
+                f"{self._next} attempts were made and none was accepted: Z is about {1 / self._next:.1g} or less for "
+                "this prompt and these weights. Use sequential Monte Carlo (particles), or more attempts."
+            )
+        return [draw for _, draw in draws]
+
+    def _attempt(self, lane: int) -> tuple[Draft, tuple[Place, Draw]] | None:
+        """Begin attempts in a lane, whose rows still hold the prompt, until one gets past its first token."""
+        first = self._first
+        assert first is not None
+        while self._next < self.request.mode.max_attempts and self._accepted is None:
+            number, self._next = self._next, self._next + 1
+            random = np.random.default_rng([self._seed % 2**63, number])
+            if random.random() < math.exp(first.log_z):
+                self._number[lane], self._random[lane] = number, random
+                draft = self._draft(lane, reads_text=bool(self.request.sampling.stop))
+                return draft, self._draw(draft, first, float(random.random()))
+        return None
+
+    def take(self, tokens: Sequence[int], draws: Sequence[tuple[Place, Draw]]) -> Delta | None:
+        for draft, token, (place, _) in zip(self._asked, tokens, draws, strict=True):
+            self._record(draft, token, place)
+            draft.extend(token, self._rules)
+            number = self._number[draft.lane]
+            if draft.finish is not None and (self._accepted is None or number < self._accepted[0]):
+                self._accepted = number, draft
+        if self._accepted is None:
+            return None
+        number, accepted = self._accepted
+        self._drafts = [d for d in self._drafts if d.finish is None and self._number[d.lane] < number]
+        if self._drafts:
+            return None
+        return self._whole(accepted, log_z_hat=-math.log(number + 1), attempts=number + 1)
+
+
+def run_of(request: GenerationRequest, weights: Sequence[float], rules: Rules, names: Sequence[str]) -> Run:
+    """The run that a request asks for. weights: (K,) λ, before the temperature of the exact modes (λ/τ)."""
+    if request.mode.kind == "token":
+        return TokenRun(request, weights, rules, names)
+    tempered = [weight / request.sampling.temperature for weight in weights]
+    kinds = {"smc": ParticleRun, "rejection": RejectionRun}
+    return kinds[request.mode.kind](request, tempered, rules, names)
+
+
+def places_of(predictions: Predictions, log_z: Sequence[float], rows: Sequence[int]) -> list[Place]:
+    """The rows of a step's predictions, one after the other. log_z: of all rows, as numbers."""
+    return [Place(predictions.logits[row], log_z[row], predictions.policies[row]) for row in rows]
