@@ -6,21 +6,17 @@ import asyncio
 import hashlib
 import json
 import pickle
-import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import httpx
 import pytest
 from pydantic import ValidationError
 
-from mpo_ray.policies.artefact import write_artefact
-from mpo_ray.policies.mixture import MixtureForCausalLM
-from mpo_ray.serving.decode_loop import DecodeLoop, Delta, Generation
+from mpo_ray.serving.decode_loop import Delta, Generation
 from mpo_ray.serving.endpoint import Served, create_app, parse_model_id
 from mpo_ray.serving.openai_schema import NOT_IMPLEMENTED, ApiError, ChatRequest, CompletionRequest
-from mpo_ray.serving.text_stream import TextStream
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import tiny_tokenizer
 
 OBJECTIVES = ("helpful", "harmless")
 
@@ -259,150 +255,6 @@ def test_model_ids() -> None:
         parse_model_id("run/kind", "run", OBJECTIVES)
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (copy.status, copy.body()) == (404, caught.value.body())
-
-
-class Bytes:
-    """A tokenizer of bytes: one id per byte of UTF-8."""
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return bytes(ids).decode("utf-8", errors="replace")
-
-
-@pytest.mark.parametrize("text", ["plain words", "naïve café ☕ 你好 👩‍🚀!", "", "ends in half: ☕"])
-def test_the_pieces_of_a_text_stream_are_the_text(text: str) -> None:
-    """No piece holds half a character, and together they are the text; cut in mid-character it ends in U+FFFD."""
-    stream = TextStream(Bytes())
-    pieces = [stream.push(byte) for byte in text.encode()]
-    assert all("\ufffd" not in piece for piece in pieces)
-    assert "".join(pieces) + stream.finish() == text
-    half = TextStream(Bytes())
-    assert "".join(half.push(byte) for byte in "☕".encode()[:2]) + half.finish() == "\ufffd"
-
-
-@pytest.mark.parametrize(
-    ("stop", "expected", "stopped"),
-    [
-        (["stop"], "one two ", True),
-        (["two", "one"], "", True),
-        (["xyz"], "one two stop st", False),
-        (["st."], "one two stop st", False),
-    ],
-)
-def test_text_ends_before_the_first_stop_string(stop: list[str], expected: str, stopped: bool) -> None:
-    """Also where it comes in pieces, and what only began like one is given back at the end."""
-    stream = TextStream(Bytes(), stop)
-    text = ""
-    for byte in b"one two stop st":
-        text += stream.push(byte)
-        if stream.stopped:
-            break
-    assert text + stream.finish() == expected
-    assert stream.stopped is stopped
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> MixtureForCausalLM:
-    root = tmp_path_factory.mktemp("mixture")
-    tokenizer = tiny_tokenizer()
-    write_artefact(
-        root / "mixture",
-        objectives={name: tiny_llama(root / name, tokenizer, seed) for seed, name in enumerate(OBJECTIVES)},
-        reference=tiny_llama(root / "reference", tokenizer, seed=9, max_position_embeddings=4096),
-        copy_reference=False,
-        weights={"helpful": 0.5, "harmless": 0.5},
-        fit={},
-    )
-    return MixtureForCausalLM.from_pretrained(root / "mixture")
-
-
-def with_loop(mixture: MixtureForCausalLM, work: Callable[[DecodeLoop], Coroutine[Any, Any, None]]) -> None:
-    decoding = DecodeLoop(mixture, tiny_tokenizer())
-    decoding._eos_ids = []  # these random models never end by themselves
-    try:
-        asyncio.run(work(decoding))
-    finally:
-        decoding.close()
-
-
-def greedy(num_tokens: int, **changes: Any) -> Generation:
-    values = {
-        "prompt_ids": (1, 7),
-        "max_new_tokens": num_tokens,
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "seed": None,
-        "stop": (),
-    }
-    return Generation(**{**values, "weights": None, **changes})
-
-
-def test_completions_of_different_weights_take_turns(mixture: MixtureForCausalLM) -> None:
-    """Each is as if it were alone, and a short one ends before a long one that began earlier."""
-
-    async def work(decoding: DecodeLoop) -> None:
-        kinds = [{"helpful": 1.0, "harmless": 0.0}, {"helpful": 0.0, "harmless": 1.0}, None]
-        generations = [greedy(n, weights=weights) for n, weights in zip((30, 20, 10), kinds, strict=True)]
-
-        async def texts(some: list[Generation]) -> tuple[list[str], list[int]]:
-            made, ended = [""] * len(some), []
-            async for delta in decoding.generate(some):
-                made[delta.index] += delta.text
-                ended += [delta.index] if delta.finish_reason else []
-            return made, ended
-
-        together, ended = await texts(generations)
-        assert ended == [2, 1, 0]
-        assert together == [(await texts([one]))[0][0] for one in generations]
-        assert len(set(together)) == 3
-
-    with_loop(mixture, work)
-
-
-def test_a_cancelled_completion_is_not_decoded_further(mixture: MixtureForCausalLM) -> None:
-    """Leaving the iterator after 3 tokens of 3000 frees the thread within a few tokens' time."""
-
-    async def work(decoding: DecodeLoop) -> None:
-        deltas = decoding.generate([greedy(3000), greedy(3000)])
-        for _ in range(3):
-            await anext(deltas)
-        assert decoding.num_active == 2
-        await deltas.aclose()
-        end = time.monotonic() + 2
-        while decoding.num_active and time.monotonic() < end:
-            await asyncio.sleep(0.01)
-        assert decoding.num_active == 0
-
-    with_loop(mixture, work)
-
-
-def test_an_error_in_decoding_reaches_the_caller_and_the_thread_lives_on(mixture: MixtureForCausalLM) -> None:
-    async def work(decoding: DecodeLoop) -> None:
-        with pytest.raises(IndexError):
-            async for _ in decoding.generate([greedy(3, prompt_ids=(999,))]):
-                pass
-        assert [delta.num_tokens async for delta in decoding.generate([greedy(2)])] == [1, 1, 0]
-
-    with_loop(mixture, work)
-
-
-def test_the_event_loop_is_free_while_tokens_are_decoded(mixture: MixtureForCausalLM) -> None:
-    """Something else on the loop gets its turn between tokens."""
-
-    async def work(decoding: DecodeLoop) -> None:
-        ticks = 0
-
-        async def tick() -> None:
-            nonlocal ticks
-            while True:
-                ticks += 1
-                await asyncio.sleep(0)
-
-        ticking = asyncio.create_task(tick())
-        tokens = [delta async for delta in decoding.generate([greedy(30)])]
-        ticking.cancel()
-        assert ticks > len(tokens)
-
-    with_loop(mixture, work)
 
 
 def test_request_models_survive_what_the_wire_may_bring() -> None:
