@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console, RenderableType
 
+from mpo_ray.cli_values import parse_named, parse_weights
 from mpo_ray.config import Fit
 from mpo_ray.records import Bound, check_weights
 from mpo_ray.run import Run
@@ -69,18 +70,13 @@ def mopo(options: argparse.Namespace) -> int:
     for name in ("primary", "out"):
         if getattr(options, name) is None:
             raise ValueError(f"--{name} is missing: a pool of your own needs --primary NAME and --out DIR.")
-    bounds: dict[str, Bound] = {}
-    for text in options.bound:
-        name, equals, value = text.partition("=")
-        if not equals or name in bounds:
-            raise ValueError(f"--bound {text!r}: write NAME=VALUE, once for each objective.")
-        bounds[name] = Bound.parse(name, value)
+    bounds = parse_named(options.bound, "--bound", "NAME=VALUE, once for each objective")
     out = Path(options.out)
     result = solve_file(
         options.table,
         out,
         primary=options.primary,
-        bounds=bounds,
+        bounds={name: Bound.parse(name, value) for name, value in bounds.items()},
         tau=options.tau,
         radius=options.radius,
         variant=options.variant,
@@ -136,16 +132,6 @@ def _table_settings(options: argparse.Namespace) -> Fit:
         **({} if options.steps is None else {"bsmd": {"steps": options.steps}}),
     }
     return parse_settings(Fit, given, "fit")
-
-
-def parse_weights(text: str | None, option: str) -> dict[str, float] | None:
-    """Read NAME=VALUE,NAME=VALUE,…; `option` names the place for the message. Raises ValueError."""
-    if text is None:
-        return None
-    try:
-        return {name: float(value) for name, value in (item.split("=") for item in text.split(","))}
-    except ValueError:
-        raise ValueError(f"{option} {text!r}: write NAME=VALUE,NAME=VALUE,…") from None
 
 
 def _show(what: RenderableType) -> None:

@@ -217,6 +217,7 @@ class TestMix:
         [
             (["--weights", "helpful=0.3"], "sum to 0.3, not 1"),
             (["--weights", "polite=1"], "unknown objective 'polite'"),
+            (["--weights", "helpful=0.4,helpful=0.6"], "write NAME=VALUE,NAME=VALUE,…, once for each objective"),
             (["bounded=elsewhere"], "'bounded=elsewhere': write NAME=DIR, once for each policy"),
             (["a/b=elsewhere"], "'a/b': names are letters, digits, - and _"),
             (["other=nowhere"], "nowhere: no such policy directory"),
