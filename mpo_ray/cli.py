@@ -155,19 +155,18 @@ def _stage(options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
-    if (options.config is None) == (options.table is None):
-        raise ValueError("give a run file, or a score table of your own with --table FILE --out DIR; one of the two.")
+    cli_tables.check_source(
+        options, "give a run file, or a score table of your own with --table FILE --out DIR; one of the two."
+    )
     if options.at is not None:
         return cli_tables.predict(options)
     return _stage(options) if options.config is not None else cli_tables.fit(options)
 
 
 def _mopo(options: argparse.Namespace) -> int:
-    if (options.config is None) == (options.table is None):
-        raise ValueError("give a run file, or a pool of your own with --table FILE --primary NAME --out DIR.")
-    given = [name for name in ("primary", "bound", "sigma", "out") if getattr(options, name)]
-    if options.config is not None and given:
-        raise ValueError(f"--{given[0]} goes with --table; in a run it stands in the run file, under `mopo`.")
+    cli_tables.check_source(
+        options, "give a run file, or a pool of your own with --table FILE --primary NAME --out DIR; one of the two."
+    )
     return _stage(options) if options.config is not None else cli_tables.mopo(options)
 
 
