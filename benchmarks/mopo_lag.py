@@ -11,13 +11,13 @@ Prints, and draws into --out: what the last policy has of the primary objective 
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from mopo_synthetic import TAU, structure
+from mopo_synthetic import TAU, parse_options, part_of, structure
 
 from mpo_ray.config_training import ConstrainedTraining
 from mpo_ray.drawing import COLOURS, MARKERS, legend, plain, png
@@ -35,7 +35,6 @@ STRUCTURES = ("aligned", "opposed", "partly conflicting", "three objectives")
 
 def trained(pool: Pool, *, lag: int | None, relaxation: float, seed: int) -> Array:
     """The loop of design 2.4 from λ = 0, and bounds at π_ref's values; returns log π_ψ of every response."""
-    size = len(pool.primary) // pool.num_prompts
     names = [f"bounded {j}" for j in range(pool.num_secondary)]
     problem = Problem(
         primary="primary",
@@ -46,18 +45,15 @@ def trained(pool: Pool, *, lag: int | None, relaxation: float, seed: int) -> Arr
     )
     training = ConstrainedTraining(method="online", lag=lag, relaxation=relaxation)
     state, rng = Multipliers.start(problem), np.random.default_rng(seed)
-    policy = pool.log_reference.reshape(-1, size).copy()
+    policy = pool.log_reference.reshape(pool.num_prompts, -1).copy()
     lagged, waiting = policy, policy
     for step in range(1, STEPS + 1):
         prompts = rng.choice(pool.num_prompts, BATCH, replace=False)
-        rows = (prompts[:, None] * size + np.arange(size)).ravel()
-        first, part = (
-            Pool(pool.primary[rows], pool.secondary[rows], log_shares, np.arange(BATCH + 1) * size)
-            for log_shares in (pool.log_reference[rows], lagged[prompts].ravel())
-        )
+        first = part_of(pool, prompts)
+        part = replace(first, log_reference=lagged[prompts].ravel())
         rho = ratio(part, state.multipliers, TAU)
         state = state.after(statistics(part, rho, first, state.log_chi), problem, training, step=step)
-        target = (np.exp(part.log_reference) * rho).reshape(BATCH, size)
+        target = (np.exp(part.log_reference) * rho).reshape(BATCH, -1)
         moved = policy[prompts] + RATE * (target - np.exp(policy[prompts]))  # −∂/∂ψ of equation (11)
         policy[prompts] = moved - np.logaddexp.reduce(moved, axis=1, keepdims=True)
         if lag is not None and step % lag == 0:
@@ -74,13 +70,8 @@ def figures_of(pool: Pool, log_policy: Array) -> tuple[float, float, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/mopo_lag"), help="directory for the figure")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one seed, one relaxation")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    relaxations, seeds = (RELAXATIONS[:1], 1) if options.quick else (RELAXATIONS, options.seeds)
+    options = parse_options("mopo_lag", __doc__, quick="one relaxation")
+    relaxations, seeds = RELAXATIONS[:1] if options.quick else RELAXATIONS, options.seeds
     found: dict[tuple[str, int | None, float], Array] = {}
     print(f"{'':>20} {'t0':>5} {'relaxation':>11} {'primary':>9} {'bounded':>9} {'KL, nats':>9}")
     for name in STRUCTURES:

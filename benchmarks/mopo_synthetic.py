@@ -126,18 +126,23 @@ def estimated(given: Structure, num_pairs: int, rng: np.random.Generator) -> Poo
     return given.pool_of((1 - own) * np.stack(means, axis=1) + own * 0.5)
 
 
+def part_of(pool: Pool, prompts: Array) -> Pool:
+    """The candidates of some prompts of a structure's pool, where every prompt has as many."""
+    size = len(pool.primary) // pool.num_prompts
+    rows = (prompts[:, None] * size + np.arange(size)).ravel()
+    starts = np.arange(len(prompts) + 1) * size
+    return Pool(pool.primary[rows], pool.secondary[rows], pool.log_reference[rows], starts)
+
+
 def updates(
     pool: Pool, bounds: Array, variant: str, rng: np.random.Generator, *, steps: int = 4000, batch: int = 4
 ) -> Array:
     """The paper's loop on a pool: λ, then ψ, from a few prompts a step; returns ρ = π_ψ/π_ref, of averaged logits."""
-    size = len(pool.primary) // pool.num_prompts
-    reference = np.exp(pool.log_reference)
-    logits, averaged = pool.log_reference.reshape(pool.num_prompts, size).copy(), 0.0
+    logits, averaged = pool.log_reference.reshape(pool.num_prompts, -1).copy(), 0.0
     multipliers, means = np.zeros(len(bounds)), pool.expectation(pool.secondary)
     for t in range(1, steps + 1):
         prompts = rng.choice(pool.num_prompts, batch, replace=False)
-        rows = (prompts[:, None] * size + np.arange(size)).ravel()
-        part = Pool(pool.primary[rows], pool.secondary[rows], pool.log_reference[rows], np.arange(batch + 1) * size)
+        part = part_of(pool, prompts)
         rho = ratio(part, multipliers, TAU)
         values = part.expectation(rho[:, None] * part.secondary)
         if variant == "lagrangian":
@@ -145,13 +150,13 @@ def updates(
         else:
             means += (values - means) / min(t, 50)  # a batch's G is too noisy to divide by
             multipliers += (barrier_multipliers(means, bounds, SIGMA, DELTA) - multipliers) / np.sqrt(t)
-        target = (reference[rows] * rho).reshape(batch, size)
+        target = (np.exp(part.log_reference) * rho).reshape(batch, -1)
         current = np.exp(logits[prompts] - np.logaddexp.reduce(logits[prompts], axis=1, keepdims=True))
         logits[prompts] += 4.0 / np.sqrt(1 + t / 50) * (target - current)  # −∂/∂ψ of equation (11)
         if t > steps // 2:
             averaged = averaged + logits / (steps - steps // 2)
     policy = np.exp(averaged - np.logaddexp.reduce(averaged, axis=1, keepdims=True))
-    return np.asarray(policy.ravel() / reference)
+    return np.asarray(policy.ravel() / np.exp(pool.log_reference))
 
 
 def exact_distance(pool: Pool) -> float:
@@ -168,14 +173,22 @@ def exact_distance(pool: Pool) -> float:
     return worst
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/mopo_synthetic"), help="directory for the figures")
+def parse_options(name: str, about: str | None, *, quick: str) -> argparse.Namespace:
+    """Where the figures of a benchmark on these structures go, which is made, and how many seeds it takes."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs") / name, help="directory for the figures")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="few numbers of samples and one seed")
+    parser.add_argument("--quick", action="store_true", help=f"one seed, {quick}")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    numbers, seeds = (NUMBERS[1::3], 1) if options.quick else (NUMBERS, options.seeds)
+    if options.quick:
+        options.seeds = 1
+    return options
+
+
+def main() -> int:
+    options = parse_options("mopo_synthetic", __doc__, quick="few numbers of samples")
+    numbers, seeds = NUMBERS[1::3] if options.quick else NUMBERS, options.seeds
     results: dict[str, dict[tuple[str, int], Array]] = {}
     print(f"exact solves: the largest distance from the front\n{'':>20}{'distance':>12}")
     for name in STRUCTURES:

@@ -22,6 +22,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from mpo_ray import cli_tables
+from mpo_ray.cli_values import parse_named, parse_weights
 from mpo_ray.config import NAME, RunConfig, Serve
 from mpo_ray.run import Run, StageError
 from mpo_ray.run_file import load_config
@@ -154,19 +155,18 @@ def _stage(options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
-    if (options.config is None) == (options.table is None):
-        raise ValueError("give a run file, or a score table of your own with --table FILE --out DIR; one of the two.")
+    cli_tables.check_source(
+        options, "give a run file, or a score table of your own with --table FILE --out DIR; one of the two."
+    )
     if options.at is not None:
         return cli_tables.predict(options)
     return _stage(options) if options.config is not None else cli_tables.fit(options)
 
 
 def _mopo(options: argparse.Namespace) -> int:
-    if (options.config is None) == (options.table is None):
-        raise ValueError("give a run file, or a pool of your own with --table FILE --primary NAME --out DIR.")
-    given = [name for name in ("primary", "bound", "sigma", "out") if getattr(options, name)]
-    if options.config is not None and given:
-        raise ValueError(f"--{given[0]} goes with --table; in a run it stands in the run file, under `mopo`.")
+    cli_tables.check_source(
+        options, "give a run file, or a pool of your own with --table FILE --primary NAME --out DIR; one of the two."
+    )
     return _stage(options) if options.config is not None else cli_tables.mopo(options)
 
 
@@ -187,21 +187,17 @@ def _check(options: argparse.Namespace) -> int:
 def _mix(options: argparse.Namespace) -> int:
     from mpo_ray.policies.artefact import write_artefact
 
-    policies: dict[str, Path] = {}
-    for text in options.policies:
-        name, equals, directory = text.partition("=")
-        if not equals or name in policies:
-            raise ValueError(f"{text!r}: write NAME=DIR, once for each policy.")
+    policies = parse_named(options.policies, "policies", "NAME=DIR, once for each policy")
+    for name in policies:
         if not NAME.fullmatch(name):
             raise ValueError(f"{name!r}: names are letters, digits, - and _.")
-        policies[name] = Path(directory)
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is there already; name a directory that is not, so that nothing is mixed up.")
-    given = cli_tables.parse_weights(options.weights, "--weights")
+    given = parse_weights(options.weights, "--weights")
     config = write_artefact(
         out,
-        objectives=policies,
+        objectives={name: Path(directory) for name, directory in policies.items()},
         reference=options.reference,
         copy_reference=False,
         weights=dict.fromkeys(policies, 1.0 / len(policies)) if given is None else given,
@@ -218,7 +214,7 @@ def _generate(options: argparse.Namespace) -> int:
     text = answer(
         _artefact(options.directory)[0],
         options.prompt,
-        weights=cli_tables.parse_weights(options.weights, "--weights"),
+        weights=parse_weights(options.weights, "--weights"),
         max_tokens=options.max_tokens,
         temperature=options.temperature,
         seed=options.seed,

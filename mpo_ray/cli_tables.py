@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, RenderableType
 
+from mpo_ray.cli_values import parse_named, parse_weights
 from mpo_ray.config import Fit
 from mpo_ray.records import Bound, check_weights
 from mpo_ray.run import Run
@@ -17,33 +20,59 @@ from mpo_ray.run_file import load_config, parse_settings
 
 def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--at", metavar="NAME=λ,…", help="predict the trade-off at one λ instead of fitting")
-    table = parser.add_argument_group("a score table of your own, in the place of a run file")
-    table.add_argument("--table", nargs="+", metavar="FILE", help="Parquet, CSV or JSON Lines; globs and URLs too")
-    table.add_argument("--out", metavar="DIR", help="where fit.json, trade_off.json and their pictures go")
-    table.add_argument("--method", choices=("exact", "bsmd", "fixed"), help="default: exact, or fixed with --weights")
-    table.add_argument("--estimator", choices=("balanced", "paper"), default="balanced")
-    table.add_argument("--weights", metavar="NAME=λ,…", help="λ for --method fixed")
-    table.add_argument("--steps", type=int, help="T of --method bsmd")
-    table.add_argument("--bootstrap-draws", type=int, default=200, help="for the intervals; 0 for none")
-    table.add_argument("--seed", type=int, default=0)
+    add = _table_group(parser, "a score table of your own, in the place of a run file")
+    add("--table", nargs="+", metavar="FILE", help="Parquet, CSV or JSON Lines; globs and URLs too")
+    add("--out", metavar="DIR", help="where fit.json, trade_off.json and their pictures go")
+    add("--method", choices=("exact", "bsmd", "fixed"), help="default: exact, or fixed with --weights")
+    add("--estimator", choices=("balanced", "paper"), help="default: balanced")
+    add("--weights", metavar="NAME=λ,…", help="λ for --method fixed")
+    add("--steps", type=int, help="T of --method bsmd")
+    add("--bootstrap-draws", type=int, help="for the intervals; 0 for none, 200 if absent")
+    add("--seed", type=int, help="0 if absent")
 
 
 def add_mopo_arguments(parser: argparse.ArgumentParser) -> None:
-    table = parser.add_argument_group("a pool of your own, in the place of a run file")
-    table.add_argument("--table", nargs="+", metavar="FILE", help="Parquet, CSV or JSON Lines; globs too")
-    table.add_argument("--primary", metavar="NAME", help="the objective that is maximised")
-    table.add_argument(
+    add = _table_group(parser, "a pool of your own, in the place of a run file")
+    add("--table", nargs="+", metavar="FILE", help="Parquet, CSV or JSON Lines; globs too")
+    add("--primary", metavar="NAME", help="the objective that is maximised")
+    add(
         "--bound",
         action="append",
-        default=[],
         metavar="NAME=VALUE",
         help="the least win probability of another objective: 0.55, or `reference - 0.02`; once for each",
     )
-    table.add_argument("--tau", type=float, default=0.08, help="strength of the KL penalty, win probability per nat")
-    table.add_argument("--radius", type=float, default=0.0, help="of the robust bounds, nats; 0 for none")
-    table.add_argument("--variant", choices=("lagrangian", "barrier"), default="lagrangian")
-    table.add_argument("--sigma", type=float, help="strength of the barrier; 0.01 if absent")
-    table.add_argument("--out", metavar="DIR", help="where mopo.json and ratio.parquet go")
+    add("--tau", type=float, help="strength of the KL penalty, win probability per nat; 0.08 if absent")
+    add("--radius", type=float, help="of the robust bounds, nats; none if absent")
+    add("--variant", choices=("lagrangian", "barrier"), help="default: lagrangian")
+    add("--sigma", type=float, help="strength of the barrier; 0.01 if absent")
+    add("--out", metavar="DIR", help="where mopo.json and ratio.parquet go")
+
+
+def _table_group(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
+    """A group of options that go with a table; returns what adds one. An option that is not given is None."""
+    group, names = parser.add_argument_group(title), list[str]()
+    parser.set_defaults(of_table=names)
+
+    def add(option: str, **settings: Any) -> None:
+        names.append(group.add_argument(option, **settings).dest)
+
+    return add
+
+
+def check_source(options: argparse.Namespace, what: str) -> None:
+    """A run file or a table, each with what goes with it; `what` says which to give. Raises ValueError."""
+    if (options.config is None) == (options.table is None):
+        raise ValueError(what)
+    of_table = [f"--{name.replace('_', '-')}" for name in _given(options, *options.of_table)]
+    if options.config is not None and of_table:
+        raise ValueError(
+            f"{of_table[0]} goes with --table. A run takes its settings from the run file: write it there, or give "
+            "--set KEY.PATH=VALUE."
+        )
+    of_run = {"--set": options.overrides, "--update": options.update, "--address": options.address}
+    for option, value in of_run.items():
+        if options.config is None and value:
+            raise ValueError(f"{option} goes with a run file; with --table, leave it out.")
 
 
 def fit(options: argparse.Namespace) -> int:
@@ -53,7 +82,7 @@ def fit(options: argparse.Namespace) -> int:
     from mpo_ray.fitting.standalone import fit_file
     from mpo_ray.fitting.summary import fit_summary
 
-    result = fit_file(options.table, Path(options.out), _table_settings(options), seed=options.seed)
+    result = fit_file(options.table, Path(options.out), _table_settings(options), **_given(options, "seed"))
     if options.json:
         print(json.dumps({"out": str(Path(options.out).absolute()), **result}))
     else:
@@ -69,22 +98,14 @@ def mopo(options: argparse.Namespace) -> int:
     for name in ("primary", "out"):
         if getattr(options, name) is None:
             raise ValueError(f"--{name} is missing: a pool of your own needs --primary NAME and --out DIR.")
-    bounds: dict[str, Bound] = {}
-    for text in options.bound:
-        name, equals, value = text.partition("=")
-        if not equals or name in bounds:
-            raise ValueError(f"--bound {text!r}: write NAME=VALUE, once for each objective.")
-        bounds[name] = Bound.parse(name, value)
+    bounds = parse_named(options.bound or [], "--bound", "NAME=VALUE, once for each objective")
     out = Path(options.out)
     result = solve_file(
         options.table,
         out,
         primary=options.primary,
-        bounds=bounds,
-        tau=options.tau,
-        radius=options.radius,
-        variant=options.variant,
-        sigma=options.sigma,
+        bounds={name: Bound.parse(name, value) for name, value in bounds.items()},
+        **_given(options, "tau", "radius", "variant", "sigma"),
     )
     if options.json:
         print(json.dumps({"out": str(out.absolute()), **result}))
@@ -102,7 +123,7 @@ def predict(options: argparse.Namespace) -> int:
     from mpo_ray.fitting.trade_off import predict_trade_off
 
     if options.table is not None:
-        settings, seed, scores = _table_settings(options), options.seed, open_scores(options.table)
+        settings, seed, scores = _table_settings(options), options.seed or 0, open_scores(options.table)
     else:
         config = load_config(options.config, options.overrides)
         run, settings, seed = Run.check(config, update=options.update), config.fit, config.seed
@@ -130,22 +151,16 @@ def _table_settings(options: argparse.Namespace) -> Fit:
     weights = parse_weights(options.weights, "--weights")
     given = {
         "method": options.method or ("exact" if weights is None else "fixed"),
-        "estimator": options.estimator,
         "weights": weights,
-        "bootstrap_draws": options.bootstrap_draws,
+        **_given(options, "estimator", "bootstrap_draws"),
         **({} if options.steps is None else {"bsmd": {"steps": options.steps}}),
     }
     return parse_settings(Fit, given, "fit")
 
 
-def parse_weights(text: str | None, option: str) -> dict[str, float] | None:
-    """Read NAME=VALUE,NAME=VALUE,…; `option` names the place for the message. Raises ValueError."""
-    if text is None:
-        return None
-    try:
-        return {name: float(value) for name, value in (item.split("=") for item in text.split(","))}
-    except ValueError:
-        raise ValueError(f"{option} {text!r}: write NAME=VALUE,NAME=VALUE,…") from None
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of the options that are given; what is not has its default where it is used."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def _show(what: RenderableType) -> None:

@@ -11,10 +11,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads, which fight over few cores
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.run_files import MINIMAL
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +54,9 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     storage = tmp_path_factory.mktemp("runs")
     tiny_run.run(tiny_run.command("run", storage, "unbroken", "--json"))
     return storage / "unbroken"
+
+
+@pytest.fixture
+def raw() -> dict[str, Any]:
+    """What a minimal run file holds, to be changed."""
+    return copy.deepcopy(MINIMAL)

@@ -163,11 +163,6 @@ def test_training_goes_on_without_a_reference_to_train(run_file: Path, capsys: p
         (["run.yaml", "--table", "x.parquet"], "give a run file, or a pool of your own"),
         (["--table", "x.parquet", "--out", "x"], "--primary is missing: a pool of your own needs --primary NAME and"),
         (["--table", "x.parquet", "--primary", "x"], "--out is missing"),
-        (
-            ["run.yaml", "--primary", "x"],
-            "--primary goes with --table; in a run it stands in the run file, under `mopo`",
-        ),
-        (["run.yaml", "--bound", "x=0.5"], "--bound goes with --table"),
     ],
 )
 def test_mopo_needs_a_run_file_or_a_whole_pool(
@@ -175,6 +170,34 @@ def test_mopo_needs_a_run_file_or_a_whole_pool(
 ) -> None:
     assert main(["mopo", *given]) == 1
     assert message in capsys.readouterr().err
+
+
+OF_A_TABLE = {
+    "mopo": "--primary x, --bound x=0.5, --tau 0.08, --radius 0, --variant lagrangian, --sigma 0.01, --out x",
+    "fit": "--out x, --method exact, --estimator balanced, --weights x=1, --steps 5, --bootstrap-draws 0, --seed 0",
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "given"), [(v, text.split()) for v in OF_A_TABLE for text in OF_A_TABLE[v].split(",")]
+)
+def test_what_goes_with_a_table_is_refused_beside_a_run_file(
+    capsys: pytest.CaptureFixture[str], verb: str, given: list[str]
+) -> None:
+    """It would have no effect; that holds for a default as well, and for `fit --at`."""
+    for more in ([], ["--at", "x=1"]) if verb == "fit" else ([],):
+        assert main([verb, "run.yaml", *given, *more]) == 1
+        expected = f"{given[0]} goes with --table. A run takes its settings from the run file: write it there, or give"
+        assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["fit", "mopo"])
+@pytest.mark.parametrize("given", [["--set", "seed=1"], ["--update"], ["--address", "auto"]])
+def test_what_goes_with_a_run_file_is_refused_beside_a_table(
+    capsys: pytest.CaptureFixture[str], verb: str, given: list[str]
+) -> None:
+    assert main([verb, "--table", "x.parquet", "--out", "x", *given]) == 1
+    assert f"{given[0]} goes with a run file; with --table, leave it out" in capsys.readouterr().err
 
 
 def test_serving_something_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,6 +240,7 @@ class TestMix:
         [
             (["--weights", "helpful=0.3"], "sum to 0.3, not 1"),
             (["--weights", "polite=1"], "unknown objective 'polite'"),
+            (["--weights", "helpful=0.4,helpful=0.6"], "write NAME=VALUE,NAME=VALUE,…, once for each objective"),
             (["bounded=elsewhere"], "'bounded=elsewhere': write NAME=DIR, once for each policy"),
             (["a/b=elsewhere"], "'a/b': names are letters, digits, - and _"),
             (["other=nowhere"], "nowhere: no such policy directory"),

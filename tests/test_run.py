@@ -16,7 +16,7 @@ import pytest
 from mpo_ray.records import decode_prompt, encode_prompt, prompt_id
 from mpo_ray.run import Run, RunError, directory_digest, file_digest, stage_inputs
 from mpo_ray.run_file import parse_config
-from tests.test_config import MINIMAL
+from tests.run_files import MINIMAL
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 
 from tensorboardX import SummaryWriter
@@ -16,10 +17,20 @@ class EventLog:
     """
 
     def __init__(self, run: Run, job: str, *, start: int) -> None:
-        """start: the step that training goes on from; what an earlier file says of later ones no longer counts."""
+        """start: the step that training goes on from; what an earlier file says of later ones no longer counts.
+
+        At 0 training begins anew, and the files of an earlier one are removed.
+        """
         self._run, self._node = run, f"tensorboard/{job}"
         self._directory = run.local / self._node
-        self._writer = SummaryWriter(str(self._directory), purge_step=start + 1 if start else None)
+        if start == 0:
+            run.remove(self._node)
+            shutil.rmtree(self._directory, ignore_errors=True)  # the copy here, where storage is elsewhere
+        self._writer = SummaryWriter(
+            str(self._directory),
+            purge_step=start + 1 if start else None,
+            filename_suffix=f".{start}",  # without it, two files of the same second would be one
+        )
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():

@@ -37,9 +37,9 @@ def solve_file(
     *,
     primary: str,
     bounds: Mapping[str, Bound],
-    tau: float,
-    radius: float,
-    variant: Variant,
+    tau: float = 0.08,
+    radius: float = 0.0,
+    variant: Variant = "lagrangian",
     sigma: float | None = None,
 ) -> dict[str, Any]:
     """Solve the pool in `paths` and write mopo.json and ratio.parquet into `out`; returns what mopo.json holds.

@@ -137,6 +137,18 @@ def test_events_reach_storage_that_is_elsewhere_and_void_what_a_broken_run_had_s
     assert _values(events) == {(10, "loss"): 0.5, (20, "loss"): 0.25}
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_training_that_begins_anew_replaces_the_events_of_an_earlier_one(tmp_path: Path, elsewhere: bool) -> None:
+    """Both would be drawn over each other. One that goes on leaves the file of what came before its checkpoint."""
+    run = Run(f"memory://{tmp_path}" if elsewhere else str(tmp_path), "again")
+    for start, loss in ((5, 0.75), (0, 0.5), (10, 0.25)):
+        log = EventLog(run, "dpo-good", start=start)
+        log.add(start + 10, {"loss": loss})
+        log.close()
+    assert _values(_events(run.fetch("tensorboard/dpo-good"))) == {(10, "loss"): 0.5, (20, "loss"): 0.25}
+    assert len(list(run.fetch("tensorboard/dpo-good").iterdir())) == 2
+
+
 @pytest.mark.slow
 def test_figures_are_metrics_of_the_cluster_under_the_names_that_the_documentation_gives(
     ray_cluster: None, tmp_path: Path

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,60 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import mpo_ray  # noqa: F401 - registers the mixture with transformers
 from mpo_ray.data.tokens import collate, shared_prompts
 from mpo_ray.decoding.batch import sample_completions
 from mpo_ray.policies.artefact import write_artefact
-from mpo_ray.policies.loading import ModelError, load_policy
+from mpo_ray.policies.loading import load_policy
 from mpo_ray.policies.mixture import MixtureForCausalLM
-from tests.tiny import next_logprobs, tiny_llama, tiny_lora, tiny_tokenizer
-
-WEIGHTS = {"positive": 0.5, "concise": 0.3, "detailed": 0.2}
-PROMPT = "the film was"
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reference, three LoRA policies and three full ones, all with one vocabulary."""
-    root = tmp_path_factory.mktemp("material")
-    tokenizer = tiny_tokenizer()
-    tiny_llama(root / "reference", tokenizer, seed=0)
-    for seed, name in enumerate(WEIGHTS, start=1):
-        tiny_lora(root / "lora" / name, root / "reference", seed)
-        tiny_llama(root / "full" / name, tokenizer, seed)
-    return root
-
-
-def paths(material: Path, kind: str) -> dict[str, Path]:
-    """The three policies: all `lora`, all `full`, or `mixed`, where one is full and two are adapters."""
-    kinds = (
-        dict.fromkeys(WEIGHTS, kind) if kind != "mixed" else dict(zip(WEIGHTS, ("lora", "full", "lora"), strict=True))
-    )
-    return {name: material / kinds[name] / name for name in WEIGHTS}
-
-
-def write(material: Path, directory: Path, kind: str, weights: Mapping[str, float] = WEIGHTS) -> Path:
-    write_artefact(
-        directory,
-        objectives=paths(material, kind),
-        reference=material / "reference",
-        copy_reference=True,
-        weights=weights,
-        fit={"method": "fixed"},
-    )
-    return directory
-
-
-@pytest.fixture(scope="module", params=["lora", "full", "mixed"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def artefact(material: Path, kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(material, tmp_path_factory.mktemp("artefact") / kind, kind)
+from tests.policies.material import WEIGHTS, ids_of, paths, write
+from tests.tiny import next_logprobs, tiny_tokenizer
 
 
 @pytest.fixture
@@ -83,10 +36,6 @@ def product(policies: list[torch.nn.Module], weights: Mapping[str, float], ids: 
     """q(v) = Π_k π_k(v | ids)^λ_k / Z, by the definition, in float64."""
     mixed = sum(weight * next_logprobs(policy, ids) for policy, weight in zip(policies, weights.values(), strict=True))
     return torch.softmax(mixed, dim=-1)
-
-
-def ids_of(artefact: Path, text: str = PROMPT) -> list[int]:
-    return AutoTokenizer.from_pretrained(artefact)(text).input_ids
 
 
 def test_next_token_distributions_are_the_explicit_product(artefact, model, policies) -> None:
@@ -341,131 +290,3 @@ def test_weights_off_the_simplex_are_refused_everywhere(
         AutoModelForCausalLM.from_pretrained(artefact, weights=weights)
     with pytest.raises(ValueError, match=complaint):
         model.set_weights(weights)
-
-
-def test_the_artefact_holds_what_the_design_lists(artefact: Path) -> None:
-    config = json.loads((artefact / "config.json").read_text())
-    assert config["model_type"] == "mpo_mixture"
-    assert config["objectives"] == list(WEIGHTS)
-    assert config["weights"] == WEIGHTS
-    assert config["reference"] == "reference"
-    assert len({*config["policy_digests"].values()}) == 3
-    assert AutoConfig.from_pretrained(artefact).vocab_size == len(AutoTokenizer.from_pretrained(artefact))
-    assert json.loads((artefact / "fit.json").read_text()) == {"method": "fixed"}
-    assert AutoTokenizer.from_pretrained(artefact).chat_template
-    assert (artefact / "generation_config.json").is_file()
-    assert all(list((artefact / "policies" / name).glob("*.safetensors")) for name in WEIGHTS)
-    assert not [path for path in artefact.rglob("*") if path.suffix in {".bin", ".pt"}]
-
-
-def test_a_moved_artefact_still_opens(artefact: Path, tmp_path: Path) -> None:
-    """Nothing inside it names the place where it was written."""
-    shutil.copytree(artefact, tmp_path / "moved")
-    moved = AutoModelForCausalLM.from_pretrained(tmp_path / "moved")
-    original = AutoModelForCausalLM.from_pretrained(artefact)
-    assert torch.equal(next_logprobs(moved, [1, 8, 9]), next_logprobs(original, [1, 8, 9]))
-
-
-def test_saving_a_mixture_from_memory_is_refused_with_what_to_do(artefact: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"copying its directory; .*write_artefact"):
-        AutoModelForCausalLM.from_pretrained(artefact).save_pretrained(tmp_path / "saved")
-
-
-def unlinked_copy(material: Path, directory: Path, kind: str = "lora") -> Path:
-    """An artefact that shares no file with the material, so that a test may damage it."""
-    write(material, directory / "linked", kind)
-    return Path(shutil.copytree(directory / "linked", directory / "copy"))
-
-
-@pytest.mark.parametrize(
-    "file", ["policies/concise/adapter_model.safetensors", "policies/detailed/adapter_config.json"]
-)
-def test_a_corrupted_policy_file_is_refused_by_name(file: str, material: Path, tmp_path: Path) -> None:
-    copy = unlinked_copy(material, tmp_path)
-    content = bytearray((copy / file).read_bytes())
-    content[-5] ^= 1
-    (copy / file).write_bytes(content)
-    with pytest.raises(ModelError, match=f"{file}: the file is damaged or was altered"):
-        AutoModelForCausalLM.from_pretrained(copy)
-
-
-def test_missing_and_added_files_are_refused_by_name(material: Path, tmp_path: Path) -> None:
-    copy = unlinked_copy(material, tmp_path)
-    (copy / "policies/positive/extra.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"positive/extra\.json: the file was added"):
-        AutoModelForCausalLM.from_pretrained(copy)
-    os.remove(copy / "policies/positive/extra.json")
-    os.remove(copy / "policies/positive/adapter_model.safetensors")
-    with pytest.raises(ModelError, match=r"positive/adapter_model\.safetensors: the file is missing"):
-        AutoModelForCausalLM.from_pretrained(copy)
-    shutil.rmtree(copy / "policies/positive")
-    with pytest.raises(ModelError, match="positive: this policy of the mixture is missing"):
-        AutoModelForCausalLM.from_pretrained(copy)
-
-
-def test_another_reference_under_the_adapters_is_refused(material: Path, tmp_path: Path) -> None:
-    copy = unlinked_copy(material, tmp_path)
-    tiny_llama(copy / "reference", tiny_tokenizer(), seed=99)
-    with pytest.raises(ModelError, match="the reference model is not the one"):
-        AutoModelForCausalLM.from_pretrained(copy)
-
-
-def test_a_reference_outside_the_artefact_is_named_and_needed(material: Path, tmp_path: Path) -> None:
-    reference = shutil.copytree(material / "reference", tmp_path / "base")
-    config = write_artefact(
-        tmp_path / "artefact",
-        objectives=paths(material, "lora"),
-        reference=reference,
-        copy_reference=False,
-        weights=WEIGHTS,
-        fit={},
-    )
-    assert config.reference == str(reference)
-    AutoModelForCausalLM.from_pretrained(tmp_path / "artefact")
-    shutil.rmtree(reference)
-    with pytest.raises(ModelError, match=r"the reference model .*base, which is not there"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "artefact")
-
-
-def test_policies_with_different_tokenizers_are_refused(material: Path, tmp_path: Path) -> None:
-    """Adapters too: each policy's directory holds the tokenizer it was trained with."""
-    other = tiny_tokenizer(["the", "a", "movie"])
-    tiny_lora(tmp_path / "other", material / "reference", seed=5, tokenizer=other)
-    with pytest.raises(
-        ModelError, match="'reference' and 'concise' have different vocabularies: 25 and 10 tokens; first"
-    ):
-        write_artefact(
-            tmp_path / "artefact",
-            objectives={"positive": material / "lora" / "positive", "concise": tmp_path / "other"},
-            reference=material / "reference",
-            copy_reference=True,
-            weights={"positive": 1.0},
-            fit={},
-        )
-
-
-def test_a_policy_without_safetensors_is_refused(material: Path, tmp_path: Path) -> None:
-    policy = Path(shutil.copytree(material / "full" / "concise", tmp_path / "concise"))
-    (policy / "model.safetensors").rename(policy / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"a policy is safetensors.*pytorch_model\.bin"):
-        write_artefact(
-            tmp_path / "artefact",
-            objectives={"concise": policy},
-            reference=material / "reference",
-            copy_reference=True,
-            weights={"concise": 1.0},
-            fit={},
-        )
-
-
-def test_bfloat16_is_a_choice_at_loading(artefact: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(artefact, dtype=torch.bfloat16)
-    assert model.dtype == torch.bfloat16
-    assert model(torch.tensor([ids_of(artefact)])).logits.dtype == torch.float32
-    with pytest.raises(ModelError, match="float16 is not supported"):
-        AutoModelForCausalLM.from_pretrained(artefact, dtype=torch.float16)
-
-
-def test_unknown_keywords_are_refused_when_loading(artefact: Path) -> None:
-    with pytest.raises(ModelError, match="cannot be loaded with load_in_8bit"):
-        AutoModelForCausalLM.from_pretrained(artefact, load_in_8bit=True)

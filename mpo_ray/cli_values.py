@@ -1,0 +1,26 @@
+"""NAME=VALUE, as it is written at the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def parse_named(texts: Iterable[str], option: str, form: str) -> dict[str, str]:
+    """Read NAME=VALUE texts, each name once; option and form are for the message. Raises ValueError."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name in found:
+            raise ValueError(f"{option} {text!r}: write {form}.")
+        found[name] = value
+    return found
+
+
+def parse_weights(text: str | None, option: str) -> dict[str, float] | None:
+    """Read NAME=VALUE,NAME=VALUE,…; `option` names the place for the message. Raises ValueError."""
+    if text is None:
+        return None
+    try:
+        return {name: float(value) for name, value in parse_named(text.split(","), option, "").items()}
+    except ValueError:
+        raise ValueError(f"{option} {text!r}: write NAME=VALUE,NAME=VALUE,…, once for each objective.") from None
