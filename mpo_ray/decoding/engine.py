@@ -73,6 +73,7 @@ class MixtureEngine:
         self._max_waiting, self._prompt_tokens = max_waiting, prompt_tokens
         self._waiting: deque[Run] = deque()
         self._running: dict[str, Run] = {}
+        self._ids: set[str] = set()
         self._counts = Statistics(running=0, waiting=0, rows=runner.rows, rows_used=0)
 
     @property
@@ -95,23 +96,24 @@ class MixtureEngine:
         """Let a request wait for its turn. Raises RequestError for one that can never be served, and QueueFullError."""
         weights = self._weights if request.weights is None else request.weights
         check_request(request, weights, self._runner, self.objectives)
-        if request.id in self._running or any(run.request.id == request.id for run in self._waiting):
+        if request.id in self._ids:
             raise RequestError(f"a request with the id {request.id!r} is being served.", "id")
         if len(self._waiting) >= self._max_waiting:
             raise QueueFullError(f"{len(self._waiting)} requests are waiting already.")
         rules = Rules(request.sampling, self._eos_ids, self._tokenizer)
         row = [float(weights.get(name, 0.0)) for name in self.objectives]
         self._waiting.append(run_of(request, row, rules, self.objectives))
+        self._ids.add(request.id)
 
     def abort(self, request_id: str) -> bool:
         """End a request and free its rows at once; says whether it was there."""
+        if request_id not in self._ids:
+            return False
         if request_id in self._running:
             self._release(self._running[request_id])
         else:
-            left = deque(run for run in self._waiting if run.request.id != request_id)
-            if len(left) == len(self._waiting):
-                return False
-            self._waiting = left
+            self._waiting = deque(run for run in self._waiting if run.request.id != request_id)
+            self._ids.remove(request_id)
         self._count(aborted=1)
         return True
 
@@ -222,6 +224,7 @@ class MixtureEngine:
 
     def _release(self, run: Run) -> None:
         del self._running[run.request.id]
+        self._ids.remove(run.request.id)
         for lane in run.lanes:
             self._runner.close(lane)
 

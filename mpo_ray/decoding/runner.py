@@ -96,9 +96,7 @@ class MixtureRunner:
         self.num_policies = len(mixture.objectives)
         everyone = mixture.branches_of(range(self.num_policies))
         self._branches = {
-            place: _Branch(
-                mixture.branches[place], mixture.objectives, policies, num_lanes, self.context
-            )
+            place: _Branch(mixture.branches[place], mixture.objectives, policies, num_lanes, self.context)
             for place, policies in everyone.items()
         }
         self._branch_of = {k: branch for branch in self._branches.values() for k in branch.policies}

@@ -252,8 +252,8 @@ class ParticleRun(Run):
     def _draws(self, places: Sequence[Place], runner: Runner) -> list[tuple[Place, Draw]]:
         numbers = {draft.lane: n for n, draft in enumerate(self._drafts)}
         at: dict[int, Place] = {numbers[draft.lane]: place for draft, place in zip(self._asked, places, strict=True)}
-        for n, place in at.items():
-            self._log_weights[0, n] += place.log_z
+        factors = [at[n].log_z if n in at else 0.0 for n in range(self.num_lanes)]
+        self._log_weights += torch.tensor([factors], dtype=torch.float64)
         if float(effective_number(self._log_weights)) < self.num_lanes / 2:
             at = self._resample(at, runner)
         self._asked = [draft for draft in self._drafts if draft.finish is None]
