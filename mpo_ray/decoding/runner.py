@@ -223,7 +223,7 @@ class _Branch:
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def _tensors(self, rows: list[int], into: list[int], by: list[float]) -> tuple[Tensor, Tensor, Tensor]:
-        return self._index(rows), self._index(into), self._index(by)[:, None]
+        return self._index(rows), self._index(into), torch.tensor(by, device=self._device)[:, None]
 
     def _head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._model.get_output_embeddings()(hidden).float()
@@ -295,7 +295,7 @@ class _Branch:
             yield
 
     def _index(self, values: Any) -> Tensor:
-        return torch.tensor(values, device=self._device)
+        return torch.tensor(values, dtype=torch.long, device=self._device)
 
     @torch.inference_mode()
     def _plain_logits(self) -> Tensor:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +22,26 @@ from mpo_ray.policies.lora_file import LoraFile, read_lora
 from mpo_ray.records import REFERENCE
 
 _BASE = -1
+#: Layers that are given the same tensor wherever a module has them.
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-class _Groups(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Groups:
     """The groups of the forward pass that this thread (or task) is in: of which adapter each is, `_BASE` for none.
 
     sizes: rows of each group where they differ, else None
+    shared: what layers with one input have computed of it, by the number of their `_SharedDown`
     """
 
-    adapters: tuple[int, ...] = ()
+    adapters: tuple[int, ...] = (_BASE,)
     sizes: tuple[int, ...] | None = None
+    shared: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def first(self) -> int:
+        """The first group that has an adapter: the reference's rows are complete as they are."""
+        return int(self.adapters[0] == _BASE)
 
 
 _NO_GROUPS = _Groups()
@@ -54,6 +65,13 @@ class AdapterStack(nn.Module):
             parent, _, leaf = name.rpartition(".")
             layer = StackedLinear(base.get_submodule(name), [file.factors.get(name) for file in files])
             setattr(base.get_submodule(parent), leaf, layer)
+        self._shared = nn.ModuleList()
+        for module in base.modules():
+            for names in _SIBLINGS:
+                found = [getattr(module, name, None) for name in names]
+                layers = [layer for layer in found if isinstance(layer, StackedLinear)]
+                if len(layers) > 1:
+                    self._shared.append(_SharedDown(layers, len(self._shared)))
         self.base = base.requires_grad_(False)
 
     @property
@@ -103,42 +121,91 @@ class StackedLinear(nn.Module):
             if pair is not None:
                 down[index, :, : pair[0].shape[0]] = pair[0].T
                 up[index, : pair[1].shape[1]] = pair[1].T
-        self.down, self.up = nn.Buffer(down, persistent=False), nn.Buffer(up, persistent=False)
-        self._selected: tuple[tuple[int, ...], torch.device, Tensor, Tensor] | None = None
+        self.down, self.up = _Factor(down), _Factor(up)
+        self.shared: tuple[_SharedDown, slice] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs: (rows, …, in), the rows a multiple of the number of groups; or (1, tokens, in), likewise.
 
         Groups of different sizes: (1, tokens, in), tokens group after group.
         """
-        adapters, sizes = _GROUPS.get()
         outputs: Tensor = self.linear(inputs)
-        if all(adapter == _BASE for adapter in adapters):
+        groups = _GROUPS.get()
+        adapters, first = groups.adapters, groups.first
+        if first == len(adapters):
             return outputs
-        if sizes is not None:
-            parts = zip(adapters, inputs[0].split_with_sizes(sizes), outputs[0].split_with_sizes(sizes), strict=True)
-            for adapter, rows, results in parts:
-                if adapter != _BASE:
-                    results.addmm_(rows @ self.down[adapter], self.up[adapter])
+        if groups.sizes is not None:
+            self._add_uneven(inputs[0], outputs[0], adapters, groups.sizes)
             return outputs
         flat = outputs.view(len(adapters), -1, outputs.shape[-1])
-        grouped = inputs.reshape(len(adapters), -1, inputs.shape[-1])
-        first = 1 if adapters[0] == _BASE else 0  # the reference's rows are complete
-        down, up = self._factors(adapters[first:])
-        flat[first:].baddbmm_(torch.bmm(grouped[first:], down), up)
+        if self.shared is not None:
+            module, columns = self.shared
+            projected = module(inputs, groups)[..., columns]
+        else:
+            projected = torch.bmm(_grouped(inputs, groups), self.down.of(adapters[first:]))
+        (flat[first:] if first else flat).baddbmm_(projected, self.up.of(adapters[first:]))
         return outputs
 
-    def _factors(self, groups: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """A and B of these adapters: views where they lie side by side, else a copy, kept for the next call."""
-        start, end = groups[0], groups[-1] + 1
-        if groups == tuple(range(start, end)):
-            return self.down[start:end], self.up[start:end]
-        kept = self._selected
-        if kept is None or kept[:2] != (groups, self.down.device):
-            index = torch.tensor(groups, device=self.down.device)
-            kept = (groups, self.down.device, self.down[index], self.up[index])
-            self._selected = kept
-        return kept[2], kept[3]
+    def _add_uneven(self, inputs: Tensor, outputs: Tensor, adapters: tuple[int, ...], sizes: Sequence[int]) -> None:
+        for adapter, rows, results in zip(
+            adapters, inputs.split_with_sizes(sizes), outputs.split_with_sizes(sizes), strict=True
+        ):
+            if adapter != _BASE:
+                results.addmm_(rows @ self.down.all[adapter], self.up.all[adapter])
+
+
+class _SharedDown(nn.Module):
+    """A x of several layers that are given the same x, such as queries, keys and values: one product for all.
+
+    The first of the layers computes it, the others find it; it is theirs if their input is the very same tensor.
+    """
+
+    def __init__(self, layers: Sequence[StackedLinear], number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.down = _Factor(torch.cat([layer.down.all for layer in layers], dim=2))
+        start = 0
+        for layer in layers:
+            end = start + layer.down.all.shape[2]
+            layer.shared, start = (self, slice(start, end)), end
+
+    def forward(self, inputs: Tensor, groups: _Groups) -> Tensor:
+        found = groups.shared.get(self.number)
+        if found is None or found[0] is not inputs:
+            projected = torch.bmm(_grouped(inputs, groups), self.down.of(groups.adapters[groups.first :]))
+            found = groups.shared[self.number] = (inputs, projected)
+        return found[1]
+
+
+class _Factor(nn.Module):
+    """One factor of every adapter, (K, …), and those of some of them: views where they lie side by side, else copies.
+
+    The last copy is kept for the next call.
+    """
+
+    def __init__(self, factors: Tensor) -> None:
+        super().__init__()
+        self.all = nn.Buffer(factors, persistent=False)
+        self._kept: tuple[tuple[int, ...], torch.device, Tensor] | None = None
+
+    def of(self, adapters: tuple[int, ...]) -> Tensor:
+        everyone: Tensor = self.all
+        if len(adapters) == len(everyone) and adapters == tuple(range(len(everyone))):
+            return everyone
+        start, end = adapters[0], adapters[-1] + 1
+        if adapters == tuple(range(start, end)):
+            return everyone[start:end]
+        kept = self._kept
+        if kept is None or kept[:2] != (adapters, everyone.device):
+            kept = (adapters, everyone.device, everyone[torch.tensor(adapters, device=everyone.device)])
+            self._kept = kept
+        return kept[2]
+
+
+def _grouped(inputs: Tensor, groups: _Groups) -> Tensor:
+    """The rows of the groups that have an adapter, (groups, rows, in)."""
+    rows = inputs.reshape(len(groups.adapters), -1, inputs.shape[-1])
+    return rows[groups.first :] if groups.first else rows
 
 
 def repeat_rows(rows: Tensor | None, num_groups: int) -> Tensor | None:

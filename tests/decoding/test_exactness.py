@@ -1,4 +1,4 @@
-"""Which distribution each mode draws from, over the shared worlds: q token by token, π_λ by rejection and in the limit."""
+"""Which distribution each mode draws from, over the shared worlds: q token by token, π_λ by the exact modes."""
 
 from __future__ import annotations
 
