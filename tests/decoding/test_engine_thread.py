@@ -1,0 +1,158 @@
+"""The engine behind the protocol: its thread decodes, the event loop stays free, who leaves frees what was held."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpo_ray.decoding.engine_thread import EngineThread
+from mpo_ray.decoding.protocol import Delta, EngineError, GenerationRequest, QueueFullError, RequestError
+from tests.decoding.mixtures import PROMPTS, completed, engine_of, request, tokens
+
+
+def with_thread(artefact: Path, work: Callable[[EngineThread], Coroutine[Any, Any, None]], **settings: Any) -> None:
+    stuck_after = settings.pop("stuck_after", 60.0)
+    engine = EngineThread(engine_of(artefact, **settings), stuck_after=stuck_after)
+    try:
+        asyncio.run(work(engine))
+    finally:
+        engine.close()
+
+
+async def everything(deltas: AsyncIterator[Delta]) -> list[Delta]:
+    return [delta async for delta in deltas]
+
+
+def long_request(number: int) -> GenerationRequest:
+    return request(number, PROMPTS[number % 4], ignore_eos=True, max_tokens=50)
+
+
+def test_what_comes_through_the_thread_is_what_the_engine_gives(artefacts: dict[str, Path]) -> None:
+    """From two event loops in two threads at a time."""
+    asked = [request(n, PROMPTS[n % 4], temperature=1.0, seed=n) for n in range(8)]
+    expected = completed(engine_of(artefacts["lora"]), asked)
+    engine = EngineThread(engine_of(artefacts["lora"]))
+    found: dict[str, list[Delta]] = {}
+
+    async def some(requests: list[GenerationRequest]) -> None:
+        results = await asyncio.gather(*(everything(engine.generate(one)) for one in requests))
+        found.update({one.id: deltas for one, deltas in zip(requests, results, strict=True)})
+
+    threads = [threading.Thread(target=lambda part=part: asyncio.run(some(part))) for part in (asked[:4], asked[4:])]  # type: ignore[misc]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    engine.close()
+    assert [tokens(found[one.id]) for one in asked] == [tokens(deltas) for deltas in expected]
+
+
+def test_the_event_loop_is_free_while_tokens_are_decoded(artefacts: dict[str, Path]) -> None:
+    async def work(engine: EngineThread) -> None:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0)
+
+        ticking = asyncio.create_task(tick())
+        deltas = await everything(engine.generate(long_request(0)))
+        ticking.cancel()
+        assert ticks > len(deltas)
+
+    with_thread(artefacts["lora"], work)
+
+
+def test_who_leaves_frees_its_rows_within_a_step(artefacts: dict[str, Path]) -> None:
+    """By leaving the iterator, by cancelling its task, and by `abort`: long before the 50 tokens are decoded."""
+
+    async def work(engine: EngineThread) -> None:
+        async with aclosing(engine.generate(long_request(0))) as deltas:  # type: ignore[type-var]
+            await anext(deltas)
+            assert engine.statistics().rows_used == 3
+        cancelled = asyncio.create_task(everything(engine.generate(long_request(1))))
+        ended = asyncio.create_task(everything(engine.generate(long_request(2))))
+        while engine.statistics().running < 2:
+            await asyncio.sleep(0.001)
+        cancelled.cancel()
+        await engine.abort("2")
+        await engine.abort("nobody")
+        partial = await ended
+        assert all(delta.finish_reason is None for delta in partial)
+        end = time.monotonic() + 5
+        while engine.statistics().rows_used and time.monotonic() < end:
+            await asyncio.sleep(0.001)
+        now = engine.statistics()
+        assert (now.running, now.rows_used, now.aborted) == (0, 0, 3)
+        assert now.generated_tokens < 100
+
+    with_thread(artefacts["lora"], work)
+
+
+def test_refusals_come_before_the_first_token(artefacts: dict[str, Path]) -> None:
+    async def work(engine: EngineThread) -> None:
+        with pytest.raises(RequestError, match="not in the vocabulary"):
+            await everything(engine.generate(request(0, (1, 999))))
+        running = []
+        for number in range(1, 4):
+            running.append(asyncio.create_task(everything(engine.generate(long_request(number)))))
+            while not engine.statistics().running or engine.statistics().waiting < number - 1:
+                await asyncio.sleep(0.001)
+        with pytest.raises(QueueFullError, match="2 requests are waiting"):
+            await everything(engine.generate(long_request(4)))
+        assert [len(tokens(deltas)) for deltas in await asyncio.gather(*running)] == [50] * 3
+
+    with_thread(artefacts["lora"], work, num_lanes=1, max_waiting=2)
+
+
+def test_a_step_that_does_not_end_makes_the_engine_unhealthy(artefacts: dict[str, Path]) -> None:
+    async def work(engine: EngineThread) -> None:
+        engine.check_health()
+        release = threading.Event()
+        step = engine._engine.step
+        engine._engine.step = lambda: (release.wait(10), step())[1]  # type: ignore[method-assign]
+        running = asyncio.create_task(everything(engine.generate(long_request(0))))
+        await asyncio.sleep(0.3)
+        with pytest.raises(EngineError, match="has been in one step for"):
+            engine.check_health()
+        release.set()
+        assert len(tokens(await running)) == 50
+        engine.check_health()
+
+    with_thread(artefacts["lora"], work, stuck_after=0.1)
+
+
+def test_an_engine_that_breaks_tells_everyone_who_waits_and_takes_nobody_new(artefacts: dict[str, Path]) -> None:
+    async def work(engine: EngineThread) -> None:
+        def broken() -> list[Any]:
+            raise MemoryError("no room")
+
+        engine._engine.step = broken  # type: ignore[method-assign]
+        for number in range(2):
+            with pytest.raises(EngineError, match="ended after an error"):
+                await everything(engine.generate(long_request(number)))
+        with pytest.raises(EngineError, match="ended after an error"):
+            engine.check_health()
+
+    with_thread(artefacts["lora"], work)
+
+
+def test_closing_ends_what_is_decoded(artefacts: dict[str, Path]) -> None:
+    async def work(engine: EngineThread) -> None:
+        running = asyncio.create_task(everything(engine.generate(long_request(0))))
+        while not engine.statistics().running:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(engine.close)
+        with pytest.raises(EngineError, match="closed"):
+            await running
+
+    with_thread(artefacts["lora"], work)

@@ -1,0 +1,143 @@
+"""Sequences in preallocated rows: what a model says is what it says by itself, whatever its attention is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from mpo_ray.decoding.runner import MixtureRunner, Piece
+from mpo_ray.policies.loading import ModelError
+from mpo_ray.policies.mixture import MixtureForCausalLM
+from mpo_ray.policies.mixture_config import MixtureConfig
+from mpo_ray.policies.packed_linear import PackedLinear
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GEMMA: dict[str, Any] = {**SIZES, "query_pre_attn_scalar": 8, "sliding_window": 4}
+CAPPED: dict[str, Any] = {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "one key head": lambda: LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_key_value_heads": 1})),
+    "mistral, window of 4": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SIZES)),
+    "gemma2, capped, window of 4": lambda: Gemma2ForCausalLM(Gemma2Config(**CAPPED)),
+    "gemma3, window of 4": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA)),
+}
+IDS = torch.randint(3, 40, (3, 14), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def alone(model: PreTrainedModel) -> MixtureForCausalLM:
+    """A mixture of this policy and no other."""
+    config = MixtureConfig(["only"], {"only": 1.0}, vocab_size=40, max_position_embeddings=64)
+    return MixtureForCausalLM(config, adapters=None, full={"only": model}).eval()
+
+
+def random_model(name: str) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return MODELS[name]().eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("separate", [True, False])
+def test_a_sequence_in_slots_has_the_models_own_distributions(name: str, separate: bool) -> None:
+    """Three sequences in pieces of 5, 1 and 3 tokens, out of step with each other: log π after every token, to 1e-5."""
+    model = random_model(name)
+    with torch.no_grad():
+        expected = model(torch.tensor(IDS)).logits.float().log_softmax(-1)
+    runner = MixtureRunner(alone(model), num_lanes=6)
+    runner.open([0])  # rows of the sequences do not begin at 0, and one in between is not theirs
+    lanes = [runner.open([0]) for _ in range(2)]
+    runner.open([0])
+    lanes.append(runner.open([0]))
+    done, found = [0, 0, 0], [[], [], []]  # type: ignore[var-annotated]
+    for step in range(40):
+        pieces, numbers = [], []
+        for number, lane in enumerate(lanes):
+            size = (5, 1, 3)[(step + number) % 3]
+            tokens = IDS[number][done[number] : done[number] + size]
+            if tokens and (step + number) % 4:
+                pieces.append(Piece(lane, tokens, done[number], (1.0,), len(tokens), separate))
+                numbers += [number] * len(tokens)
+                done[number] += len(tokens)
+        if pieces:
+            for number, row in zip(numbers, runner.run(pieces).logits, strict=True):
+                found[number].append(row)
+    for number, rows in enumerate(found):
+        logprobs = torch.stack(rows).log_softmax(-1)
+        torch.testing.assert_close(logprobs, expected[number], atol=1e-5, rtol=1e-5)
+
+
+def test_the_models_own_forward_stays_what_it_was() -> None:
+    """In slots, its linear layers are packed; by itself, with them, it gives the same logits."""
+    model = random_model("gemma2, capped, window of 4")
+    expected = model(torch.tensor(IDS)).logits
+    runner = MixtureRunner(alone(model), num_lanes=2)
+    runner.run([Piece(runner.open([0]), IDS[0], 0, (1.0,), 1, True)])
+    assert any(isinstance(layer, PackedLinear) for layer in model.modules())
+    torch.testing.assert_close(model(torch.tensor(IDS)).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda: CohereForCausalLM(CohereConfig(**SIZES)), "CohereForCausalLM: .* differ by"),
+        (
+            lambda: GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1)),
+            "GptOssForCausalLM: .* differ by",
+        ),
+        (
+            lambda: LlamaForCausalLM(
+                LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+            ),
+            "LlamaForCausalLM: its rotary positions are 'dynamic'",
+        ),
+    ],
+    ids=["another head", "attention sinks", "positions that change"],
+)
+def test_an_architecture_that_would_be_decoded_wrongly_is_refused(
+    make: Callable[[], PreTrainedModel], complaint: str
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make().eval()
+    with pytest.raises(ModelError, match=complaint):
+        MixtureRunner(alone(model), num_lanes=2)
