@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import fsspec
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -66,7 +67,7 @@ def check_storage_everywhere(run: Run) -> None:
         for node in (node for node in ray.nodes() if node["Alive"]):
             where = f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            answer = ray.remote(num_cpus=0)(_probe).options(scheduling_strategy=there).remote(run.root, token)
+            answer = ray.remote(num_cpus=0)(_probe()).options(scheduling_strategy=there).remote(run.root, token)
             problem = ray.get(answer)
             if problem is None and run.read_text(f".storage-check/{token}") != token:
                 problem = "what it wrote is not visible from the driver"
@@ -79,16 +80,25 @@ def check_storage_everywhere(run: Run) -> None:
         run.remove(".storage-check")
 
 
-def _probe(root: str, token: str) -> str | None:
-    storage, _, name = root.rpartition("/")
-    run = Run(storage, name)
-    try:
-        if run.read_text(".storage-check/driver") != token:
+def _probe() -> Callable[[str, str], str | None]:
+    """What a node does: read the driver's file, and write its own; returns what is wrong.
+
+    A function within a function travels whole: the process there need not import this package, which takes seconds.
+    """
+
+    def probe(root: str, token: str) -> str | None:
+        try:
+            filesystem, base = fsspec.core.url_to_fs(root, use_listings_cache=False)
+            if filesystem.cat_file(f"{base}/.storage-check/driver").decode() != token:
+                return "the driver's file is not what it wrote"
+            filesystem.pipe_file(f"{base}/.storage-check/{token}", token.encode())
+        except FileNotFoundError:
             return "the driver's file is not visible there"
-        run.write_text(f".storage-check/{token}", token)
-    except OSError as error:
-        return str(error)
-    return None
+        except Exception as error:  # every kind of storage has its own
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    return probe
 
 
 def _demands(config: RunConfig) -> list[tuple[str, int, dict[str, float]]]:
