@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import chisquare
 
 from mpo_ray.decoding.protocol import Diagnostics, Mode
+from mpo_ray.maths.log_linear import log_normalizer, mix_logprobs
 from tests.world import Response
 from tests.world_runner import engine_of, responses, tables
 
@@ -86,6 +88,40 @@ def test_the_error_of_particles_falls_like_one_over_their_number(cases: list[dic
     errors = np.array([error(n) for n in numbers])
     slope = np.polyfit(np.log(numbers), np.log(errors), 1)[0]
     assert -1.6 < slope < -0.8, errors
+
+
+def sharpened(case: dict[str, Any], factor: float) -> dict[str, Any]:
+    """The case with `factor` times its weights: its exact values by enumeration, and particles that differ early."""
+    policies, weights = tables(case), factor * np.array(case["weights"])
+    log_q, log_z = [], []
+    for sequence in case["sequences"]:
+        rows = torch.tensor(
+            np.array([[policy[tuple(sequence[:t])] for t in range(len(sequence))] for policy in policies])
+        )
+        mixed = mix_logprobs(rows, torch.from_numpy(weights))
+        factors = log_normalizer(mixed)
+        log_q.append(float((mixed.gather(1, torch.tensor(sequence)[:, None])[:, 0] - factors).sum()))
+        log_z.append(float(factors.sum()))
+    total = np.logaddexp.reduce(np.add(log_q, log_z))
+    return case | {
+        "weights": weights.tolist(),
+        "token_level_logprob": log_q,
+        "sequence_level_logprob": np.add(log_q, log_z) - total,
+        "sum_log_z": log_z,
+        "log_partition": total,
+    }
+
+
+def test_particles_that_are_resampled_early_and_often_draw_from_the_sequence_level_mixture(
+    cases: list[dict[str, Any]],
+) -> None:
+    """Twice λ (any λ will do): particles move to others' lanes before the second, third and fourth token."""
+    sharp = sharpened(cases[2], 2.0)
+    found, diagnostics = drawn(sharp, Mode("smc", 64), 600)
+    assert p_value(found, sharp, "sequence") > PASSES
+    assert p_value(found, sharp, "token") < PASSES
+    exact = {tuple(y): value for y, value in zip(sharp["sequences"], sharp["sum_log_z"], strict=True)}
+    np.testing.assert_allclose([one.log_z for one in diagnostics], [exact[y] for y in found], atol=1e-9)
 
 
 def test_what_is_reported_of_a_sequence_is_its_own(cases: list[dict[str, Any]]) -> None:
