@@ -8,7 +8,6 @@ admitted can run out of memory. One thread calls it; `engine_thread` puts it beh
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +33,9 @@ from mpo_ray.records import check_weights
 
 #: Tokens of prompts that a step computes, at most, beside the running completions: longer ones would make them stall.
 PROMPT_TOKENS = 128
+
+#: In the place of a token, where the logits are NaN.
+NOT_NUMBERS = -1
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +136,6 @@ class MixtureEngine:
         for part, places in self._computed(work, events):
             try:
                 wanted = part.run.see(part.pieces, places, self._runner)
-                self._refuse_nan(wanted)
                 delta = part.run.prompt_only() if wanted is None else None
             except Exception as error:
                 self._fail(part.run, error, events)
@@ -143,12 +144,13 @@ class MixtureEngine:
                 self._tell(part.run, delta, events)
             if wanted is not None:
                 draws.append((part, wanted))
-        flat = [one for _, wanted in draws for one in wanted]
-        tokens = self._choose(flat)
+        tokens = self._chosen([one for _, wanted in draws for one in wanted])
         self._count(steps=1)
         for part, wanted in draws:
             mine, tokens = tokens[: len(wanted)], tokens[len(wanted) :]
             try:
+                if NOT_NUMBERS in mine:
+                    raise EngineError("the model's logits are not numbers for this request.")
                 delta = part.run.take(mine, wanted)
             except Exception as error:
                 self._fail(part.run, error, events)
@@ -196,16 +198,16 @@ class MixtureEngine:
             yield part, places_of(predictions, log_z, part.rows)
 
     @staticmethod
-    def _refuse_nan(draws: Sequence[tuple[Place, Draw]] | None) -> None:
-        for place, _ in draws or ():
-            if math.isnan(float(place.logits.max())):
-                raise EngineError("the model's logits are not numbers for this request.")
-
-    @staticmethod
-    def _choose(draws: Sequence[tuple[Place, Draw]]) -> list[int]:
+    def _chosen(draws: Sequence[tuple[Place, Draw]]) -> list[int]:
+        """A token for every draw, or NOT_NUMBERS."""
         if not draws:
             return []
-        return choose_tokens(torch.stack([place.logits for place, _ in draws]), [draw for _, draw in draws])
+        logits = torch.stack([place.logits for place, _ in draws])
+        bad = logits.amax(-1).isnan().tolist()
+        if any(bad):
+            logits = logits.nan_to_num()
+        tokens = choose_tokens(logits, [draw for _, draw in draws])
+        return [NOT_NUMBERS if unusable else token for token, unusable in zip(tokens, bad, strict=True)]
 
     def _tell(self, run: Run, delta: Delta, events: list[Event]) -> None:
         events.append((run.request.id, delta))
