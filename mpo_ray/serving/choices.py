@@ -11,7 +11,7 @@ from typing import Any
 
 from mpo_ray.decoding.protocol import Delta, Diagnostics, FinishReason, TokenLogprob
 from mpo_ray.decoding.text_stream import TextStream
-from mpo_ray.serving.token_text import TokenText
+from mpo_ray.serving.token_text import CONTEXT, TokenText
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,23 +83,24 @@ class Choice:
         self._begun = True
         if entries is not None:
             for logprob in delta.logprobs:
-                entries.append(self._entry(logprob, self._ids, self._places.next(logprob.token)))
+                entries.append(self._entry(logprob.token, logprob, self._ids[-CONTEXT:], self._places))
                 self._ids.append(logprob.token)
         return Piece(text, entries, len(delta.tokens), delta.finish_reason, delta.stop, delta.diagnostics)
 
     def _prompt_entries(self, echo: Echo, logprobs: Sequence[TokenLogprob | None]) -> list[TokenEntry]:
-        places, entries = _Places(self._tokenizer, 0), []
+        places = _Places(self._tokenizer, 0)
+        entries = []
         for number, (token, logprob) in enumerate(zip(echo.ids, logprobs, strict=True)):
-            place = min(places.next(token), len(echo.text))
-            if logprob is None:
-                entries.append(TokenEntry(*self._token_text.of(token, echo.ids[:number]), place))
-            else:
-                entries.append(self._entry(logprob, echo.ids[max(0, number - 8) : number], place))
+            before = echo.ids[max(0, number - CONTEXT) : number]
+            entries.append(self._entry(token, logprob, before, places))
         return entries
 
-    def _entry(self, logprob: TokenLogprob, before: Sequence[int], place: int) -> TokenEntry:
-        text, raw = self._token_text.of(logprob.token, before)
-        top = [(*self._token_text.of(token, before), value) for token, value in logprob.top]
+    def _entry(self, token: int, logprob: TokenLogprob | None, before: Sequence[int], places: _Places) -> TokenEntry:
+        text, raw = self._token_text.of(token, before)
+        place = places.next(token, text)
+        if logprob is None:
+            return TokenEntry(text, raw, place)
+        top = [(*self._token_text.of(one, before), value) for one, value in logprob.top]
         return TokenEntry(text, raw, place, logprob.logprob, top, logprob.by_policy, logprob.log_z)
 
 
@@ -107,9 +108,10 @@ class _Places:
     """Where each token's text begins, in a text that grows token by token."""
 
     def __init__(self, tokenizer: Any, start: int) -> None:
-        self._stream, self._place = TextStream(tokenizer), start
+        self._stream, self._end = TextStream(tokenizer), start
 
-    def next(self, token: int) -> int:
-        place = self._place
-        self._place += len(self._stream.push(token))
-        return place
+    def next(self, token: int, text: str) -> int:
+        """text: the token's own, at the end of what it adds, unless it is a part of a character"""
+        before, added = self._end, self._stream.push(token)
+        self._end += len(added)
+        return self._end - len(text) if text and added.endswith(text) else before

@@ -31,6 +31,7 @@ from mpo_ray.serving.token_routes import token_routes
 
 #: The routes that take a body.
 POSTS = frozenset({"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"})
+METRICS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 COMPLETION_ERRORS = errors(400, 401, 404, 408, 413, 415, 422, 429, 503)
 
 
@@ -95,7 +96,7 @@ def create_app(
 
     if metrics is not None:
 
-        @app.get("/metrics", responses=errors(401, 429))
+        @app.get("/metrics", response_class=Response, responses=METRICS | errors(401, 429))
         async def show_metrics() -> Response:
             content, kind = metrics()
             return Response(content, media_type=kind)

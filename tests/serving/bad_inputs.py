@@ -64,9 +64,7 @@ def _bodies() -> Iterator[Bad]:
     yield raw(b'{"a":' * 100_000, "nested more than 16 deep")
     yield raw(b'{"model": "tiny", "prompt": ' + b"[" * 40 + b"]" * 40 + b"}", "nested more than 16 deep")
     yield raw(b'{"prompt": "' + b'\\"' * 1_000_000, "the body is not JSON")
-    yield raw(
-        b'{"model": "tiny", "prompt": "the", "seed": ' + b"9" * 5000 + b"}", "error parsing the body"
-    )
+    yield raw(b'{"model": "tiny", "prompt": "the", "seed": ' + b"9" * 5000 + b"}", "error parsing the body")
     yield raw(b'{"model": "tiny", "prompt": "' + b"a" * 5_000_000 + b'"}', "larger than 4194304 bytes", status=413)
     yield raw(b" " * 5_000_000, "larger than 4194304 bytes", status=413)
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "json", ""):

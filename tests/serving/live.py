@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -80,9 +81,29 @@ def write_tiny(root: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> 
 class Live:
     """An engine, its endpoint, and where both are."""
 
-    def __init__(self, artefact: Path, engine: EngineThread, url: str, tokenizer: Any) -> None:
-        self.artefact, self.engine, self.url, self.tokenizer = artefact, engine, url, tokenizer
-        self.http = httpx.Client(base_url=url, timeout=60)
+    def __init__(self, artefact: Path, engine: EngineThread) -> None:
+        self.artefact, self.engine = artefact, engine
+        self.tokenizer: Any = load_tokenizer(str(artefact))
+        self.url = ""
+        self.http = httpx.Client()
+
+    def app(self, *, observer: Observer | None = None, **limits: Any) -> FastAPI:
+        """An endpoint on this engine. limits: fields of `Served` to change"""
+
+        async def check_health() -> None:
+            self.engine.check_health()
+
+        return create_app(
+            replace(SERVED, **limits),
+            self.tokenizer,
+            self.generate,
+            observer=observer,
+            metrics=lambda: (b"tiny_requests_total 1\n", "text/plain; version=0.0.4"),
+            check_health=check_health,
+        )
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[Batch]:
+        return side_by_side(self.engine, requests)
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         return self.http.post(path, json=body, **options)
@@ -123,32 +144,14 @@ def serving(app: Any) -> Iterator[str]:
 
 
 @contextmanager
-def running(artefact: Path, *, observer: Observer | None = None, **limits: Any) -> Iterator[Live]:
-    """An engine of 16 lanes behind an endpoint. limits: fields of `Served` to change"""
-    engine = EngineThread(open_engine(str(artefact), num_lanes=16))
-
-    def generate(requests: Sequence[GenerationRequest]) -> AsyncGenerator[Batch]:
-        return side_by_side(engine, requests)
-
-    async def check_health() -> None:
-        engine.check_health()
-
-    tokenizer = load_tokenizer(str(artefact))
-    app = create_app(
-        replace(SERVED, **limits),
-        tokenizer,
-        generate,
-        observer=observer,
-        metrics=lambda: (b"tiny_requests_total 1\n", "text/plain; version=0.0.4; charset=utf-8"),
-        check_health=check_health,
-    )
+def running(artefact: Path) -> Iterator[Live]:
+    """An engine of 16 lanes behind an endpoint."""
+    live = Live(artefact, EngineThread(open_engine(str(artefact), num_lanes=16)))
     try:
-        with serving(app) as url:
-            live = Live(artefact, engine, url, tokenizer)
-            with live.http:
-                yield live
+        with serving(live.app()) as live.url, httpx.Client(base_url=live.url, timeout=60) as live.http:
+            yield live
     finally:
-        engine.close()
+        live.engine.close()
 
 
 def ask(app: Any, method: str, path: str, **options: Any) -> httpx.Response:
