@@ -133,6 +133,7 @@ def serving(app: Any) -> Iterator[str]:
     """Serve an ASGI app on a free port of loopback, in a thread; gives its URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen()
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", access_log=False))
         thread = threading.Thread(target=lambda: server.run(sockets=[listener]))
         thread.start()

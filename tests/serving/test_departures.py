@@ -103,7 +103,7 @@ def test_200_requests_are_left_and_the_next_is_answered_at_once(live: Live, url:
             f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         )
         with socket.create_connection(address) as client:
-            client.sendall(head.encode() + b"\r\n\r\n" + body)
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             time.sleep(number % 7 * 0.005)
     began = time.monotonic()
     assert live.post("/v1/completions", LONG | {"n": 1, "max_tokens": 2}).status_code == 200
