@@ -82,7 +82,8 @@ def api_error_of(error: Exception) -> ApiError | None:
     if isinstance(error, QueueFullError):
         return ApiError(429, "too many requests are waiting; try again later.", code="overloaded")
     if isinstance(error, NothingAcceptedError):
-        return ApiError(422, str(error), "mixture.method", "nothing_accepted")
+        # the message alone: an error that comes from another process may write itself with its traceback
+        return ApiError(422, str(error.args[0]), "mixture.method", "nothing_accepted")
     if isinstance(error, EngineError):
         return ApiError(503, "the engine could not go on with this request; try again later.", code="engine_error")
     if isinstance(error, TimeoutError):

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from ray.exceptions import RayTaskError
 
 from mpo_ray.decoding.protocol import (
     Delta,
@@ -136,6 +137,19 @@ def test_each_status_has_its_message(
     assert message in error["message"]
     assert "secret" not in answer.text
     assert answer.headers.get("retry-after") == retry
+
+
+@pytest.mark.parametrize(
+    ("cause", "status"),
+    [(RequestError("9 wrong.", "stop_ids"), 400), (NothingAcceptedError("9 attempts"), 422), (EngineError("9"), 503)],
+)
+def test_an_error_of_a_replica_is_answered_like_one_of_this_process(cause: Exception, status: int) -> None:
+    """Ray wraps it, together with its traceback, which no client sees."""
+    wrapped = RayTaskError("generate", "Traceback: secret", cause).as_instanceof_cause()
+    answer = ask(app(wrapped), "POST", COMPLETIONS, json=BODY)
+    assert answer.status_code == status
+    assert status == 503 or answer.json()["error"]["message"] == str(cause)
+    assert "secret" not in answer.text
 
 
 @pytest.mark.parametrize(
