@@ -7,7 +7,7 @@ value that means nothing (null, or their default).
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -48,10 +48,22 @@ LOWEST_TEMPERATURE = 0.001
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
+def _document(schema: dict[str, Any], kind: type[BaseModel]) -> None:
+    """Say in the JSON schema what `_neutral` does: null is the default, and some fields may only ask for nothing."""
+    assert issubclass(kind, Request)
+    for name, field in schema["properties"].items():
+        if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+            kept = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+            schema["properties"][name] = kept | {"anyOf": [field, {"type": "null"}]}
+    for name, values in kind.not_implemented.items():
+        schema["properties"].setdefault(name, {"enum": list(values), "description": "not implemented"})
+
+
 class Request(BaseModel):
     """A part of a request. Unknown fields are refused, and values of another type than JSON's own are not converted."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True, json_schema_extra=_document)
+    not_implemented: ClassVar[dict[str, tuple[object, ...]]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -60,8 +72,8 @@ class Request(BaseModel):
             return values
         kept = {}
         for key, value in values.items():
-            if key not in cls.model_fields and key in NOT_IMPLEMENTED:
-                if any(value == neutral and type(value) is type(neutral) for neutral in NOT_IMPLEMENTED[key]):
+            if key not in cls.model_fields and key in cls.not_implemented:
+                if any(value == neutral and type(value) is type(neutral) for neutral in cls.not_implemented[key]):
                     continue
                 raise ValueError(
                     f"{key} is not implemented by this endpoint; leave it out (got {json.dumps(value)[:100]})"
@@ -113,6 +125,7 @@ class StreamOptions(Request):
 class Sampling(Request):
     """What both kinds of completion share."""
 
+    not_implemented = NOT_IMPLEMENTED
     model: str
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0

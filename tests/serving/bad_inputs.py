@@ -138,6 +138,7 @@ def _values() -> Iterator[Bad]:
 def _mixtures() -> Iterator[Bad]:
     for words, mixture in [
         ("unknown field", {"weight": {}}),
+        ("mixture.tools: unknown field", {"tools": None}),
         ("mixture", 7),
         ("mixture", []),
         ("mixture.weights", {"weights": [0.5, 0.5]}),
