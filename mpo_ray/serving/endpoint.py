@@ -58,7 +58,7 @@ def create_app(
         redirect_slashes=False,
     )
     handle_errors(app)
-    prompts = PromptTokens(tokenizer, served.longest_prompt)
+    prompts = PromptTokens(tokenizer, served.longest_prompt, served.context)
     observer = observer or Unobserved()
     completing = Completing(served, tokenizer, generate, prompts, observer)
     app.include_router(token_routes(served, tokenizer, prompts))

@@ -91,9 +91,10 @@ class Gate:
             )
 
     async def _pass(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
-        if scope["path"] not in OPEN:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # where it is served below a prefix
+        if path not in OPEN:
             self._rate.take(self._keys.owner(headers.get("authorization")))
-        if scope["method"] != "POST" or scope["path"] not in self._posts:
+        if scope["method"] != "POST" or path not in self._posts:
             await self._app(scope, receive, send)
             return
         check_content_type(headers)

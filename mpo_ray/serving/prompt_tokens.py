@@ -25,12 +25,12 @@ Message = Mapping[str, str]
 class PromptTokens:
     """Tokenises in one thread beside the event loop, with a tokenizer of its own: it is not for two threads at a time.
 
-    longest: tokens of a prompt, at most, None for any number
+    longest: tokens of a prompt, at most, None for any number; context: of the model, for messages
     """
 
-    def __init__(self, tokenizer: Any, longest: int | None) -> None:
+    def __init__(self, tokenizer: Any, longest: int | None, context: int | None) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
-        self._longest = longest
+        self._longest, self._context = longest, context
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._special = frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         added = tokenizer.added_tokens_decoder
@@ -54,7 +54,8 @@ class PromptTokens:
         if self._longest is not None and number > self._longest:
             raise ApiError(
                 400,
-                f"the prompt has {number} tokens, and at most {self._longest} are allowed.",
+                f"the prompt has {number} tokens, and at most {self._longest} are allowed; the model's context is "
+                f"{self._context} tokens.",
                 param,
                 "context_length_exceeded",
             )

@@ -77,6 +77,21 @@ def test_any_of_several_keys_opens_every_route() -> None:
     assert ask(here, "GET", "/health").json() == {"status": "ok"}
 
 
+def test_below_a_prefix_the_same_routes_are_open_and_the_same_bodies_are_checked() -> None:
+    here = app(key_digests=(digest("k"),), max_body=10)
+
+    async def send(method: str, path: str, **options: Any) -> httpx.Response:
+        transport = httpx.ASGITransport(here, root_path="/below")
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await client.request(method, f"/below{path}", **options)
+
+    assert asyncio.run(send("GET", "/health")).status_code == 200
+    assert asyncio.run(send("GET", "/v1/models")).status_code == 401
+    headers = {"Authorization": "Bearer k"}
+    assert asyncio.run(send("GET", "/v1/models", headers=headers)).status_code == 200
+    assert asyncio.run(send("POST", COMPLETIONS, headers=headers, json=BODY)).status_code == 413
+
+
 def test_a_key_is_compared_with_every_digest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after one that fits: the time tells nothing of which it was."""
     compared = []
