@@ -103,6 +103,8 @@ class MixtureEngine:
         if len(self._waiting) >= self._max_waiting:
             raise QueueFullError(f"{len(self._waiting)} requests are waiting already.")
         rules = Rules(request.sampling, self._eos_ids, self._tokenizer)
+        if request.sampling.min_tokens > 0 and len({*rules.end_ids}) >= self._runner.vocab_size:
+            raise RequestError("every token ends the completion, which min_tokens forbids at first.", "stop_ids")
         row = [float(weights.get(name, 0.0)) for name in self.objectives]
         self._waiting.append(run_of(request, row, rules, self.objectives))
         self._ids.add(request.id)

@@ -71,7 +71,7 @@ def _check_sampling(sampling: Sampling, vocab_size: int) -> None:
     check_tokens(sampling.stop_ids, vocab_size, param="stop_token_ids")
     if not all(map(math.isfinite, sampling.logit_bias.values())):
         raise RequestError("every bias is a finite number.", "logit_bias")
-    if len(sampling.logit_bias) == vocab_size and min(sampling.logit_bias.values()) <= -100:
+    if len(sampling.logit_bias) == vocab_size and max(sampling.logit_bias.values()) <= -100:
         raise RequestError("every token is banned; leave one.", "logit_bias")
 
 

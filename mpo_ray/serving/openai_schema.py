@@ -1,4 +1,4 @@
-"""What the endpoint accepts and answers: OpenAI's completions and chat completions, with `mixture` as our extension.
+"""What the endpoint accepts: OpenAI's completions and chat completions with vLLM's fields, and `mixture` as our own.
 
 Every field is either honoured or refused by name. Fields of OpenAI's that are not implemented may be present with the
 value that means nothing (null, or their default).
@@ -7,20 +7,17 @@ value that means nothing (null, or their default).
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-#: OpenAI's fields that are not implemented, with the values that ask for nothing.
+#: OpenAI's and vLLM's fields that are not implemented, with the values that ask for nothing.
 NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "logprobs": (None, False),
-    "top_logprobs": (None,),
+    "top_logprobs": (None, 0),
     "echo": (None, False),
     "best_of": (None, 1),
     "suffix": (None, ""),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "logit_bias": (None, {}),
     "response_format": (None, {"type": "text"}),
     "tools": (None, []),
     "tool_choice": (None, "none"),
@@ -31,66 +28,42 @@ NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "audio": (None,),
     "prediction": (None,),
     "reasoning_effort": (None,),
+    "web_search_options": (None,),
     "service_tier": (None, "auto"),
     "store": (None, False),
     "metadata": (None,),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "add_generation_prompt": (None, True),
+    "continue_final_message": (None, False),
+    "use_beam_search": (None, False),
+    "prompt_logprobs": (None,),
+    "structured_outputs": (None,),
+    "bad_words": (None, []),
+    "truncate_prompt_tokens": (None,),
 }
+#: Below this a temperature is neither greedy (0) nor anything that float32 can divide by.
+LOWEST_TEMPERATURE = 0.001
+
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class ApiError(Exception):
-    """An answer other than success, in OpenAI's form. `param` names the field that is to blame."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(status, message, param, code)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    def body(self) -> dict[str, Any]:
-        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+def _document(schema: dict[str, Any], kind: type[BaseModel]) -> None:
+    """Say in the JSON schema what `_neutral` does: null is the default, and some fields may only ask for nothing."""
+    assert issubclass(kind, Request)
+    for name, field in schema["properties"].items():
+        if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+            kept = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+            schema["properties"][name] = kept | {"anyOf": [field, {"type": "null"}]}
+    for name, values in kind.not_implemented.items():
+        schema["properties"].setdefault(name, {"enum": list(values), "description": "not implemented"})
 
 
 class Request(BaseModel):
-    """A part of a request. Unknown fields are refused."""
+    """A part of a request. Unknown fields are refused, and values of another type than JSON's own are not converted."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class Mixture(Request):
-    """Our extension: λ by objective (those left out have weight 0) and which mixture is decoded."""
-
-    weights: dict[str, float] | None = None
-    mode: Literal["token"] = "token"
-
-    @field_validator("mode", mode="before")
-    @classmethod
-    def _only_token(cls, mode: object) -> object:
-        if mode == "exact":
-            raise ValueError(
-                "this endpoint decodes the token-level mixture only; mode 'exact' (the sequence-level mixture) is not "
-                "available yet. Use 'token'."
-            )
-        return mode
-
-
-class StreamOptions(Request):
-    include_usage: bool = False
-
-
-class Sampling(Request):
-    """What both kinds of completion share."""
-
-    model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    n: Annotated[int, Field(ge=1, le=32)] = 1
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="the caller's own name for its user; it changes nothing")
-    mixture: Mixture = Mixture()
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True, json_schema_extra=_document)
+    not_implemented: ClassVar[dict[str, tuple[object, ...]]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -99,20 +72,92 @@ class Sampling(Request):
             return values
         kept = {}
         for key, value in values.items():
-            if key not in cls.model_fields and key in NOT_IMPLEMENTED:
-                if value in NOT_IMPLEMENTED[key]:
+            if key not in cls.model_fields and key in cls.not_implemented:
+                if any(value == neutral and type(value) is type(neutral) for neutral in cls.not_implemented[key]):
                     continue
-                raise ValueError(f"{key} is not implemented by this endpoint; leave it out (got {json.dumps(value)})")
+                raise ValueError(
+                    f"{key} is not implemented by this endpoint; leave it out (got {json.dumps(value)[:100]})"
+                )
             if value is not None:  # null means the default
                 kept[key] = value
         return kept
 
+
+class Mixture(Request):
+    """Our extension: λ by objective (those left out have weight 0) and which mixture is decoded (design 2.3)."""
+
+    weights: dict[str, float] | None = None
+    mode: Literal["token", "exact"] = "token"
+    method: Literal["smc", "rejection"] | None = Field(None, description="of mode exact; smc if absent")
+    particles: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description="of mode exact: particles (smc) or attempts side by side (rejection)"
+    )
+    max_attempts: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
+        None, description="of method rejection, which then gives up with status 422"
+    )
+    log_z: bool = Field(True, description="measure Σ log Z_t; mode exact always does")
+    policy_logprobs: bool = Field(False, description="with logprobs: also log Z_t and each policy's own")
+
     @model_validator(mode="after")
-    def _options_go_with_stream(self) -> Sampling:
+    def _fields_of_the_mode(self) -> Mixture:
+        if self.mode == "token":
+            for name in ("method", "particles", "max_attempts"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} belongs to mode 'exact'; leave it out, or set the mode")
+        elif not self.log_z:
+            raise ValueError("mode 'exact' needs log Z_t; leave log_z out")
+        if self.max_attempts is not None and self.method != "rejection":
+            raise ValueError("max_attempts belongs to method 'rejection'; leave it out, or set the method")
+        return self
+
+
+class StreamOptions(Request):
+    include_usage: bool = False
+    continuous_usage_stats: bool = Field(False, description="usage so far in every chunk; with include_usage")
+
+    @model_validator(mode="after")
+    def _usage_is_wanted(self) -> StreamOptions:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise ValueError("continuous_usage_stats needs include_usage: true")
+        return self
+
+
+class Sampling(Request):
+    """What both kinds of completion share."""
+
+    not_implemented = NOT_IMPLEMENTED
+    model: str
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=-1)] = Field(0, description="0 and -1 keep every token")
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10.0)] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]], Field(max_length=1024)] = {}
+    n: Annotated[int, Field(ge=1)] = 1
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=16)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True, max_length=64)] = []
+    ignore_eos: bool = False
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="the caller's own name for its user; it changes nothing")
+    mixture: Mixture = Mixture()
+
+    @model_validator(mode="after")
+    def _fields_fit_each_other(self) -> Sampling:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed with stream: true")
-        if "" in self.stops:
-            raise ValueError("stop: an empty string would end every completion at once; leave it out")
+        if 0.0 < self.temperature < LOWEST_TEMPERATURE:
+            raise ValueError(f"temperature is 0 (greedy), or from {LOWEST_TEMPERATURE} to 2")
+        if self.mixture.policy_logprobs and self.num_logprobs is None:
+            raise ValueError("mixture.policy_logprobs adds to logprobs; ask for them too")
+        for key in self.logit_bias:
+            if not (key.isascii() and key.isdigit() and len(key) < 10):
+                raise ValueError(f"logit_bias: {key[:100]!r} is not a token id")
         return self
 
     @property
@@ -124,23 +169,52 @@ class Sampling(Request):
         return self.max_tokens
 
     @property
+    def num_logprobs(self) -> int | None:
+        raise NotImplementedError
+
+    @property
+    def echoes(self) -> bool:
+        return False
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True, min_length=1)]
+Texts = Annotated[list[str], Field(fail_fast=True, min_length=1)]
 
 
 class CompletionRequest(Sampling):
     """POST /v1/completions. A prompt is a text or token ids, or there is a list of either."""
 
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool = False
+
+    @model_validator(mode="after")
+    def _some_tokens(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens 0 asks for nothing, unless with echo: true")
+        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
         prompt: Any = self.prompt
         is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
         return [prompt] if is_one else list(prompt)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        return self.echo
 
 
 class TextPart(Request):
@@ -150,66 +224,63 @@ class TextPart(Request):
 
 class ChatMessage(Request):
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     @property
     def text(self) -> str:
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
+
+
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")
-    def _one_limit(self) -> ChatRequest:
+    def _chat_fields_fit_each_other(self) -> ChatRequest:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("give max_completion_tokens or max_tokens, not both")
+        if self.max_tokens == 0:
+            raise ValueError("max_tokens 0 asks for nothing")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed with logprobs: true")
         return self
 
     @property
     def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
-
-class Answer:
-    """The bodies of one request's answer, whole or in chunks. `chat` says which of the two kinds it is."""
-
-    def __init__(self, *, chat: bool, id: str, created: int, model: str) -> None:
-        self._chat = chat
-        self._head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{id}", "created": created, "model": model}
-
-    def whole(self, texts: list[tuple[str, str]], usage: dict[str, int]) -> dict[str, Any]:
-        """texts: text and finish reason of every choice, in order."""
-        choices = [
-            {"index": i, "finish_reason": finish, "logprobs": None}
-            | ({"message": {"role": "assistant", "content": text}} if self._chat else {"text": text})
-            for i, (text, finish) in enumerate(texts)
-        ]
-        kind = "chat.completion" if self._chat else "text_completion"
-        return self._head | {"object": kind, "choices": choices, "usage": usage}
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """The chunk that says who speaks, in a chat."""
-        return self._chunk(index, {"role": "assistant", "content": ""}, None) if self._chat else None
-
-    def piece(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        return self._chunk(index, {"content": text} if text else {}, finish_reason, text)
-
-    def ending(self, usage: dict[str, int]) -> dict[str, Any]:
-        """The chunk without choices that ends a stream for which usage was asked."""
-        return self._stream_head() | {"choices": [], "usage": usage}
-
-    def _chunk(self, index: int, delta: dict[str, str], finish: str | None, text: str = "") -> dict[str, Any]:
-        choice = {"index": index, "finish_reason": finish, "logprobs": None}
-        return self._stream_head() | {"choices": [choice | ({"delta": delta} if self._chat else {"text": text})]}
-
-    def _stream_head(self) -> dict[str, Any]:
-        return self._head | {"object": "chat.completion.chunk" if self._chat else "text_completion"}
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def usage_body(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+class TokenizeRequest(Request):
+    """POST /tokenize: what a prompt, or messages in the chat template, become."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool = Field(True, description="of a prompt; a chat template writes its own")
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give prompt or messages, one of both")
+        if self.messages is not None and not self.add_special_tokens:
+            raise ValueError("add_special_tokens belongs to prompt; a chat template writes its own")
+        return self
+
+
+class DetokenizeRequest(Request):
+    """POST /detokenize: the text of token ids, special tokens by their names."""
+
+    model: str | None = None
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]

@@ -29,8 +29,9 @@ from mpo_ray.decoding.protocol import GenerationRequest, Statistics
 from mpo_ray.policies.artefact import check_artefact
 from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.policies.mixture_config import MixtureConfig
-from mpo_ray.serving.endpoint import Served, create_app
-from mpo_ray.serving.openai_schema import ApiError
+from mpo_ray.serving.endpoint import create_app
+from mpo_ray.serving.errors import ApiError
+from mpo_ray.serving.served import Served
 from mpo_ray.serving.side_by_side import Batch, side_by_side
 
 #: Seconds that a replica has, once told to stop, to finish what it decodes.
@@ -70,7 +71,8 @@ class _Endpoint:
         config = MixtureConfig.from_pretrained(artefact)
         self._replica = replica
         self._tokenizer = load_tokenizer(artefact)
-        self._served = Served(name, tuple(config.objectives), config.max_position_embeddings, max_tokens, key_digest)
+        digests = () if key_digest is None else (key_digest,)
+        self._served = Served(name, tuple(config.objectives), config.max_position_embeddings, max_tokens, digests)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._served, self._tokenizer, self._generate)

@@ -1,0 +1,47 @@
+"""Model ids: the mixture, each policy by itself, and the mixture at weights that the id names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mpo_ray.records import check_weights
+from mpo_ray.serving.errors import ApiError
+
+
+def model_ids(name: str, objectives: Sequence[str]) -> list[str]:
+    """Those that can be listed: the mixture and each policy."""
+    return [name, *(f"{name}/{objective}" for objective in objectives)]
+
+
+def parse_model_id(model: str, name: str, objectives: Sequence[str]) -> dict[str, float] | None:
+    """The weights that a model id asks for: `name` none, `name/objective` a vertex, `name@helpful=0.7,harmless=0.3`.
+
+    Raises ApiError: 404 for an unknown model, 400 for weights off the simplex.
+    """
+    if model == name:
+        return None
+    if model.startswith(f"{name}/") and (objective := model[len(name) + 1 :]) in objectives:
+        return {one: float(one == objective) for one in objectives}
+    if not model.startswith(f"{name}@"):
+        ids = ", ".join(model_ids(name, objectives))
+        raise ApiError(404, f"the model {model[:100]!r} does not exist; there are {ids}.", "model", "model_not_found")
+    weights: dict[str, float] = {}
+    for part in model[len(name) + 1 :].split(","):
+        objective, _, value = part.partition("=")
+        if objective in weights:
+            raise ApiError(400, f"model {model!r}: {objective!r} has two weights.", "model")
+        try:
+            weights[objective] = float(value)
+        except ValueError:
+            raise ApiError(
+                400, f"model {model!r}: {part!r} is not objective=weight, as in {name}@{objectives[0]}=1.0.", "model"
+            ) from None
+    return checked_weights(weights, objectives, "model")
+
+
+def checked_weights(weights: Mapping[str, float], objectives: Sequence[str], place: str) -> dict[str, float]:
+    """λ in the order of the objectives. Raises ApiError off the simplex."""
+    try:
+        return check_weights(weights, objectives, where=place)
+    except ValueError as error:
+        raise ApiError(400, str(error), place) from None
