@@ -39,9 +39,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--completions-per-prompt", type=int, help="to distil on; 4 if absent")
     group.add_argument("--steps", type=int, help="of the optimiser; 400 if absent")
     group.add_argument("--learning-rate", type=float, help="0.001 if absent")
-    group.add_argument(
-        "--rank", type=int, help="of the student's LoRA adapter, if the policies have some; 32 if absent"
-    )
+    group.add_argument("--rank", type=int, help="of the student's LoRA adapter; the sum of the policies' if absent")
     group.add_argument("--batch-size", type=int, help="completions of a step; 16 if absent")
     group.add_argument("--micro-batch-size", type=int, help="completions of a forward pass; 8 if absent")
     group.add_argument("--num-lanes", type=int, help="completions that are drawn side by side; 16 if absent")
@@ -120,10 +118,9 @@ def _prompts(options: argparse.Namespace, directory: str) -> tuple[list[PlacedPr
 
 def _figures(record: Mapping[str, Any]) -> str:
     """What remains, as a table of three lines."""
-    names = {"before": "the reference", "soup": "the average of the parameters", "after": "this policy"}
+    names = {"reference": "the reference", "before": "the average of the parameters", "after": "this policy"}
     lines = ["KL(mixture ‖ model) on held-out prompts, nats per token [95 % interval over prompts]"]
     for key, name in names.items():
-        if record[key] is not None:
-            value, low, high = record[key]["per_token"]
-            lines.append(f"  {name:<30} {value:.4f} [{low:.4f}, {high:.4f}]")
+        value, low, high = record[key]["per_token"]
+        lines.append(f"  {name:<30} {value:.3g} [{low:.3g}, {high:.3g}]")
     return "\n".join(lines)

@@ -59,16 +59,16 @@ def test_the_soup_is_named_where_it_is_printed(
 
 
 def test_distillation_prints_what_remains(artefact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before, after, and what the soup would leave, each with its interval, on a share of the file's prompts."""
+    """Of the reference, before training and after it, each with its interval, on a share of the file's prompts."""
     (tmp_path / "prompts.txt").write_text("".join(f"the {word}\n" for word in WORDS))
     given = ["--prompts", str(tmp_path / "prompts.txt"), "--heldout-share", "0.3", "--max-tokens", "4"]
     how = ["--steps", "30", "--rank", "8", "--learning-rate", "5e-3", "--batch-size", "8"]
     assert main(["export", artefact, "--distill", *given, *how, "--out", str(tmp_path / "student")]) == 0
     printed = capsys.readouterr()
     record = json.loads((tmp_path / "student" / "distillation.json").read_text())
-    for key, name in {"before": "the reference", "soup": "the average", "after": "this policy"}.items():
+    for key, name in {"reference": "the reference", "before": "the average", "after": "this policy"}.items():
         value, low, high = record[key]["per_token"]
-        assert f"{value:.4f} [{low:.4f}, {high:.4f}]" in next(x for x in printed.out.splitlines() if name in x)
+        assert f"{value:.3g} [{low:.3g}, {high:.3g}]" in next(x for x in printed.out.splitlines() if name in x)
         assert low <= value <= high
     assert record["after"]["per_token"][0] < record["before"]["per_token"][0]
     assert "distillation: 30/30 loss" in printed.err

@@ -29,7 +29,7 @@ from mpo_ray.policies.artefact import policy_path, reference_path
 from mpo_ray.policies.loading import ModelError, is_adapter, load_model, load_tokenizer
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.policies.plain_model import LABEL, check_new, write_card, written_whole
-from mpo_ray.policies.soup import load_soup
+from mpo_ray.policies.soup import load_soup, soup_factors
 from mpo_ray.records import decode_prompt, prompt_id
 from mpo_ray.run import Run
 from mpo_ray.training.completion_model import CompletionModel
@@ -54,20 +54,23 @@ Show = Callable[[str, int, int, Mapping[str, float]], None]
 
 @dataclass(frozen=True, slots=True)
 class Schooling:
-    """How a student is trained. rank: of its LoRA adapter, where the policies are adapters."""
+    """How a student is trained.
+
+    rank: of its LoRA adapter, where the policies are adapters; None for the sum of theirs
+    """
 
     steps: int = 400
     batch_size: int = 16
     micro_batch_size: int = 8
     learning_rate: float = 1e-3
-    rank: int = 32
+    rank: int | None = None
     completions_per_prompt: int = 4
     num_lanes: int = 16
 
     def check(self) -> None:
         """Raises ValueError for what cannot be, by the names of the command line."""
         for name, value in asdict(self).items():
-            if not 0 < value < float("inf"):
+            if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"--{name.replace('_', '-')} {value:g}: it is above 0.")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
@@ -109,7 +112,8 @@ def distil(
     """Train a student of the mixture and write it to `out` with what is known of it; returns that.
 
     prompts: to train on, and held out
-    The student starts as the reference: as a LoRA adapter of it where all policies are adapters, else with all weights.
+    The student is a LoRA adapter of the reference where all policies are adapters, else has all weights. It starts as
+    the average of the policies' parameters. What remains is measured of the reference, before training, and after it.
     Raises ValueError for prompts and settings that cannot be, before a model is opened.
     """
     schooling.check()
@@ -128,18 +132,19 @@ def distil(
 
     pad_id = load_tokenizer(artefact).pad_token_id
     how = {"batch_size": schooling.micro_batch_size, "pad_id": pad_id, "seed": seed}
-    adapted = all(is_adapter(policy_path(Path(artefact), name)) for name in mixture.objectives)
-    student = _student(mixture, artefact, rank=schooling.rank if adapted else None, seed=seed)
-    before = remaining_kl(mixture, student, exam, **how)
+    reference = load_model(reference_path(Path(artefact).absolute(), mixture.config)).to(mixture.device)
+    measured = {"reference": remaining_kl(mixture, reference, exam, **how)}
+    del reference
+    student = _student(mixture, artefact, schooling, seed=seed)
+    measured["before"] = remaining_kl(mixture, student, exam, **how)
     history = _train(mixture, student, lessons, schooling, pad_id=pad_id, seed=seed, show=show)
-    after = remaining_kl(mixture, student.eval(), exam, **how)
+    measured["after"] = remaining_kl(mixture, student.eval(), exam, **how)
+    adapted = _is_adapted(mixture, artefact)
     record = {
         "is": DISTILLED,
         "kind": "adapter" if adapted else "full weights",
         "weights": dict(recipe.weights),
-        "before": before,
-        "after": after,
-        "soup": _soup_kl(mixture, artefact, exam, how),
+        **measured,
         "confidence": CONFIDENCE,
         "heldout_prompts": len(held),
         "training_prompts": len(trained),
@@ -148,6 +153,7 @@ def distil(
         "max_tokens": recipe.sampling.max_tokens,
         "seed": seed,
         **asdict(schooling),
+        "rank": student.peft_config["default"].r if adapted else None,
         "history": history,
     }
     _write(student, artefact, out, record)
@@ -196,18 +202,35 @@ def _completions(
     return [Example(row["prompt_ids"], one.tokens) for (row, _), one in zip(wanted, finished, strict=True)]
 
 
-def _student(mixture: MixtureForCausalLM, artefact: str, *, rank: int | None, seed: int) -> Any:
-    """The reference, on the mixture's device, with the weights that are trained. rank: None trains all of them."""
-    reference = reference_path(Path(artefact).absolute(), mixture.config)
-    precision = "bf16" if rank is not None and mixture.dtype == torch.bfloat16 else "fp32"
-    student: Any = load_model(reference, precision=precision)
-    if rank is not None:
-        torch.manual_seed(seed)
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-            student = get_peft_model(student, lora)
+def _student(mixture: MixtureForCausalLM, artefact: str, schooling: Schooling, *, seed: int) -> Any:
+    """The soup at the mixture's weights, which is near it already: as an adapter, or all weights, on its device."""
+    directory, weights = Path(artefact).absolute(), mixture.config.weights
+    reference = reference_path(directory, mixture.config)
+    policies = {name: str(policy_path(directory, name)) for name in mixture.objectives}
+    if not _is_adapted(mixture, artefact):
+        try:
+            student: Any = load_soup(reference, policies, weights)
+        except ModelError:  # policies of different shapes
+            student = load_model(reference)
+        return student.to(mixture.device)
+    factors = soup_factors(policies, weights, rank=schooling.rank)
+    rank = schooling.rank or max(len(a) for a, _ in factors.values())
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(factors), task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        precision = "bf16" if mixture.dtype == torch.bfloat16 else "fp32"
+        student = get_peft_model(load_model(reference, precision=precision), lora)
+    with torch.no_grad():
+        for layer, (a, b) in factors.items():
+            module = student.get_base_model().get_submodule(layer)
+            module.lora_A["default"].weight[: len(a)] = a
+            module.lora_B["default"].weight[:, : len(a)] = b
     return student.to(mixture.device)
+
+
+def _is_adapted(mixture: MixtureForCausalLM, artefact: str) -> bool:
+    return all(is_adapter(policy_path(Path(artefact), name)) for name in mixture.objectives)
 
 
 def _train(
@@ -250,19 +273,6 @@ def _train(
             show("distillation", step, schooling.steps, figures)
             losses.clear()
     return history
-
-
-def _soup_kl(
-    mixture: MixtureForCausalLM, artefact: str, exam: Sequence[Example], how: Mapping[str, int]
-) -> dict[str, Any] | None:
-    """What the average of the parameters, which needs no training, would leave; None where there is no such average."""
-    directory, config = Path(artefact), mixture.config
-    policies = {name: str(policy_path(directory, name)) for name in mixture.objectives}
-    try:
-        soup = load_soup(reference_path(directory, config), policies, config.weights)
-    except ModelError:
-        return None
-    return remaining_kl(mixture, soup.to(mixture.device), exam, **how)
 
 
 def _write(student: Any, artefact: str, out: Path, record: dict[str, Any]) -> None:

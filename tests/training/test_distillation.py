@@ -52,16 +52,19 @@ def test_the_divergence_s_gradient_is_the_difference_of_the_distributions() -> N
 
 
 def test_a_step_in_pieces_is_the_step_of_the_whole(directories: list[Path]) -> None:
-    """Two backward passes of half the loss each move the weights as one of the whole, and not before the second."""
-    moved = []
+    """Passes of one step give the gradient of their mean, and the weights move after the last of them alone."""
+    gradients, moved = [], []
     for parts in ([TEXTS[:1], TEXTS[:1]], [TEXTS[:1]]):
         student, teacher = _models(directories)
         before = [p.detach().clone() for p in student.parameters()]
         engine = LocalEngine(student, learning_rate=1e-2, total_steps=4, accumulation=len(parts))
-        for number, texts in enumerate(parts, 1):
+        for texts in parts:
+            assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
             engine.backward(distillation_loss(student, teacher, texts, pad_id=0, device="cpu"))
+            gradient = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
             engine.step()
-            changed = any(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
-            assert changed == (number == len(parts))
+        gradients.append(gradient)
         moved.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
+    torch.testing.assert_close(*gradients)
     torch.testing.assert_close(*moved)
+    assert not torch.equal(moved[0], torch.cat([p.flatten() for p in before]))
