@@ -37,8 +37,8 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         "--heldout-share", type=float, help=f"of FILE's prompts, to measure on; {HELDOUT_SHARE} if absent"
     )
     group.add_argument("--completions-per-prompt", type=int, help="to distil on; 4 if absent")
-    group.add_argument("--steps", type=int, help="of the optimiser; 400 if absent")
-    group.add_argument("--learning-rate", type=float, help="0.001 if absent")
+    group.add_argument("--steps", type=int, help="of the optimiser; 200 if absent")
+    group.add_argument("--learning-rate", type=float, help="0.0002 if absent")
     group.add_argument("--rank", type=int, help="of the student's LoRA adapter; the sum of the policies' if absent")
     group.add_argument("--batch-size", type=int, help="completions of a step; 16 if absent")
     group.add_argument("--micro-batch-size", type=int, help="completions of a forward pass; 8 if absent")

@@ -59,10 +59,10 @@ class Schooling:
     rank: of its LoRA adapter, where the policies are adapters; None for the sum of theirs
     """
 
-    steps: int = 400
+    steps: int = 200
     batch_size: int = 16
     micro_batch_size: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-4
     rank: int | None = None
     completions_per_prompt: int = 4
     num_lanes: int = 16
