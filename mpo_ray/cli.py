@@ -21,7 +21,7 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from mpo_ray import cli_tables
+from mpo_ray import cli_export, cli_generate, cli_tables
 from mpo_ray.cli_values import parse_named, parse_weights
 from mpo_ray.config import NAME, RunConfig, Serve
 from mpo_ray.run import Run, StageError
@@ -50,7 +50,7 @@ HELP = {
     "sample": "draw responses of the reference and the policies for the fit",
     "score": "score the samples under every policy and reward",
     "fit": "fit the mixture weights",
-    "export": "write the mixture artefact",
+    "export": "write the mixture artefact, or one plain model in its place",
     "mopo": "train one policy for a primary objective with bounds on the others, or solve a pool of your own",
     "evaluate": "compare reference, policies and mixtures on held-out prompts",
     "report": "write report.html",
@@ -91,8 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     add("run", _run, "do every stage that is not complete")
     add("check", _check, "look for what would stop a run, before anything is paid for")
     for verb, text in HELP.items():
-        if verb not in ("fit", "mopo"):
+        if verb not in ("fit", "mopo", "export"):
             add(verb, _stage, text)
+    cli_export.add_export_arguments(add("export", _export, HELP["export"]))
     cli_tables.add_fit_arguments(add("fit", _fit, HELP["fit"]))
     cli_tables.add_mopo_arguments(add("mopo", _mopo, HELP["mopo"]))
     mix = add("mix", _mix, "put policies that are trained into a mixture artefact", config=False)
@@ -100,14 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     mix.add_argument("--reference", required=True, help="what they were trained from: a directory or a hub id")
     mix.add_argument("--weights", help="NAME=VALUE,… ; even if absent")
     mix.add_argument("--out", required=True, metavar="DIR", help="where the artefact goes")
-    generate = add("generate", _generate, "answer one prompt from the mixture", config=False)
-    generate.add_argument("directory", help="run directory or mixture artefact")
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument("--weights", help="NAME=VALUE,… ; the artefact's own if absent")
-    generate.add_argument("--max-tokens", type=int, default=128)
-    generate.add_argument("--temperature", type=float, default=1.0)
-    generate.add_argument("--particles", type=int, default=1, help="more than 1 draw the sequence-level mixture")
-    generate.add_argument("--seed", type=int, default=0)
+    cli_generate.add_generate_arguments(
+        add("generate", _generate, "answer a prompt, or a file of prompts, from the mixture", config=False)
+    )
     serve = add("serve", _serve, "serve the mixture behind an OpenAI-compatible URL", config=False)
     serve.add_argument("directory", help="run directory or mixture artefact")
     serve.add_argument("--host")
@@ -209,19 +205,17 @@ def _mix(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from mpo_ray.decoding.answer import answer
+    return cli_generate.generate(options, _artefact(options.directory)[0])
 
-    text = answer(
-        _artefact(options.directory)[0],
-        options.prompt,
-        weights=parse_weights(options.weights, "--weights"),
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-        particles=options.particles,
-    )
-    print(json.dumps({"text": text}) if options.json else text)
-    return 0
+
+def _export(options: argparse.Namespace) -> int:
+    cli_export.check_export(options)
+    if options.merge is None and not options.distill:
+        return _stage(options)
+    config = Path(options.config)
+    given = _config(options) if config.is_file() else None
+    directory = options.config if given is None else Run.check(given, update=options.update).root
+    return cli_export.export(options, directory, _artefact(directory)[0])
 
 
 def _serve(options: argparse.Namespace) -> int:

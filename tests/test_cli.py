@@ -301,8 +301,12 @@ class TestGenerate:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            (["--particles", "0"], "particles: 0 is below 1; 1 decodes token by token"),
-            (["--particles", "4", "--temperature", "0.5"], "temperature: 0.5, and 4 particles draw from π_λ"),
+            (["--particles", "0"], "particles 0, max_attempts 1000: both are 1 or more"),
+            (
+                ["--particles", "4", "--temperature", "0"],
+                "an exact mode draws whole sequences; use a temperature above 0",
+            ),
+            (["--method", "rejection", "--temperature", "2"], "use sequential Monte Carlo"),
         ],
     )
     def test_particles_that_cannot_be_are_refused(

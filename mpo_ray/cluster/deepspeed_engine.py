@@ -98,12 +98,16 @@ class DeepSpeedEngine:
         self._engine.step()
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Average of `values` over the workers."""
         total = values.detach().clone().to(self.device)
         dist.all_reduce(total)
         return total / self.world_size
 
     def save(self, directory: Path, *, step: int) -> None:
-        """As `Engine.save`. What lies in `directory / TAG` already is part of the state, and has its digest kept."""
+        """Write this worker's part of the state: weights, optimiser, schedule and the step reached.
+
+        What lies in `directory / TAG` already is part of the state, and has its digest kept.
+        """
         self._engine.save_checkpoint(
             str(directory), tag=TAG, client_state={"step": step}, save_latest=False, exclude_frozen_parameters=True
         )
@@ -112,6 +116,7 @@ class DeepSpeedEngine:
         (directory / f"digests-{self.rank}.json").write_text(json.dumps(digests))
 
     def load(self, directory: Path) -> int:
+        """Restore what `save` wrote and return its step."""
         check_checkpoint(directory, world_size=self.world_size)
         path, state = self._engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=False)
         if path is None:

@@ -10,7 +10,7 @@ import fsspec
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mpo_ray.config import RunConfig, Serve
+from mpo_ray.config import Actors, RunConfig, Serve
 from mpo_ray.run import Run, RunError
 
 Resources = Mapping[str, float]
@@ -33,9 +33,18 @@ def check_placement(config: RunConfig) -> None:
 
 def check_serving(serve: Serve) -> None:
     """As `check_placement`, for the replicas that serving starts with."""
-    nodes = node_shapes()
     need = {"CPU": serve.cpus_per_replica, "GPU": serve.gpus_per_replica}
-    problem = _shortage("serve.min_replicas", serve.min_replicas, need, nodes, cluster_limits(nodes))
+    _check_group("serve.min_replicas", serve.min_replicas, need)
+
+
+def check_actors(actors: Actors) -> None:
+    """As `check_placement`, for actors that the command line asks for."""
+    _check_group("--actors", actors.num_actors, {"CPU": actors.cpus_per_actor, "GPU": actors.gpus_per_actor})
+
+
+def _check_group(key: str, count: int, need: Resources) -> None:
+    nodes = node_shapes()
+    problem = _shortage(key, count, need, nodes, cluster_limits(nodes))
     if problem is not None:
         raise PlacementError(problem)
 

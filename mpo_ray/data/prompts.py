@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mpo_ray.config_training import Source
 from mpo_ray.data.comparisons import check_share
-from mpo_ray.data.fields import BadFieldError, Values, read_prompt, read_reply, read_transcripts
+from mpo_ray.data.fields import BadFieldError, Values, is_missing, read_prompt, read_reply, read_transcripts
 from mpo_ray.data.row_forms import RESPONSE_COLUMNS
-from mpo_ray.data.sources import DataError, Refusal, describe, read_table
+from mpo_ray.data.sources import DataError, Refusal, decoded_lines, describe, opened, read_table
 from mpo_ray.records import Prompt, digest, prompt_id
 
 REPLIES = ("chosen", "response", *(first for first, _ in RESPONSE_COLUMNS))
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedPrompt:
+    """A prompt, where it was read (`prompts.jsonl:3`), and the `id` of its row as text, None where it has none."""
+
+    where: str
+    prompt: Prompt
+    id: str | None = None
 
 
 def read_prompts(source: Source) -> list[Prompt]:
@@ -19,13 +29,18 @@ def read_prompts(source: Source) -> list[Prompt]:
 
     Other columns are not looked at. Raises DataError for rows without a prompt, as nothing here allows a share of them.
     """
+    return list({prompt_id(row.prompt): row.prompt for row in read_prompt_rows(source)}.values())
+
+
+def read_prompt_rows(source: Source) -> list[PlacedPrompt]:
+    """The prompt of every row as in `read_prompts`, one that is there twice as often as it is there."""
     columns, rows = read_table(source)
     if "prompt" not in columns and not {"chosen", "rejected"} <= set(columns):
         raise DataError(
             f"{describe(source)}: the columns {', '.join(columns)} hold no prompts. Rows need `prompt`, or `chosen` "
             "and `rejected` as whole transcripts. Rename columns with `rename:`."
         )
-    found: dict[str, Prompt] = {}
+    found: list[PlacedPrompt] = []
     refused: list[Refusal] = []
     num_rows = 0
     for row in rows:
@@ -35,13 +50,23 @@ def read_prompts(source: Source) -> list[Prompt]:
             continue
         try:
             prompt = _prompt_of(row.values) if "prompt" in columns else read_transcripts(row.values)[0]
+            given = row.values.get("id")
+            found.append(PlacedPrompt(row.where, prompt, None if is_missing(given) else str(given)))
         except BadFieldError as error:
             refused.append(Refusal(row.where, str(error)))
-        else:
-            found.setdefault(prompt_id(prompt), prompt)
     remedy = "Correct them or take them out of the file."
     check_share(refused, num_rows, what=f"prompts of {describe(source)}", allow=0.0, remedy=remedy)
-    return list(found.values())
+    return found
+
+
+def read_prompt_lines(path: str) -> list[PlacedPrompt]:
+    """The lines of a text file that are not blank, each a prompt. Raises DataError."""
+    with opened(path) as file:
+        lines = [(f"{path}:{n}", line.rstrip("\r\n")) for n, line in enumerate(decoded_lines(file, path), 1)]
+    found = [PlacedPrompt(where, line) for where, line in lines if line.strip()]
+    if not found:
+        raise DataError(f"{path}: holds no prompts. Write one in each line.")
+    return found
 
 
 def select_prompts(prompts: Sequence[Prompt], num: int, seed: int) -> list[Prompt]:

@@ -1,43 +1,26 @@
-"""One answer from a mixture artefact, as the command line gives it."""
+"""Answers of a mixture artefact to one prompt, as the command line gives them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from mpo_ray.data.tokens import prompt_token_ids
-from mpo_ray.decoding.particles import check_particles, sample_mixture
+from mpo_ray.decoding.offline import NUM_LANES, Finished, Recipe, check_recipe, complete, lanes_for
+from mpo_ray.decoding.open_engine import open_engine
 from mpo_ray.policies.loading import load_tokenizer
-from mpo_ray.policies.mixture import MixtureForCausalLM
+from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.records import Prompt
 
 
-def answer(
-    artefact: str,
-    text: str,
-    *,
-    weights: Mapping[str, float] | None,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-    particles: int = 1,
-) -> str:
-    """Decode the mixture; `text` is a user's message where the tokenizer has a chat template.
+def answer(artefact: str, text: str, recipe: Recipe, *, num: int, seed: int) -> list[Finished]:
+    """Decode `num` completions, with the seeds `seed`, `seed` + 1 …
 
-    particles: 1 decodes token by token, more draw the whole answer (design 2.3), which needs temperature 1
-    Raises ValueError for particles that cannot be, or another temperature with more than one.
+    text: a user's message where the tokenizer has a chat template, the beginning of a text elsewhere
+    Raises RequestError before a model is opened.
     """
-    check_particles(particles, temperature)
     tokenizer = load_tokenizer(artefact)
-    model = MixtureForCausalLM.from_pretrained(artefact, weights=weights, device_map="auto")
     prompt: Prompt = ({"role": "user", "content": text},) if getattr(tokenizer, "chat_template", None) else text
-    [[completion]] = sample_mixture(
-        model,
-        [prompt_token_ids(tokenizer, prompt)],
-        num_particles=particles,
-        temperature=temperature,
-        num_completions=1,
-        max_new_tokens=max_tokens,
-        tokenizer=tokenizer,
-        seed=seed,
-    )
-    return str(tokenizer.decode(completion.ids, skip_special_tokens=True))
+    ids = prompt_token_ids(tokenizer, prompt)
+    check_recipe(recipe, MixtureConfig.from_pretrained(artefact), ids)
+    lanes = min(NUM_LANES, num * recipe.mode.particles)
+    context = len(ids) + max(1, recipe.sampling.max_tokens)
+    engine = open_engine(artefact, num_lanes=lanes_for(recipe, lanes), context=context)
+    return complete(engine, [recipe.request(str(sample), ids, seed=seed + sample) for sample in range(num)])

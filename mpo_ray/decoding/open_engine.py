@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from mpo_ray.decoding.engine import PROMPT_TOKENS, MixtureEngine
 from mpo_ray.decoding.runner import MixtureRunner
@@ -25,12 +26,32 @@ def open_engine(
     Raises ModelError, ValueError.
     """
     mixture = MixtureForCausalLM.from_pretrained(artefact, weights=weights, device_map="auto")
+    return engine_of(
+        mixture,
+        load_tokenizer(artefact),
+        num_lanes=num_lanes,
+        context=context,
+        max_waiting=max_waiting,
+        prompt_tokens=prompt_tokens,
+    )
+
+
+def engine_of(
+    mixture: MixtureForCausalLM,
+    tokenizer: Any,
+    *,
+    num_lanes: int,
+    context: int | None = None,
+    max_waiting: int = 1024,
+    prompt_tokens: int = PROMPT_TOKENS,
+) -> MixtureEngine:
+    """The engine of a mixture that is open already, which it leaves as it was. As `open_engine`."""
     ends = mixture.generation_config.eos_token_id
     return MixtureEngine(
         MixtureRunner(mixture, num_lanes=num_lanes, context=context),
         {name: mixture.config.weights[name] for name in mixture.objectives},
         eos_ids=ends if isinstance(ends, list) else [ends],
-        tokenizer=load_tokenizer(artefact),
+        tokenizer=tokenizer,
         max_waiting=max_waiting,
         prompt_tokens=prompt_tokens,
     )

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from mpo_ray.decoding.protocol import GenerationRequest, RequestError, Sampling
-from mpo_ray.decoding.runner import Runner, check_tokens
+from mpo_ray.decoding.runner import check_tokens
+
+
+class Room(Protocol):
+    """What a runner has room for, as `Runner` says; that can be known before a model is opened."""
+
+    vocab_size: int
+    context: int
+    rows: int
+
+    def rows_needed(self, policies: Sequence[int]) -> int: ...
+
+    def fits(self, policies: Sequence[int], num_lanes: int, *, when_empty: bool = False) -> bool: ...
 
 
 def check_request(
-    request: GenerationRequest, weights: Mapping[str, float], runner: Runner, objectives: Sequence[str]
+    request: GenerationRequest, weights: Mapping[str, float], runner: Room, objectives: Sequence[str]
 ) -> None:
     """Raises RequestError, with the field that is to blame.
 

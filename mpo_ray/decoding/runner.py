@@ -95,8 +95,9 @@ class MixtureRunner:
         self.context: int = min(value for value in (own, context) if value is not None)
         self.num_policies = len(mixture.objectives)
         everyone = mixture.branches_of(range(self.num_policies))
+        row_tokens = max(self.context, len(PROBE))
         self._branches = {
-            place: _Branch(mixture.branches[place], mixture.objectives, policies, num_lanes, self.context)
+            place: _Branch(mixture.branches[place], mixture.objectives, policies, num_lanes, row_tokens)
             for place, policies in everyone.items()
         }
         self._branch_of = {k: branch for branch in self._branches.values() for k in branch.policies}

@@ -90,14 +90,23 @@ def sequence_kl(logits: Tensor, reference_logits: Tensor, completion_mask: Tenso
     Returns (B,) float32, nats, never negative. Where the completions are drawn from q, its mean estimates KL(q ‖ π_ref)
     between whole responses without bias, as the mean of log q − log π_ref does, with less variance.
     """
-    terms = logits.new_empty(len(logits), dtype=torch.float32)
+    return sum_over_completions(token_kl(logits, reference_logits), completion_mask)
+
+
+def token_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
+    """Compute KL(q_t ‖ π_ref,t) at every place: the terms of `sequence_kl`, and what distillation minimises.
+
+    logits: (N, V) of q, reference_logits: (N, V) of π_ref, both unnormalised
+    Returns (N,) float32, nats, never negative. Its gradient in the reference's logits is π_ref,t − q_t.
+    """
+    terms = []
     for rows in _blocks(logits):
         ours, theirs = logits[rows].float(), reference_logits[rows].float()
         normalizer = ours.logsumexp(-1, keepdim=True)
-        probabilities = (ours - normalizer).exp_()
+        probabilities = (ours - normalizer).exp()
         products = torch.where(probabilities > 0, probabilities * (ours - theirs), 0.0)
-        terms[rows] = products.sum(-1) - normalizer.squeeze(-1) + theirs.logsumexp(-1)
-    return sum_over_completions(terms.clamp_(min=0.0), completion_mask)
+        terms.append(products.sum(-1) - normalizer.squeeze(-1) + theirs.logsumexp(-1))
+    return torch.cat(terms).clamp(min=0.0) if terms else logits.new_zeros(0, dtype=torch.float32)
 
 
 def sum_over_completions(values: Tensor, completion_mask: Tensor) -> Tensor:

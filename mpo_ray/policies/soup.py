@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mpo_ray.policies.loading import PRECISIONS, ModelError, load_policy
+from mpo_ray.policies.lora_file import read_lora
 from mpo_ray.records import check_weights
 
 
@@ -44,6 +46,32 @@ def load_soup(
             del policy
             gc.collect()  # a model refers to itself; without this the third is opened beside the second
     return soup.to(PRECISIONS[precision]).eval()
+
+
+def soup_factors(
+    policies: Mapping[str, str | Path], weights: Mapping[str, float], *, rank: int | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Factors A (r, in) and B (out, r) of Σ_k λ_k s_k B_k A_k by layer, the soup of LoRA policies as one adapter.
+
+    rank: of the best approximation, by the largest singular values; None for the sum of the policies' ranks, where it
+    is exact. A layer's factors have a lower rank where its policies' ranks sum to less.
+    Raises ModelError for an adapter that is more than its factors.
+    """
+    stacked: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for name, path in policies.items():
+        if weights[name] > 0:
+            for layer, (a, b) in read_lora(path).factors.items():
+                stacked.setdefault(layer, []).append((a, weights[name] * b))
+    found = {}
+    for layer, pairs in stacked.items():
+        wide, tall = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+        rows, inner_rows = torch.linalg.qr(wide.T)
+        columns, inner_columns = torch.linalg.qr(tall)
+        left, values, right = torch.linalg.svd(inner_columns @ inner_rows.T)
+        roots = values[:rank].sqrt()
+        a = roots[:, None] * (right[: len(roots)] @ rows.T)
+        found[layer] = (a, (columns @ left[:, : len(roots)]) * roots)
+    return found
 
 
 def load_merged(path: str, reference: str) -> PreTrainedModel:

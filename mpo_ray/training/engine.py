@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -24,12 +23,3 @@ class Engine(Protocol):
         """Accumulate the gradient of `loss`; the engine divides by the number of accumulated calls."""
 
     def step(self) -> None: ...
-
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Average of `values` over the workers."""
-
-    def save(self, directory: Path, *, step: int) -> None:
-        """Write this worker's part of the state: weights, optimiser, schedule and the step reached."""
-
-    def load(self, directory: Path) -> int:
-        """Restore what `save` wrote and return its step."""

@@ -11,7 +11,14 @@ import pytest
 
 from mpo_ray.config_training import Source
 from mpo_ray.data.comparisons import read_comparisons
-from mpo_ray.data.prompts import is_heldout, read_prompts, select_prompts
+from mpo_ray.data.prompts import (
+    PlacedPrompt,
+    is_heldout,
+    read_prompt_lines,
+    read_prompt_rows,
+    read_prompts,
+    select_prompts,
+)
 from mpo_ray.data.sources import DataError
 from mpo_ray.records import prompt_id
 
@@ -27,6 +34,32 @@ def write(path: Path, *rows: object) -> Source:
 def test_prompts_are_read_once_each_in_order(tmp_path: Path) -> None:
     rows = [{"prompt": text, "other": number} for number, text in enumerate(["b", " a", "b", "a"])]
     assert read_prompts(write(tmp_path / "p.jsonl", *rows, {"prompt": [USER]})) == ["b", " a", "a", (USER,)]
+
+
+def test_a_prompt_s_row_keeps_its_place_and_id_and_is_there_as_often_as_in_the_file(tmp_path: Path) -> None:
+    source = write(tmp_path / "p.jsonl", {"prompt": "a", "id": 7}, {"prompt": "a", "id": "x"}, {"prompt": [USER]})
+    path = source.path
+    assert read_prompt_rows(source) == [
+        PlacedPrompt(f"{path}:1", "a", "7"),
+        PlacedPrompt(f"{path}:2", "a", "x"),
+        PlacedPrompt(f"{path}:3", (USER,)),
+    ]
+
+
+def test_the_lines_of_a_text_file_are_prompts(tmp_path: Path) -> None:
+    """A line is used as it is, its spaces too; blank lines are none."""
+    path = tmp_path / "p.txt"
+    path.write_bytes(b"the film\n\n  it was\r\n")
+    assert read_prompt_lines(str(path)) == [
+        PlacedPrompt(f"{path}:1", "the film"),
+        PlacedPrompt(f"{path}:3", "  it was"),
+    ]
+    path.write_text("\n \n")
+    with pytest.raises(DataError, match="holds no prompts"):
+        read_prompt_lines(str(path))
+    path.write_bytes(b"caf\xe9\n")
+    with pytest.raises(DataError, match=r"p\.txt:1: not UTF-8"):
+        read_prompt_lines(str(path))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from mpo_ray.policies.loading import ModelError, load_policy
-from mpo_ray.policies.soup import load_merged, load_soup
+from mpo_ray.policies.soup import load_merged, load_soup, soup_factors
 from tests.tiny import next_logprobs, tiny_llama, tiny_lora, tiny_tokenizer
 
 IDS = [1, 8, 9, 10, 12]
@@ -120,3 +120,20 @@ def test_an_adapter_of_tied_embeddings_has_no_part_in_a_soup(tmp_path: Path) -> 
     adapter = tiny_lora(tmp_path / "adapter", base, seed=1, target_modules=["embed_tokens"])
     with pytest.raises(ModelError, match=r"adapts the input embeddings.* evaluation\.soups"):
         load_merged(str(adapter), str(base))
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_the_soup_s_factors_are_its_best_approximation_of_their_rank(places: dict[str, str], rank: int | None) -> None:
+    """B A = Σ_k λ_k s_k B_k A_k at the sum of the ranks; below it what is lost is the smaller singular values."""
+    weights = {"first": 0.3, "second": 0.7}
+    found = soup_factors({name: places[name] for name in weights}, weights, rank=rank)
+    base = load_file(Path(places["base"]) / "model.safetensors")
+    parts = {name: effective(places, name) for name in weights}
+    assert len(found) == 14
+    for layer, (a, b) in found.items():
+        key = f"{layer}.weight"
+        update = sum(weights[name] * (parts[name][key] - base[key]) for name in weights)
+        values = torch.linalg.svdvals(update)
+        assert a.shape[0] == b.shape[1] == (rank or 8)
+        lost = values[a.shape[0] :].square().sum().sqrt()
+        assert float((update - b @ a).norm()) == pytest.approx(float(lost), rel=1e-3, abs=1e-4)
