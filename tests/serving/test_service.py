@@ -211,7 +211,7 @@ def test_a_disconnected_client_is_not_decoded_for(client: openai.OpenAI, url: st
     """Closing a stream ends its 128 completions, which run or wait, long before their 50 tokens."""
 
     def left() -> int:
-        now = replica.statistics.remote().result()
+        _, now = replica.statistics.remote().result()
         return int(now.running + now.waiting)
 
     replica = ray_serve.get_deployment_handle("MixtureReplica", NAME)
