@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=5, help="of each side")
     parser.add_argument("--requests", type=int, default=160, help="in a block of 32 streams at a time")
     parser.add_argument("--max-tokens", type=int, default=100)
-    parser.add_argument("--messages-per-second", type=float, default=Serve().messages_per_second)
+    parser.add_argument("--messages-per-step", type=float, default=Serve().messages_per_step)
     parser.add_argument("--single", type=int, default=40, help="requests in a block of one after the other")
     options = parser.parse_args()
 
@@ -79,7 +79,7 @@ def main() -> int:
             num_lanes=STREAMS,
             target_ongoing_requests=STREAMS,
             max_tokens=options.max_tokens,
-            messages_per_second=options.messages_per_second,
+            messages_per_step=options.messages_per_step,
         )
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
         try:
@@ -204,10 +204,7 @@ async def refusals(url: str, prompts: list[str], max_tokens: int, probes: int = 
             return answer.status_code, time.perf_counter() - began
 
         number = Serve(target_ongoing_requests=STREAMS).ongoing_requests + Serve().max_queued_requests + 10
-        crowd = [
-            asyncio.create_task(ask({**body, "stream": False, "stream_options": None, "n": 4}))
-            for body in bodies(prompts, number, max_tokens)
-        ]
+        crowd = [asyncio.create_task(ask({**body, "n": 4})) for body in bodies(prompts, number, max_tokens)]
         await asyncio.sleep(3)
         found = [await ask(bodies(prompts, 1, 8)[0]) for _ in range(probes)]
         for task in crowd:

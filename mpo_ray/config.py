@@ -278,10 +278,10 @@ class Serve(Strict):
     prompt_tokens_per_step: PositiveInt = Field(
         128, description="tokens of prompts that a step computes beside the running completions"
     )
-    messages_per_second: PositiveFloat = Field(
-        400.0,
-        description="pieces of streams that a replica sends, about at most: under load each holds more tokens; first "
-        "tokens and ends do not wait",
+    messages_per_step: PositiveFloat = Field(
+        4.0,
+        description="pieces of streams that a replica sends in a step, about at most: with more streams each holds "
+        "several tokens; first tokens and ends do not wait",
     )
 
     max_tokens: PositiveInt = Field(256, description="default and upper limit of a request's max_tokens")

@@ -18,9 +18,6 @@ from mpo_ray.serving.ray_metrics import RayInstruments
 from mpo_ray.serving.side_by_side import side_by_side
 from mpo_ray.serving.wire import OtherArtefactError, pack_batch, pack_error
 
-#: Seconds between two pieces of a stream, at most.
-LONGEST_INTERVAL = 0.5
-
 logger = logging.getLogger(__name__)
 
 
@@ -42,7 +39,7 @@ class Replica:
         self._engine = EngineThread(engine, stuck_after=serve.stuck_after_s)
         self._name = ray_serve.get_replica_context().replica_id.unique_id
         self._shown = RayInstruments(engine=True)
-        self._messages_per_second = serve.messages_per_second
+        self._messages_per_step = serve.messages_per_step
         self._num_streams = 0
 
     def reconfigure(self, user_config: Mapping[str, Any]) -> None:
@@ -59,7 +56,9 @@ class Replica:
             return
         self._num_streams += 1
         try:
-            async with aclosing(side_by_side(self._engine, requests, interval=self._interval)) as batches:
+            async with aclosing(
+                side_by_side(self._engine, requests, tokens_per_batch=self._tokens_per_message)
+            ) as batches:
                 async for batch in batches:
                     yield pack_batch(batch, self._name, self._engine.statistics())
         except Exception as error:
@@ -77,6 +76,6 @@ class Replica:
         self._shown.hear(self._name, self._engine.statistics())
         self._engine.check_health()
 
-    def _interval(self) -> float:
-        """Between two messages of a stream, such that all streams together send no more than is allowed."""
-        return min(LONGEST_INTERVAL, self._num_streams / self._messages_per_second)
+    def _tokens_per_message(self) -> float:
+        """Of each completion, such that all streams together send no more messages in a step than is allowed."""
+        return self._num_streams / self._messages_per_step

@@ -41,18 +41,18 @@ class Ticking:
             await asyncio.sleep(self._step)
 
 
-async def batches_of(engine: Any, ids: list[str], interval: float) -> tuple[list[Batch], list[float]]:
+async def batches_of(engine: Any, ids: list[str], tokens: float) -> tuple[list[Batch], list[float]]:
     requests = [GenerationRequest(one, (1,), Sampling(max_tokens=9)) for one in ids]
     found, times, began = [], [], time.monotonic()
-    async for batch in side_by_side(engine, requests, interval=lambda: interval):
+    async for batch in side_by_side(engine, requests, tokens_per_batch=lambda: tokens):
         found.append(batch)
         times.append(time.monotonic() - began)
     return found, times
 
 
-def test_an_interval_makes_fewer_batches_of_the_same_text_and_delays_neither_first_nor_last() -> None:
-    every, _ = asyncio.run(batches_of(Ticking(0.02, 20), ["a", "b"], 0.0))
-    few, times = asyncio.run(batches_of(Ticking(0.02, 20), ["a", "b"], 0.15))
+def test_more_tokens_per_batch_make_fewer_batches_of_the_same_text_and_delay_neither_first_nor_last() -> None:
+    every, _ = asyncio.run(batches_of(Ticking(0.02, 20), ["a", "b"], 1.0))
+    few, times = asyncio.run(batches_of(Ticking(0.02, 20), ["a", "b"], 7.0))
     for found in (every, few):
         for number in (0, 1):
             deltas = [delta for batch in found for one, delta in batch if one == number]
@@ -60,7 +60,7 @@ def test_an_interval_makes_fewer_batches_of_the_same_text_and_delays_neither_fir
             assert [token for delta in deltas for token in delta.tokens] == list(range(20))
             assert [delta.finish_reason for delta in deltas][-1] == "length"
     assert len(few) <= 6 < 15 < len(every)
-    assert times[0] < 0.1  # at once, though the interval is longer
+    assert times[0] < 0.1  # at once, though seven tokens take longer
     assert few[-1][0][1].finish_reason == "length"
 
 
@@ -69,7 +69,7 @@ def test_what_came_before_an_error_comes_before_it() -> None:
         found = []
         request = GenerationRequest("wrong", (1,), Sampling(max_tokens=9))
         try:
-            async for batch in side_by_side(Ticking(0.0, 9), [request], interval=lambda: 10.0):
+            async for batch in side_by_side(Ticking(0.0, 9), [request], tokens_per_batch=lambda: 10.0):
                 found += [token for _, delta in batch for token in delta.tokens]
         except EngineError:
             found.append(-1)
