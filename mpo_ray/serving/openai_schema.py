@@ -78,7 +78,7 @@ class Request(BaseModel):
                 raise ValueError(
                     f"{key} is not implemented by this endpoint; leave it out (got {json.dumps(value)[:100]})"
                 )
-            if value is not None:  # null means the default
+            if value is not None or key not in cls.model_fields:  # null means the default of a field that is known
                 kept[key] = value
         return kept
 
