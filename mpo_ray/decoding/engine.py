@@ -8,6 +8,7 @@ admitted can run out of memory. One thread calls it; `engine_thread` puts it beh
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -76,6 +77,7 @@ class MixtureEngine:
         self._waiting: deque[Run] = deque()
         self._running: dict[str, Run] = {}
         self._ids: set[str] = set()
+        self._since: dict[str, float] = {}  # when those that wait came
         self._counts = Statistics(running=0, waiting=0, rows=runner.rows, rows_used=0)
 
     @property
@@ -108,6 +110,7 @@ class MixtureEngine:
         row = [float(weights.get(name, 0.0)) for name in self.objectives]
         self._waiting.append(run_of(request, row, rules, self.objectives))
         self._ids.add(request.id)
+        self._since[request.id] = time.monotonic()
 
     def abort(self, request_id: str) -> bool:
         """End a request and free its rows at once; says whether it was there."""
@@ -118,6 +121,7 @@ class MixtureEngine:
         else:
             self._waiting = deque(run for run in self._waiting if run.request.id != request_id)
             self._ids.remove(request_id)
+            del self._since[request_id]
         self._count(aborted=1)
         return True
 
@@ -166,6 +170,7 @@ class MixtureEngine:
             run = self._waiting.popleft()
             run.start([self._runner.open(run.policies) for _ in range(run.num_lanes)])
             self._running[run.request.id] = run
+            self._count(admitted=1, queue_seconds=time.monotonic() - self._since.pop(run.request.id))
 
     def _plan(self) -> list[_Work]:
         work, row, budget = [], 0, self._prompt_tokens
@@ -232,5 +237,5 @@ class MixtureEngine:
         for lane in run.lanes:
             self._runner.close(lane)
 
-    def _count(self, **added: int) -> None:
+    def _count(self, **added: float) -> None:
         self._counts = replace(self._counts, **{name: getattr(self._counts, name) + n for name, n in added.items()})

@@ -82,7 +82,8 @@ class EngineThread:
             raise EngineError(self._failure or "the engine has ended.")
         busy_since = self._busy_since
         if busy_since is not None and (seconds := time.monotonic() - busy_since) > self._stuck_after:
-            raise EngineError(f"the engine has been in one step for {seconds:.0f} s.")
+            self._end(f"the engine has been in one step for {seconds:.0f} s.")  # nobody waits for it any longer
+            raise EngineError(self._failure or "")
 
     def statistics(self) -> Statistics:
         return self._engine.statistics()
@@ -118,7 +119,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            while self._wait():
+            while self._wait() and self._failure is None:
                 self._busy_since = time.monotonic()
                 self._deliver(self._engine.step())
                 self._busy_since = None
@@ -142,18 +143,20 @@ class EngineThread:
         """Hand every loop its items of this step in one call."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Delta | Exception | None]]] = defaultdict(list)
         for request_id, item in events:
-            stream = self._streams[request_id]
+            stream = self._streams.get(request_id)
+            if stream is None:  # given up while this step took too long
+                continue
             by_loop[stream.loop].append((stream, item))
             if isinstance(item, Exception) or item.finish_reason is not None:
-                del self._streams[request_id]
+                self._streams.pop(request_id, None)
         for loop, items in by_loop.items():
             _hand_over(loop, items)
 
     def _end(self, reason: str) -> None:
         self._failure = reason
-        for stream in self._streams.values():
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
             _hand_over(stream.loop, [(stream, EngineError(reason))])
-        self._streams.clear()
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, items: list[tuple[_Stream, Delta | Exception | None]]) -> None:

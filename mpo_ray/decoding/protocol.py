@@ -157,6 +157,7 @@ class Statistics:
     """A moment of an engine. Counts marked (total) only grow.
 
     rows, rows_used: places of the key-value cache, one per policy and sequence in flight
+    admitted (total), queue_seconds (total): requests that got their rows, and how long they all waited for them
     """
 
     running: int
@@ -169,6 +170,8 @@ class Statistics:
     finished: int = 0
     aborted: int = 0
     failed: int = 0
+    admitted: int = 0
+    queue_seconds: float = 0.0
 
 
 class Engine(Protocol):

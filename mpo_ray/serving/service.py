@@ -2,91 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
+import ipaddress
 import json
 import os
 import signal
 import socket
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
-from fastapi import FastAPI
 from pydantic import ValidationError
 from ray import serve as ray_serve
-from ray.serve.exceptions import BackPressureError
 
 from mpo_ray.cluster.preflight import check_serving
 from mpo_ray.config import ConfigError, Serve
 from mpo_ray.config_training import Strict
-from mpo_ray.decoding.engine_thread import EngineThread
-from mpo_ray.decoding.open_engine import open_engine
-from mpo_ray.decoding.protocol import GenerationRequest, Statistics
 from mpo_ray.policies.artefact import check_artefact
-from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.policies.mixture_config import MixtureConfig
-from mpo_ray.serving.endpoint import create_app
-from mpo_ray.serving.errors import ApiError
-from mpo_ray.serving.served import Served
-from mpo_ray.serving.side_by_side import Batch, side_by_side
+from mpo_ray.serving.ingress import Endpoint
+from mpo_ray.serving.interface import artefact_digest
+from mpo_ray.serving.replica import Replica
 
-#: Seconds that a replica has, once told to stop, to finish what it decodes.
-GRACE = 120.0
-
-
-class _Replica:
-    """The policies and their engine. `user_config: {"weights": {…}}` swaps the default weights."""
-
-    def __init__(self, artefact: str, num_lanes: int) -> None:
-        self._engine = EngineThread(open_engine(artefact, num_lanes=num_lanes))
-
-    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        unknown = sorted(set(user_config) - {"weights"})
-        if unknown:
-            raise ConfigError(f"user_config: unknown key {unknown[0]!r}; the known key is 'weights'.")
-        if "weights" in user_config:
-            self._engine.set_weights(user_config["weights"])
-
-    async def generate(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[Batch]:
-        async with aclosing(side_by_side(self._engine, requests)) as batches:
-            async for batch in batches:
-                yield batch
-
-    def statistics(self) -> Statistics:
-        return self._engine.statistics()
-
-    def check_health(self) -> None:
-        self._engine.check_health()
-
-
-@ray_serve.ingress()
-class _Endpoint:
-    """The ingress: everything that is not decoding. It refuses with 429 what the replicas cannot queue."""
-
-    def __init__(self, replica: Any, artefact: str, name: str, max_tokens: int, key_digest: str | None) -> None:
-        config = MixtureConfig.from_pretrained(artefact)
-        self._replica = replica
-        self._tokenizer = load_tokenizer(artefact)
-        digests = () if key_digest is None else (key_digest,)
-        self._served = Served(name, tuple(config.objectives), config.max_position_embeddings, max_tokens, digests)
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._served, self._tokenizer, self._generate)
-
-    async def _generate(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[Batch]:
-        batches = self._replica.options(stream=True).generate.remote(list(requests))
-        try:
-            async for batch in batches:
-                yield batch
-        except BackPressureError:
-            raise ApiError(429, "too many requests are waiting; try again later.", code="overloaded") from None
-        except (asyncio.CancelledError, GeneratorExit):
-            batches.cancel()
-            raise
+#: Requests that the ingress has open at a time, at most; Serve's own proxy lets the others wait.
+OPEN_REQUESTS = 1000
 
 
 class BuildArguments(Strict):
@@ -110,26 +51,35 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
 def build_app(artefact: str, serve: Serve, name: str) -> ray_serve.Application:
     """The application that serves the artefact (a directory that every node sees) under the model id `name`."""
     artefact = str(Path(artefact).absolute())  # replicas have their own working directory
-    replica = ray_serve.deployment(
-        _Replica,
+    digest, keys = artefact_digest(artefact), key_digests(serve)
+    common = {
+        "graceful_shutdown_timeout_s": serve.request_timeout_s,
+        "health_check_period_s": serve.health_check_period_s,
+        "health_check_timeout_s": serve.health_check_timeout_s,
+        "max_surge_percent": 100,  # a new replica is there before an old one goes
+    }
+    replicas = ray_serve.deployment(
+        Replica,
         name="MixtureReplica",
         ray_actor_options={"num_cpus": serve.cpus_per_replica, "num_gpus": serve.gpus_per_replica},
         autoscaling_config={
             "min_replicas": serve.min_replicas,
             "max_replicas": serve.max_replicas,
             "target_ongoing_requests": serve.target_ongoing_requests,
+            "upscale_delay_s": serve.upscale_delay_s,
+            "downscale_delay_s": serve.downscale_delay_s,
         },
-        max_ongoing_requests=max(1, round(2 * serve.target_ongoing_requests)),
+        max_ongoing_requests=serve.ongoing_requests,
         max_queued_requests=serve.max_queued_requests,
-        graceful_shutdown_timeout_s=GRACE,
-    ).bind(artefact, serve.num_lanes)
+        **common,
+    ).bind(artefact, digest, serve)
     return ray_serve.deployment(
-        _Endpoint,
+        ray_serve.ingress()(Endpoint),
         name="Endpoint",
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=1000,
-        graceful_shutdown_timeout_s=GRACE,
-    ).bind(replica, artefact, name, serve.max_tokens, _key_digest(serve.api_key_env))
+        max_ongoing_requests=OPEN_REQUESTS,
+        **common,
+    ).bind(replicas, artefact, digest, name, serve, keys)
 
 
 def serve_endpoint(artefact: str, serve: Serve, name: str, *, blocking: bool) -> str:
@@ -146,6 +96,7 @@ def serve_endpoint(artefact: str, serve: Serve, name: str, *, blocking: bool) ->
             "endpoint decodes token by token; the report compares both. Fit with decoding.particles: 1 for it.",
             flush=True,
         )
+    check_open(serve)
     app = build_app(artefact, serve, name)
     if not ray.is_initialized():
         ray.init()
@@ -185,11 +136,34 @@ def _free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def _key_digest(variable: str | None) -> str | None:
-    """SHA-256 of the API key, so that the key itself never enters the cluster's state or dashboard."""
-    if variable is None:
-        return None
-    key = os.environ.get(variable)
-    if not key:
-        raise ConfigError(f"serve.api_key_env: the environment variable {variable} holds no key; set it.")
-    return hashlib.sha256(key.encode()).hexdigest()
+def key_digests(serve: Serve) -> tuple[str, ...]:
+    """SHA-256 of each API key, so that no key enters the cluster's state or dashboard. Raises ConfigError."""
+    keys: list[str] = []
+    for place, variable in (("api_key_env", serve.api_key_env), ("api_keys_env", serve.api_keys_env)):
+        if variable is None:
+            continue
+        found = os.environ.get(variable, "").replace(",", " ").split() if place == "api_keys_env" else []
+        if place == "api_key_env" and os.environ.get(variable):
+            found = [os.environ[variable].strip()]
+        if not all(found) or not found:
+            raise ConfigError(f"serve.{place}: the environment variable {variable} holds no key; set it.")
+        keys += found
+    return tuple(dict.fromkeys(hashlib.sha256(key.encode()).hexdigest() for key in keys))
+
+
+def check_open(serve: Serve) -> None:
+    """Refuse to listen beyond this machine for everybody, unless that is wanted. Raises ConfigError."""
+    if _is_loopback(serve.host) or serve.api_key_env or serve.api_keys_env or serve.allow_open:
+        return
+    raise ConfigError(
+        f"serve.host: {serve.host} can be reached from other machines, and no API key is asked for. Name the "
+        "environment variable that holds the keys in serve.api_keys_env, or set serve.allow_open: true if something "
+        "else keeps strangers out."
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,7 +21,7 @@ from mpo_ray.cluster.preflight import PlacementError
 from mpo_ray.config import ConfigError, Serve
 from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.loading import ModelError
-from mpo_ray.serving.service import BuildArguments, build, serve_endpoint
+from mpo_ray.serving.service import BuildArguments, build, check_open, key_digests, serve_endpoint
 from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
 
 NAME = "tiny"
@@ -153,7 +154,7 @@ def test_a_wrong_or_missing_key_is_refused(url: str) -> None:
 def test_errors_reach_the_client_in_openais_form(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="'other' does not exist; there are tiny, tiny/helpful"):
         client.completions.create(model="other", prompt=PROMPT)
-    with pytest.raises(openai.BadRequestError, match="context is 64 tokens") as caught:
+    with pytest.raises(openai.BadRequestError, match="the prompt has 71 tokens, and at most 63") as caught:
         client.completions.create(model=NAME, prompt="the " * 70)
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match=r"sum to 0\.5, not 1"):
@@ -211,7 +212,7 @@ def test_a_disconnected_client_is_not_decoded_for(client: openai.OpenAI, url: st
     """Closing a stream ends its 128 completions, which run or wait, long before their 50 tokens."""
 
     def left() -> int:
-        now = replica.statistics.remote().result()
+        _, now = replica.statistics.remote().result()
         return int(now.running + now.waiting)
 
     replica = ray_serve.get_deployment_handle("MixtureReplica", NAME)
@@ -259,6 +260,28 @@ def test_builder_arguments_are_checked(artefact: Path, monkeypatch: pytest.Monke
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(ConfigError, match="NO_SUCH_KEY holds no key"):
         build({"artefact": str(artefact), "name": "x", "serve": {"api_key_env": "NO_SUCH_KEY"}})
+
+
+def test_several_keys_come_from_one_variable_and_none_is_kept_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONE", "alpha")
+    monkeypatch.setenv("SEVERAL", "beta, gamma\ndelta alpha")
+    found = key_digests(Serve(api_key_env="ONE", api_keys_env="SEVERAL"))
+    assert found == tuple(sha256(key).hexdigest() for key in (b"alpha", b"beta", b"gamma", b"delta"))
+    monkeypatch.setenv("SEVERAL", " , ")
+    with pytest.raises(ConfigError, match=r"serve\.api_keys_env: the environment variable SEVERAL holds no key"):
+        key_digests(Serve(api_keys_env="SEVERAL"))
+
+
+def test_an_open_host_without_a_key_is_refused_unless_it_is_wanted(artefact: Path) -> None:
+    with pytest.raises(ConfigError, match=r"serve\.host: 0\.0\.0\.0 can be reached from other machines"):
+        serve_endpoint(str(artefact), Serve(host="0.0.0.0"), "open", blocking=False)
+    for safe in (
+        Serve(host="::1"),
+        Serve(host="localhost"),
+        Serve(host="0.0.0.0", allow_open=True),
+        Serve(host="0.0.0.0", api_keys_env="ANY"),
+    ):
+        check_open(safe)
 
 
 def test_replicas_that_no_node_can_hold_are_refused_before_any_starts(ray_cluster: None, artefact: Path) -> None:

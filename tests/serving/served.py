@@ -1,0 +1,54 @@
+"""Artefacts and an application on a real Serve instance, for the tests of `service`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from mpo_ray.policies.artefact import write_artefact
+from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
+
+NAME = "tiny"
+WEIGHTS = {"helpful": 0.6, "harmless": 0.4}
+PROMPT = "the film was"
+
+
+def write_mixture(root: Path, *, seed: int = 1, weights: Mapping[str, float] = WEIGHTS) -> Path:
+    """An artefact of two random adapters on one base; another seed gives other adapters on the same base."""
+    reference = root / "reference"
+    if not reference.is_dir():
+        tiny_llama(reference, tiny_tokenizer(), seed=0)
+    policies = {name: tiny_lora(root / f"{name}{seed}", reference, seed + k) for k, name in enumerate(WEIGHTS)}
+    target = root / f"mixture{seed}"
+    write_artefact(target, objectives=policies, reference=reference, copy_reference=True, weights=weights, fit={})
+    return target
+
+
+class Load:
+    """Users who ask one after the other until they are told to stop; every answer's status and text is kept."""
+
+    def __init__(self, url: str, num_users: int, body: Mapping[str, Any]) -> None:
+        self._url, self._num_users, self._body = url, num_users, dict(body)
+        self._stop = asyncio.Event()
+        self.answers: list[tuple[int, dict[str, Any]]] = []
+
+    async def during(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Ask while `work` lasts."""
+        async with httpx.AsyncClient(timeout=60) as client:
+            users = [asyncio.create_task(self._ask(client)) for _ in range(self._num_users)]
+            try:
+                await asyncio.sleep(0.5)
+                await work()
+                await asyncio.sleep(0.5)
+            finally:
+                self._stop.set()
+                await asyncio.gather(*users)
+
+    async def _ask(self, client: httpx.AsyncClient) -> None:
+        while not self._stop.is_set():
+            answer = await client.post(f"{self._url}/v1/completions", json=self._body)
+            self.answers.append((answer.status_code, answer.json()))
