@@ -205,6 +205,7 @@ async def refusals(url: str, prompts: list[str], max_tokens: int, probes: int = 
 
         number = Serve(target_ongoing_requests=STREAMS).ongoing_requests + Serve().max_queued_requests + 10
         crowd = [asyncio.create_task(ask({**body, "n": 4})) for body in bodies(prompts, number, max_tokens)]
+        await asyncio.sleep(3)
         while (await ask({**bodies(prompts, 1, 1)[0], "n": 1}))[0] != 429:  # until the queue is full
             if all(task.done() for task in crowd):
                 return [float("nan")]
