@@ -1,11 +1,11 @@
 """What decoding a mixture costs, against one plain model, a loop over adapters, and transformers' `generate`.
 
-    python benchmarks/decoding.py [--requests 1 16] [--steps 48] [--rounds 5]
+    python benchmarks/decoding.py [--requests 1 16] [--steps 48] [--rounds 5] [--threads 1]
 
 Two shapes: the testbed's model (where the shared material is) and a Llama with random weights; K = 3 LoRA adapters of
-rank 16 with random factors. On the CPU the latter has 12 layers and d = 576; on a GPU it has the shape of a 1B model,
-in bfloat16 (`--shape 8b` for 8B). Every side decodes the same prompts, one round of each after the other; a figure is
-the median of the time per token of all requests together, over rounds. All in one process; nothing is written.
+rank 16 with random factors. On the CPU the latter has 12 layers of SmolLM-135M's shape (d = 576); on a GPU it has the
+shape of a 1B model, in bfloat16 (`--shape 8b` for 8B). Every side decodes the same prompts, one round of each after the
+other; a figure is the median of the time of a step, a token for each request, over rounds. Nothing is written.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WEIGHTS = dict(zip(NAMES, (0.5, 0.3, 0.2), strict=True))
 PROMPT_TOKENS = 32
 SHAPES = {
     "cpu": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 9,
-            "num_key_value_heads": 3, "vocab_size": 32000},
+            "num_key_value_heads": 3, "vocab_size": 49152},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 128256},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -219,7 +219,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="1b" if on_gpu else "cpu")
     parser.add_argument("--steps", type=int, default=48, help="tokens of a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; a Ray worker has 1 unless told otherwise")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
