@@ -18,6 +18,7 @@ class WorldRunner:
     """K tables as policies. A lane holds the tokens that were computed in it, as rows of a cache would."""
 
     context = 64
+    has_reference = False
 
     def __init__(self, policies: Sequence[Table], num_rows: int = 4096) -> None:
         self._policies = policies

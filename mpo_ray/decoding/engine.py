@@ -30,7 +30,7 @@ from mpo_ray.decoding.request_check import check_request
 from mpo_ray.decoding.runner import Piece, Runner
 from mpo_ray.decoding.runs import Place, Run, places_of, run_of
 from mpo_ray.decoding.token_choice import Draw, choose_tokens
-from mpo_ray.records import check_weights
+from mpo_ray.records import REFERENCE, check_weights
 
 #: Tokens of prompts that a step computes, at most, beside the running completions: longer ones would make them stall.
 PROMPT_TOKENS = 128
@@ -71,6 +71,7 @@ class MixtureEngine:
         prompt_tokens: int = PROMPT_TOKENS,
     ) -> None:
         self.objectives = tuple(weights)
+        self._names = (*self.objectives, REFERENCE) if runner.has_reference else self.objectives
         self._runner, self._weights = runner, dict(weights)
         self._eos_ids, self._tokenizer = tuple(eos_ids), tokenizer
         self._max_waiting, self._prompt_tokens = max_waiting, prompt_tokens
@@ -99,7 +100,7 @@ class MixtureEngine:
     def submit(self, request: GenerationRequest) -> None:
         """Let a request wait for its turn. Raises RequestError for one that can never be served, and QueueFullError."""
         weights = self._weights if request.weights is None else request.weights
-        check_request(request, weights, self._runner, self.objectives)
+        check_request(request, weights, self._runner, self._names)
         if request.id in self._ids:
             raise RequestError(f"a request with the id {request.id!r} is being served.", "id")
         if len(self._waiting) >= self._max_waiting:
@@ -107,8 +108,8 @@ class MixtureEngine:
         rules = Rules(request.sampling, self._eos_ids, self._tokenizer)
         if request.sampling.min_tokens > 0 and len({*rules.end_ids}) >= self._runner.vocab_size:
             raise RequestError("every token ends the completion, which min_tokens forbids at first.", "stop_ids")
-        row = [float(weights.get(name, 0.0)) for name in self.objectives]
-        self._waiting.append(run_of(request, row, rules, self.objectives))
+        row = [float(weights.get(name, 0.0)) for name in self._names]
+        self._waiting.append(run_of(request, row, rules, self._names))
         self._ids.add(request.id)
         self._since[request.id] = time.monotonic()
 

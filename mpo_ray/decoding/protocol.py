@@ -89,6 +89,7 @@ class Mode:
 class GenerationRequest:
     """One completion to make. `weights`: λ by objective, those left out 0; None for the engine's own.
 
+    An engine that has the base of its adapters decodes it for `{"reference": 1.0}`, which is on no simplex.
     `id` is the caller's, unique among those in flight.
     """
 

@@ -22,12 +22,11 @@ class Room(Protocol):
     def fits(self, policies: Sequence[int], num_lanes: int, *, when_empty: bool = False) -> bool: ...
 
 
-def check_request(
-    request: GenerationRequest, weights: Mapping[str, float], runner: Room, objectives: Sequence[str]
-) -> None:
+def check_request(request: GenerationRequest, weights: Mapping[str, float], runner: Room, names: Sequence[str]) -> None:
     """Raises RequestError, with the field that is to blame.
 
-    weights: λ that the request is decoded with, by objective; any finite numbers, one of them at least not 0
+    weights: λ that the request is decoded with, by policy; any finite numbers, one of them at least not 0
+    names: of the policies
     """
     prompt, sampling, mode = request.prompt_ids, request.sampling, request.mode
     if not prompt:
@@ -40,9 +39,9 @@ def check_request(
             "prompt",
         )
     _check_sampling(sampling, runner.vocab_size)
-    unknown = sorted(set(weights) - set(objectives))
+    unknown = sorted(set(weights) - set(names))
     if unknown:
-        raise RequestError(f"there is no objective {unknown[0]!r}; there are {', '.join(objectives)}.", "weights")
+        raise RequestError(f"there is no objective {unknown[0]!r}; there are {', '.join(names)}.", "weights")
     if not all(map(math.isfinite, weights.values())) or not any(weights.values()):
         raise RequestError(f"weights {dict(weights)}: they are finite, and one of them is not 0.", "weights")
     if mode.particles < 1 or mode.max_attempts < 1:
@@ -52,7 +51,7 @@ def check_request(
             raise RequestError(f"particles {mode.particles}: token mode has 1.", "particles")
     else:
         _check_exact(request, weights)
-    policies = [k for k, name in enumerate(objectives) if weights.get(name, 0.0) != 0]
+    policies = [k for k, name in enumerate(names) if weights.get(name, 0.0) != 0]
     if not runner.fits(policies, mode.particles, when_empty=True):
         rows = mode.particles * runner.rows_needed(policies)
         raise RequestError(

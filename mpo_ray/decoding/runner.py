@@ -21,6 +21,7 @@ from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.policies.packed_linear import can_pack, pack_linears
 from mpo_ray.policies.slots import Layout, Segment, Slots, reading
+from mpo_ray.records import REFERENCE
 
 #: How far a model may be, in logits, from itself in slots, before its architecture is refused: float32, and bfloat16.
 MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
@@ -57,9 +58,13 @@ class Predictions:
 
 
 class Runner(Protocol):
-    """What a scheduler asks of the model."""
+    """What a scheduler asks of the model.
+
+    has_reference: whether there is a policy more, after those of the objectives: the base of their adapters
+    """
 
     num_policies: int
+    has_reference: bool
     vocab_size: int
     context: int
     rows: int
@@ -101,6 +106,7 @@ class MixtureRunner:
             for place, policies in everyone.items()
         }
         self._branch_of = {k: branch for branch in self._branches.values() for k in branch.policies}
+        self.has_reference = self.num_policies in self._branch_of
         self.vocab_size = next(iter(self._branches.values())).vocab_size
         self.rows = sum(branch.slots.num_rows for branch in self._branches.values())
         self._lanes: dict[int, dict[int, int]] = {}  # lane → policy → row
@@ -164,17 +170,20 @@ class MixtureRunner:
 
 
 class _Branch:
-    """One model of the mixture: a stack of adapters on one base, or a policy of its own."""
+    """One model of the mixture: a stack of adapters on one base, or a policy of its own.
+
+    policies: the numbers of those it holds; the base without an adapter, which a stack can run as well, comes first
+    """
 
     def __init__(
         self, module: nn.Module, objectives: Sequence[str], policies: tuple[int, ...], num_lanes: int, context: int
     ) -> None:
-        self.policies = policies
-        self.slots = Slots(num_lanes * len(policies), context)
         self._stack = module if isinstance(module, AdapterStack) else None
+        self.policies = policies if self._stack is None else (len(objectives), *policies)
+        self.slots = Slots(num_lanes * len(policies), context)
         model: Any = module.base if isinstance(module, AdapterStack) else module
         self._model = model
-        self._names = {k: objectives[k] for k in policies}
+        self._names = {k: [*objectives, REFERENCE][k] for k in self.policies}
         self._device: torch.device = model.device
         config = model.config.get_text_config()
         self.vocab_size: int = config.vocab_size
@@ -300,16 +309,16 @@ class _Branch:
 
     @torch.inference_mode()
     def _plain_logits(self) -> Tensor:
-        """What the model itself says after each token of a probe, (T, V), for its first policy."""
-        with self._groups([(self.policies[0], 0)], [_probe(0, len(PROBE))]):
+        """What the model itself says after each token of a probe, (T, V), for its last policy."""
+        with self._groups([(self.policies[-1], 0)], [_probe(0, len(PROBE))]):
             logits: Tensor = self._model(input_ids=torch.tensor([self._probe_tokens()], device=self._device)).logits
         return logits[0].float()
 
     @torch.inference_mode()
     def _check(self, expected: Tensor) -> None:
         """Compare the probe in slots, in two pieces, with what the model gave by itself. Raises ModelError."""
-        lanes = {0: {self.policies[0]: 0}}
-        work = [(self.policies[0], 0)]
+        lanes = {0: {self.policies[-1]: 0}}
+        work = [(self.policies[-1], 0)]
         tokens = self._probe_tokens()
         parts = [_probe(start, end, tokens) for start, end in ((0, 5), (5, 6), (6, 8))]
         found = torch.cat([self._head(self._hidden([part], lanes, work)) for part in parts])

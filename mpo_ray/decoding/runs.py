@@ -20,6 +20,7 @@ from mpo_ray.decoding.protocol import Delta, Diagnostics, GenerationRequest, Not
 from mpo_ray.decoding.runner import Piece, Predictions, Runner
 from mpo_ray.decoding.token_choice import Draw, History
 from mpo_ray.maths.resampling import drawn_particle, effective_number, log_mean_weight, systematic_ancestors
+from mpo_ray.records import REFERENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Run:
     def __init__(
         self, request: GenerationRequest, weights: Sequence[float], rules: Rules, names: Sequence[str]
     ) -> None:
-        """weights: (K,) λ that is decoded; names: of the K policies."""
+        """weights: (K,) λ that is decoded; names: of the K policies, perhaps with the reference as one more."""
         self.request, self._weights, self._rules, self._names = request, weights, rules, names
         self.policies = tuple(k for k, weight in enumerate(weights) if weight != 0)
         sampling = request.sampling
@@ -167,7 +168,11 @@ class Run:
         measured = draft is not None and self._separate
         return Diagnostics(
             mode=self.request.mode.kind,
-            weights=dict(zip(self._names, self._weights, strict=True)),
+            weights={
+                name: weight
+                for name, weight in zip(self._names, self._weights, strict=True)
+                if weight or name != REFERENCE
+            },
             log_z=draft.log_z if draft is not None and measured else None,
             **figures,  # type: ignore[arg-type]
         )

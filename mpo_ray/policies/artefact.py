@@ -97,6 +97,11 @@ def reference_path(directory: Path, config: MixtureConfig) -> str:
     return str(directory / REFERENCE) if config.reference == REFERENCE else str(config.reference)
 
 
+def has_reference(directory: Path, config: MixtureConfig) -> bool:
+    """Whether the reference is loaded with the policies, as the base of some adapter."""
+    return any(is_adapter(policy_path(directory, name)) for name in config.objectives)
+
+
 def check_artefact(directory: Path, config: MixtureConfig) -> None:
     """Refuse an artefact whose policies, reference or tokenizer are not those it was written with."""
     if not config.objectives:
@@ -104,7 +109,7 @@ def check_artefact(directory: Path, config: MixtureConfig) -> None:
     for name in config.objectives:
         _check_content(policy_path(directory, name), config.policy_digests.get(name), config.policy_files.get(name, {}))
     reference = Path(reference_path(directory, config))
-    if config.reference_digest is not None and any(is_adapter(policy_path(directory, n)) for n in config.objectives):
+    if config.reference_digest is not None and has_reference(directory, config):
         if not reference.is_dir():
             raise ModelError(
                 f"{directory}: its LoRA policies adapt the reference model {reference}, which is not there. Put it "

@@ -24,6 +24,7 @@ from mpo_ray.serving.model_ids import model_ids, parse_model_id
 from mpo_ray.serving.observer import Observer, Unobserved
 from mpo_ray.serving.openai_schema import ChatRequest, CompletionRequest
 from mpo_ray.serving.openapi_document import document, errors, streamed
+from mpo_ray.serving.page_files import page_routes
 from mpo_ray.serving.prompt_tokens import PromptTokens
 from mpo_ray.serving.served import Served
 from mpo_ray.serving.side_by_side import Generate
@@ -62,15 +63,16 @@ def create_app(
     observer = observer or Unobserved()
     completing = Completing(served, tokenizer, generate, prompts, observer)
     app.include_router(token_routes(served, tokenizer, prompts))
+    app.include_router(page_routes())
     started = int(time.time())
 
     @app.get("/v1/models", responses=errors(401, 429))
     async def models() -> ModelList:
-        return {"object": "list", "data": [_model(one, started) for one in model_ids(served.name, served.objectives)]}
+        return {"object": "list", "data": [_model(one, started) for one in model_ids(served)]}
 
     @app.get("/v1/models/{model:path}", responses=errors(400, 401, 404, 429))
     async def model(model: str) -> Model:
-        parse_model_id(model, served.name, served.objectives)
+        parse_model_id(model, served)
         return _model(model, started)
 
     @app.post("/v1/completions", responses=streamed(CompletionAnswer) | COMPLETION_ERRORS)

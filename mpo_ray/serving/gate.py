@@ -16,10 +16,11 @@ from mpo_ray.serving.body_check import check_content_type, check_depth, check_te
 from mpo_ray.serving.errors import REFUSAL, ApiError, error_response, unexpected
 from mpo_ray.serving.keys import Keys, RateLimit
 from mpo_ray.serving.observer import Observer
+from mpo_ray.serving.page_files import PAGE_PATHS
 from mpo_ray.serving.served import Served
 
-#: Routes that ask for no key: a load balancer has none.
-OPEN = frozenset({"/health"})
+#: Routes that ask for no key: a load balancer has none, and the page asks the person for it.
+OPEN = frozenset({"/health", *PAGE_PATHS})
 #: Ids that a client may give its requests; others would be fit to forge lines of a log.
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 

@@ -20,7 +20,7 @@ MAX_ATTEMPTS = 1000
 
 def wanted_weights(body: Sampling, served: Served) -> dict[str, float] | None:
     """λ that the model id or the body asks for; None for the engine's own. Raises ApiError."""
-    weights = parse_model_id(body.model, served.name, served.objectives)
+    weights = parse_model_id(body.model, served)
     if body.mixture.weights is None:
         return weights
     if weights is not None:

@@ -43,4 +43,4 @@ def token_routes(served: Served, tokenizer: Any, prompts: PromptTokens) -> APIRo
 
 def _check_model(model: str | None, served: Served) -> None:
     if model is not None:
-        parse_model_id(model, served.name, served.objectives)
+        parse_model_id(model, served)

@@ -32,7 +32,7 @@ from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
 NAME = "tiny"
 WEIGHTS = {"helpful": 0.6, "harmless": 0.4}
 PROMPT = "the film was"
-SERVED = Served(NAME, tuple(WEIGHTS), context=64, max_tokens=40)
+SERVED = Served(NAME, tuple(WEIGHTS), context=64, max_tokens=40, has_reference=True)
 #: A template with control tokens of its own, as real ones have.
 BYTE_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

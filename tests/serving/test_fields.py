@@ -247,10 +247,11 @@ def test_chat_needs_a_chat_template() -> None:
 
 
 def test_model_ids() -> None:
-    assert parse_model_id("run", "run", OBJECTIVES) is None
-    assert parse_model_id("run@harmless=1", "run", OBJECTIVES) == {"helpful": 0.0, "harmless": 1.0}
+    served = Served("run", OBJECTIVES, context=16, max_tokens=12)
+    assert parse_model_id("run", served) is None
+    assert parse_model_id("run@harmless=1", served) == {"helpful": 0.0, "harmless": 1.0}
     with pytest.raises(ApiError) as caught:
-        parse_model_id("run/kind", "run", OBJECTIVES)
+        parse_model_id("run/kind", served)
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (copy.status, copy.body()) == (404, caught.value.body())
 

@@ -27,7 +27,7 @@ def client(live: Live) -> Iterator[openai.OpenAI]:
 
 def test_models(client: openai.OpenAI) -> None:
     ids = [model.id for model in client.models.list()]
-    assert ids == [NAME, *(f"{NAME}/{objective}" for objective in WEIGHTS)]
+    assert ids == [NAME, *(f"{NAME}/{policy}" for policy in (*WEIGHTS, "reference"))]
     for id in [*ids, f"{NAME}@helpful=0.25,harmless=0.75"]:
         assert client.models.retrieve(id).id == id
 

@@ -77,7 +77,12 @@ def generated(artefact: Path, prompt: str, weights: dict[str, float] | None = No
 
 
 def test_models_are_the_mixture_and_each_policy(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == [NAME, f"{NAME}/helpful", f"{NAME}/harmless"]
+    assert [model.id for model in client.models.list()] == [
+        NAME,
+        f"{NAME}/helpful",
+        f"{NAME}/harmless",
+        f"{NAME}/reference",
+    ]
     assert client.models.retrieve(f"{NAME}/helpful").id == f"{NAME}/helpful"
 
 
