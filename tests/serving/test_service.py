@@ -77,12 +77,8 @@ def generated(artefact: Path, prompt: str, weights: dict[str, float] | None = No
 
 
 def test_models_are_the_mixture_and_each_policy(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == [
-        NAME,
-        f"{NAME}/helpful",
-        f"{NAME}/harmless",
-        f"{NAME}/reference",
-    ]
+    policies = [f"{NAME}/{policy}" for policy in (*WEIGHTS, "reference")]
+    assert [model.id for model in client.models.list()] == [NAME, *policies]
     assert client.models.retrieve(f"{NAME}/helpful").id == f"{NAME}/helpful"
 
 

@@ -77,6 +77,7 @@ function showWeights() {
   const wanted = weights();
   const outputs = find("sliders").querySelectorAll("output");
   served.objectives.forEach((objective, number) => {
+    sliders()[number].style.setProperty("--at", sliders()[number].value);
     outputs[number].textContent = wanted ? wanted[objective].toFixed(3) : "–";
     find("simplex").children[number].style.flexGrow = wanted ? wanted[objective] : 0;
   });
@@ -100,10 +101,12 @@ function request() {
 
 /** Everything that answers: the reference, each policy, the mixture. */
 function candidates() {
-  const alone = (policy, number) => ({ title: policy, model: `${served.name}/${policy}`, tone: number });
-  const mixed = { title: "mixture", model: served.name, weights: weights() };
-  const reference = served.hasReference ? [alone("reference")] : [];
-  return [...reference, ...served.objectives.map(alone), mixed];
+  const alone = (policy) => ({ title: policy, model: `${served.name}/${policy}` });
+  const reference = { ...alone("reference"), says: "before any objective" };
+  const policies = served.objectives.map((one, number) => ({ ...alone(one), says: "this objective alone", number }));
+  const shares = Object.entries(weights()).map(([objective, share]) => `${objective}\u00a0${share.toFixed(3)}`);
+  const mixture = { title: "mixture", model: served.name, says: shares.join("\u00a0· "), weights: weights() };
+  return [...(served.hasReference ? [reference] : []), ...policies, mixture];
 }
 
 async function answerAll() {
@@ -123,10 +126,9 @@ function makeCard(candidate, { path, prompt }) {
   card.dataset.model = candidate.title;
   card.classList.add("running");
   card.classList.toggle("mixture", Boolean(candidate.weights));
-  if (candidate.tone !== undefined) card.classList.add(tone(candidate.tone));
+  if (candidate.number !== undefined) card.classList.add(tone(candidate.number));
   card.querySelector("h2").textContent = candidate.title;
-  const shares = Object.entries(candidate.weights ?? {}).map(([objective, share]) => `${objective} ${share.toFixed(3)}`);
-  card.querySelector(".weights").textContent = shares.join(" · ");
+  card.querySelector(".says").textContent = candidate.says;
   card.querySelector(".prompt").textContent = path === "v1/completions" ? prompt : "";
   return card;
 }
