@@ -20,7 +20,7 @@ REFERENCE = {"reference": 1.0}
 @pytest.mark.parametrize("kind", ["lora", "mixed"])
 @pytest.mark.parametrize("prompt_tokens", [128, 3])
 def test_the_reference_is_the_base_without_an_adapter(
-    kind: str, prompt_tokens: int, artefacts: dict[str, Path]
+    kind: str, prompt_tokens: int, artefacts: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     """log π_ref of every drawn token to 1e-5, Σ log Z_t = 0, alone and among the mixture's and the policies' rows."""
     model: Any = load_model(reference_path(artefacts[kind], MixtureConfig.from_pretrained(artefacts[kind])))
@@ -47,6 +47,7 @@ def test_the_reference_is_the_base_without_an_adapter(
         assert mixed[-1].diagnostics is not None
         assert "reference" not in mixed[-1].diagnostics.weights
     assert engine.statistics().rows_used == 0
+    assert caplog.records == []  # no pass failed and was made again request by request
 
 
 def test_a_mixture_of_whole_models_has_no_reference(artefacts: dict[str, Path]) -> None:

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from mpo_ray.decoding.protocol import Delta, Diagnostics, GenerationRequest
+from mpo_ray.decoding.protocol import Delta, Diagnostics, EngineError, GenerationRequest
 from mpo_ray.serving.endpoint import create_app
 from mpo_ray.serving.page_files import PAGE_PATHS
 from mpo_ray.serving.served import Served
@@ -187,6 +187,22 @@ def test_prompts_answers_and_objectives_are_text(tab: Tab) -> None:
         assert {(parts["prompt"], parts["completion"]) for parts in found.values()} == {(MARKUP, MARKUP)}
         expect(tab.page.locator("main :is(script, img, b, i)")).to_have_count(0)
         assert tab.page.evaluate("window.hurt") is None
+
+
+def test_an_error_in_the_middle_is_said_under_what_had_come(tab: Tab) -> None:
+    async def generate(requests: Sequence[GenerationRequest]) -> AsyncGenerator[Batch]:
+        if requests[0].sampling.max_tokens == 0:
+            yield [(0, Delta(finish_reason="length", diagnostics=Diagnostics("token", {"kind": 1.0})))]
+            return
+        yield [(0, Delta((9,), "so far"))]
+        raise EngineError("secret")
+
+    with serving(create_app(Served("one", ("kind",), context=64, max_tokens=40), tiny_tokenizer(), generate)) as url:
+        tab.page.goto(url)
+        tab.ask(PROMPT)
+        for parts in tab.answered().values():
+            assert parts["completion"] == "so far"
+            assert parts["error"].startswith("the engine could not go on with this request")
 
 
 def test_answers_show_as_they_come_and_stop_when_told(tab: Tab, live: Live) -> None:
