@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -41,10 +42,30 @@ def overrides(storage: Path, name: str) -> list[str]:
     return [*OVERRIDES, f"storage={storage}", f"name={name}"]
 
 
-def command(verb: str, storage: Path, name: str, *extra: str) -> list[str]:
-    """The argument list of `mpo-ray VERB configs/quickstart.yaml` with the small overrides."""
+def arguments(verb: str, storage: Path, name: str, *extra: str) -> list[str]:
+    """What follows `mpo-ray`: VERB configs/quickstart.yaml with the small overrides."""
     given = [argument for item in overrides(storage, name) for argument in ("--set", item)]
-    return [sys.executable, "-m", "mpo_ray", verb, str(CONFIG), *given, *extra]
+    return [verb, str(CONFIG), *given, *extra]
+
+
+def command(verb: str, storage: Path, name: str, *extra: str) -> list[str]:
+    """`mpo-ray` with these arguments, as a process."""
+    return [sys.executable, "-m", "mpo_ray", *arguments(verb, storage, name, *extra)]
+
+
+def without(finished: Path, storage: Path, *trained: str) -> Path:
+    """A copy of a finished run that lacks models it trained, `base` or policies, and all that came after the training.
+
+    No stage is recorded, so each looks for what is there from the same inputs.
+    """
+    run = storage / finished.name
+    shutil.copytree(finished, run)
+    models = [f"{'' if name == 'base' else 'policies/'}{name}" for name in trained]
+    came_of_them = [f"{kind}/{name}*" for kind in ("training", "tensorboard", "samples") for name in trained]
+    later = ["scores", "fit", "fit.json", "trade_off.json", "mixture", "evaluation", "report", "manifest.json"]
+    for path in [path for node in (*models, *came_of_them, *later) for path in run.glob(node)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return run
 
 
 def environment() -> dict[str, str]:
@@ -53,8 +74,8 @@ def environment() -> dict[str, str]:
     return {**kept, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"}
 
 
-def run(arguments: Sequence[str]) -> Any:
+def run(given: Sequence[str]) -> Any:
     """Run to the end and return what `--json` printed; a failure shows the command's own output."""
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=550)
+    done = subprocess.run(given, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mpo_ray  # noqa: F401 - registers the mixture
+from mpo_ray.cli import main
 from mpo_ray.run import Run
 from tests import tiny_run
 
@@ -86,74 +87,71 @@ def test_policies_learned_their_objectives(finished_run: Path) -> None:
         assert record["heldout"]["margin"] > 0
 
 
-def test_the_same_command_skips_everything_and_says_so(finished_run: Path) -> None:
-    arguments = tiny_run.command("run", finished_run.parent, "unbroken")
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_same_command_skips_everything_and_says_so(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished_run / "fit.json").stat().st_mtime_ns
-    done = subprocess.run(
-        arguments, capture_output=True, text=True, env=tiny_run.environment(), cwd=tiny_run.ROOT, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("complete, inputs unchanged; skipped") == 11
+    assert main(tiny_run.arguments("run", finished_run.parent, "unbroken")) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("complete, inputs unchanged; skipped") == 11
     assert (finished_run / "fit.json").stat().st_mtime_ns == before
-    assert "MPO mixture" in done.stdout
-    assert done.stdout.rstrip().endswith("report/report.html")
+    assert "MPO mixture" in printed.out
+    assert printed.out.rstrip().endswith("report/report.html")
 
 
-def test_another_config_under_the_same_name_is_refused_until_told_to_update(finished_run: Path) -> None:
-    arguments = tiny_run.command("fit", finished_run.parent, "unbroken", "--set", "fit.decoded.steps=3")
-    done = subprocess.run(
-        arguments, capture_output=True, text=True, env=tiny_run.environment(), cwd=tiny_run.ROOT, timeout=300
-    )
-    assert done.returncode == 1
-    assert "belongs to another config: fit.decoded.steps is 2 there and 3 here" in done.stderr
-    assert "--update" in done.stderr
+def test_another_config_under_the_same_name_is_refused_until_told_to_update(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = tiny_run.arguments("fit", finished_run.parent, "unbroken", "--set", "fit.decoded.steps=3")
+    assert main(given) == 1
+    message = capsys.readouterr().err
+    assert "belongs to another config: fit.decoded.steps is 2 there and 3 here" in message
+    assert "--update" in message
 
 
-def test_given_weights_are_taken_as_they_are(finished_run: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("ray_cluster")
+def test_given_weights_are_taken_as_they_are(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """MORLHF (Lemma 3.9): with λ given nothing is fitted, and only the stages after the scores are done again."""
     run = tmp_path / "unbroken"
     shutil.copytree(finished_run, run)
     given = "fit={method: fixed, weights: {positive: 0.2, concise: 0.5, detailed: 0.3}}"
-    result = tiny_run.run(tiny_run.command("fit", tmp_path, "unbroken", "--set", given, "--update", "--json"))
-    assert result["notes"] == {"positive": 0.2, "concise": 0.5, "detailed": 0.3}
+    assert main(tiny_run.arguments("fit", tmp_path, "unbroken", "--set", given, "--update", "--json")) == 0
+    notes = json.loads(capsys.readouterr().out.splitlines()[-1])["notes"]
+    assert notes == {"positive": 0.2, "concise": 0.5, "detailed": 0.3}
     assert json.loads((run / "fit.json").read_text())["method"] == "fixed"
 
 
-def test_a_stage_whose_inputs_are_missing_names_the_one_to_run_first(tmp_path: Path) -> None:
-    done = subprocess.run(
-        tiny_run.command("fit", tmp_path, "fresh"),
-        capture_output=True,
-        text=True,
-        env=tiny_run.environment(),
-        cwd=tiny_run.ROOT,
-        timeout=300,
-    )
-    assert done.returncode == 1
-    assert "'fit' needs 'embedded', which is not complete" in done.stderr
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_stage_whose_inputs_are_missing_names_the_one_to_run_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(tiny_run.arguments("fit", tmp_path, "fresh")) == 1
+    assert "'fit' needs 'embedded', which is not complete" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(900)
-def test_a_run_killed_in_training_scoring_and_evaluation_ends_with_the_weights_of_an_unbroken_one(
+def test_a_run_killed_in_training_and_evaluation_ends_with_the_weights_of_an_unbroken_one(
     finished_run: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL the driver three times; the fourth start finishes, and λ is the same to the last bit."""
-    run = tmp_path / "killed"
+    """SIGKILL the driver twice; the third start finishes, and λ is the same to the last bit.
+
+    Kills in scoring and in the decoded fit have tests of their own.
+    """
+    run = tiny_run.without(finished_run, tmp_path, "positive")
 
     def in_training() -> bool:
         return any(run.glob("training/positive-*/checkpoint_2*")) and not (run / "policies" / "positive").exists()
 
-    def in_scoring() -> bool:
-        return 0 < len(list(run.glob("scores/*.parquet"))) < 32
-
     def in_evaluation() -> bool:
         return 0 < len(list(run.glob("evaluation/parts/*.parquet"))) < 64
 
-    for stage, moment in (("policies", in_training), ("scores", in_scoring), ("evaluation", in_evaluation)):
-        _kill_when(moment, tiny_run.command("run", tmp_path, "killed"))
+    for stage, moment in (("policies", in_training), ("evaluation", in_evaluation)):
+        _kill_when(moment, tiny_run.command("run", tmp_path, run.name))
         assert stage not in json.loads((run / "manifest.json").read_text())["stages"]
     scored = {path: path.stat().st_mtime_ns for path in run.glob("scores/*.parquet")}
     evaluated = {path: path.stat().st_mtime_ns for path in run.glob("evaluation/parts/*.parquet")}
-    result = tiny_run.run(tiny_run.command("run", tmp_path, "killed", "--json"))
+    result = tiny_run.run(tiny_run.command("run", tmp_path, run.name, "--json"))
     assert result["weights"] == _weights(finished_run)
     assert _weights(run) == _weights(finished_run)
     completions = [pq.read_table(r / "evaluation" / "completions.parquet") for r in (run, finished_run)]
