@@ -51,7 +51,7 @@ class Decoding(Strict):
 
     particles: PositiveInt = Field(
         1,
-        description="1 decodes token by token, as the endpoint does; N > 1 draws whole responses from π_λ by "
+        description="1 decodes token by token, as the endpoint does unless asked; N > 1 draws whole responses from π_λ by "
         "sequential Monte Carlo, in N times the time and memory (design 2.3)",
     )
 

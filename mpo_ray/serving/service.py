@@ -92,8 +92,9 @@ def serve_endpoint(artefact: str, serve: Serve, name: str, *, blocking: bool) ->
     particles = _particles_of_fit(Path(artefact))
     if particles > 1:
         print(
-            f"caution: the weights were fitted for completions that are drawn with {particles} particles, and the "
-            "endpoint decodes token by token; the report compares both. Fit with decoding.particles: 1 for it.",
+            f"caution: the weights were fitted for completions that are drawn whole, with {particles} particles. A "
+            'request is decoded token by token unless it says {"mixture": {"mode": "exact", "particles": '
+            f"{particles}}}}}; the report compares both. Fit with decoding.particles: 1 for token mode.",
             flush=True,
         )
     check_open(serve)
