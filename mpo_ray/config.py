@@ -51,8 +51,8 @@ class Decoding(Strict):
 
     particles: PositiveInt = Field(
         1,
-        description="1 decodes token by token, as the endpoint does unless asked; N > 1 draws whole responses from π_λ by "
-        "sequential Monte Carlo, in N times the time and memory (design 2.3)",
+        description="1 decodes token by token, as the endpoint does unless a request says otherwise; N > 1 draws whole "
+        "responses from π_λ by sequential Monte Carlo, in N times the time and memory (design 2.3)",
     )
 
 
