@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 import openai
 import pytest
 import yaml
@@ -21,6 +22,7 @@ from mpo_ray.cluster.preflight import PlacementError
 from mpo_ray.config import ConfigError, Serve
 from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.loading import ModelError
+from mpo_ray.serving.page_files import PAGE_PATHS
 from mpo_ray.serving.service import BuildArguments, build, check_open, key_digests, serve_endpoint
 from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
 
@@ -80,6 +82,12 @@ def test_models_are_the_mixture_and_each_policy(client: openai.OpenAI) -> None:
     policies = [f"{NAME}/{policy}" for policy in (*WEIGHTS, "reference")]
     assert [model.id for model in client.models.list()] == [NAME, *policies]
     assert client.models.retrieve(f"{NAME}/helpful").id == f"{NAME}/helpful"
+
+
+def test_the_page_is_served_without_a_key(url: str) -> None:
+    for path in PAGE_PATHS:
+        assert httpx.get(f"{url}{path}").status_code == 200
+    assert httpx.get(f"{url}/v1/models").status_code == 401
 
 
 def test_greedy_completion_is_the_artefacts_own_generate(client: openai.OpenAI, artefact: Path) -> None:
