@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,9 +15,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 
 from mpo_ray.config import Serve
 from mpo_ray.decoding.protocol import EngineError, GenerationRequest, QueueFullError
-from mpo_ray.policies.artefact import has_reference
 from mpo_ray.policies.loading import load_tokenizer
-from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.serving.endpoint import create_app
 from mpo_ray.serving.interface import interface_of
 from mpo_ray.serving.metrics import EndpointMetrics, Prometheus
@@ -52,7 +49,7 @@ class Endpoint:
             objectives=interface.objectives,
             context=interface.context,
             max_tokens=serve.max_tokens,
-            has_reference=has_reference(Path(artefact), MixtureConfig.from_pretrained(artefact)),
+            has_reference=interface.has_reference,
             key_digests=tuple(keys),
             requests_per_minute=serve.requests_per_minute,
             allowed_origins=tuple(serve.allowed_origins),

@@ -13,18 +13,23 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mpo_ray.policies.artefact import has_reference
 from mpo_ray.policies.loading import load_tokenizer, vocabulary_digest
 from mpo_ray.policies.mixture_config import MixtureConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """objectives: in the mixture's order; context: tokens of a sequence, None for no limit"""
+    """objectives: in the mixture's order; context: tokens of a sequence, None for no limit
+
+    has_reference: whether the policies' base is decoded as well, as one more
+    """
 
     objectives: tuple[str, ...]
     context: int | None
     vocabulary: str
     chat_template: str | None
+    has_reference: bool
 
     @property
     def digest(self) -> str:
@@ -40,6 +45,7 @@ def interface_of(artefact: str, context: int | None = None) -> Interface:
         min(limits, default=None),
         vocabulary_digest(tokenizer),
         getattr(tokenizer, "chat_template", None),
+        has_reference(Path(artefact), config),
     )
 
 
