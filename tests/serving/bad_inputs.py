@@ -267,7 +267,7 @@ def _others() -> Iterator[Bad]:
         ("GET", "/v1/models/other", 404),
         ("GET", "/v1/models/", 404),
         ("GET", "/v1/nothing", 404),
-        ("GET", "/", 404),
+        ("POST", "/", 405),
         ("GET", "/docs", 404),
         ("GET", "/v1/completions/", 404),
         ("GET", "/../../etc/passwd", 404),
