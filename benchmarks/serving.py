@@ -36,7 +36,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from ray import serve as ray_serve
 
-from mpo_ray.config import Serve
+from mpo_ray.config_serving import Serve
 from mpo_ray.data.tokens import prompt_token_ids
 from mpo_ray.decoding.engine_thread import EngineThread
 from mpo_ray.decoding.open_engine import open_engine

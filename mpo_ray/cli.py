@@ -23,7 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from mpo_ray import cli_export, cli_generate, cli_tables
 from mpo_ray.cli_values import parse_named, parse_weights
-from mpo_ray.config import NAME, RunConfig, Serve
+from mpo_ray.config import NAME, RunConfig
+from mpo_ray.config_serving import Serve
 from mpo_ray.run import Run, StageError
 from mpo_ray.run_file import load_config
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from mpo_ray.config_serving import Serve
 from mpo_ray.config_training import ConstrainedTraining, PolicyTraining, Share, Source, Strict, SupervisedTraining
 from mpo_ray.records import Bound, check_weights, digest, is_reserved
 
@@ -231,83 +232,6 @@ class Evaluation(Strict):
     grid: PositiveInt | None = Field(None, description="steps along an edge of the simplex, for the decoded front")
     grid_prompts: PositiveInt = Field(64, description="prompts for each point of the grid")
     judge: Judge | None = None
-
-
-class Serve(Strict):
-    """The endpoint on Ray Serve: its address, its replicas, its engines, its limits."""
-
-    host: str = Field("127.0.0.1", description="address to listen on; loopback unless told otherwise")
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    api_key_env: str | None = Field(None, description="environment variable that holds the key; no check if absent")
-    api_keys_env: str | None = Field(
-        None, description="environment variable that holds several keys, separated by commas or white space"
-    )
-    allow_open: bool = Field(False, description="listen on a host other than loopback without an API key")
-    allowed_origins: list[str] = Field([], description="web pages whose scripts may call (CORS)")
-
-    min_replicas: PositiveInt = 1
-    max_replicas: PositiveInt = 4
-    target_ongoing_requests: PositiveFloat = Field(
-        8.0, description="per replica; above it Serve adds replicas, below it takes them away"
-    )
-    max_ongoing_requests: PositiveInt | None = Field(
-        None, description="per replica, at most; twice the target if absent"
-    )
-    max_queued_requests: PositiveInt = Field(64, description="above it requests are refused with 429")
-    upscale_delay_s: Annotated[float, Field(ge=0.0)] = 30.0
-    downscale_delay_s: Annotated[float, Field(ge=0.0)] = 600.0
-    cpus_per_replica: PositiveFloat = 1.0
-    gpus_per_replica: Annotated[float, Field(ge=0.0)] = 0.0
-    health_check_period_s: PositiveFloat = 10.0
-    health_check_timeout_s: PositiveFloat = 30.0
-    stuck_after_s: PositiveFloat = Field(
-        120.0, description="seconds that one step of an engine may take before its replica is replaced"
-    )
-    request_timeout_s: PositiveFloat = Field(
-        600.0, description="of a whole answer; a replica that is told to stop has as long to finish what it decodes"
-    )
-    retry_s: PositiveFloat = Field(
-        30.0, description="seconds in which a request without a token yet is tried again after its replica died"
-    )
-
-    num_lanes: PositiveInt = Field(
-        16, description="sequences that a replica decodes at a time, if every policy takes part"
-    )
-    context: PositiveInt | None = Field(None, description="tokens of a sequence, at most; the model's own if absent")
-    max_waiting: PositiveInt = Field(1024, description="completions that wait in a replica for a lane, at most")
-    prompt_tokens_per_step: PositiveInt = Field(
-        128, description="tokens of prompts that a step computes beside the running completions"
-    )
-    messages_per_step: PositiveFloat = Field(
-        4.0,
-        description="pieces of streams that a replica sends in a step, about at most: with more streams each holds "
-        "several tokens; first tokens and ends do not wait",
-    )
-
-    max_tokens: PositiveInt = Field(256, description="default and upper limit of a request's max_tokens")
-    max_prompt_tokens: PositiveInt | None = Field(None, description="of one prompt; what the context leaves if absent")
-    max_body_bytes: PositiveInt = 4 * 2**20
-    max_prompts: PositiveInt = Field(128, description="prompts of one request")
-    max_choices: PositiveInt = Field(128, description="prompts × n of one request")
-    max_n: PositiveInt = 32
-    max_work: PositiveInt = Field(262_144, description="policies × particles × choices × max_tokens of one request")
-    requests_per_minute: PositiveFloat | None = Field(None, description="of one API key; no limit if absent")
-
-    @model_validator(mode="after")
-    def _replicas_in_order(self) -> Serve:
-        if self.max_replicas < self.min_replicas:
-            raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
-        if self.ongoing_requests < self.target_ongoing_requests:
-            raise ValueError(
-                f"max_ongoing_requests {self.max_ongoing_requests} is below target_ongoing_requests "
-                f"{self.target_ongoing_requests:g}: replicas would never be seen as busy, and none added"
-            )
-        return self
-
-    @property
-    def ongoing_requests(self) -> int:
-        """Requests that a replica takes at a time; more wait in the ingress."""
-        return self.max_ongoing_requests or max(1, round(2 * self.target_ongoing_requests))
 
 
 class RunConfig(Strict):

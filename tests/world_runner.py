@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from mpo_ray.decoding.branch import Piece, Predictions
 from mpo_ray.decoding.engine import Event, MixtureEngine
 from mpo_ray.decoding.protocol import Delta, GenerationRequest, Mode, Sampling
-from mpo_ray.decoding.runner import Piece, Predictions
 from mpo_ray.maths.log_linear import log_normalizer, mix_logprobs
 from tests.world import END, PROMPT_TOKEN, Response, Table
 

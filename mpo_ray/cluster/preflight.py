@@ -10,7 +10,8 @@ import fsspec
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mpo_ray.config import Actors, RunConfig, Serve
+from mpo_ray.config import Actors, RunConfig
+from mpo_ray.config_serving import Serve
 from mpo_ray.run import Run, RunError
 
 Resources = Mapping[str, float]

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+from mpo_ray.decoding.branch import Piece
 from mpo_ray.decoding.drafts import Rules
+from mpo_ray.decoding.exact_runs import run_of
 from mpo_ray.decoding.protocol import (
     Delta,
     EngineError,
@@ -27,8 +29,8 @@ from mpo_ray.decoding.protocol import (
     Statistics,
 )
 from mpo_ray.decoding.request_check import check_request
-from mpo_ray.decoding.runner import Piece, Runner
-from mpo_ray.decoding.runs import Place, Run, places_of, run_of
+from mpo_ray.decoding.runner import Runner
+from mpo_ray.decoding.runs import Place, Run, places_of
 from mpo_ray.decoding.token_choice import Draw, choose_tokens
 from mpo_ray.records import REFERENCE, check_weights
 

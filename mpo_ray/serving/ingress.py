@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
-from mpo_ray.config import Serve
+from mpo_ray.config_serving import Serve
 from mpo_ray.decoding.protocol import EngineError, GenerationRequest, QueueFullError
 from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.serving.endpoint import create_app

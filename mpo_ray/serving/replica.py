@@ -9,7 +9,8 @@ from typing import Any
 
 from ray import serve as ray_serve
 
-from mpo_ray.config import ConfigError, Serve
+from mpo_ray.config import ConfigError
+from mpo_ray.config_serving import Serve
 from mpo_ray.decoding.engine_thread import EngineThread
 from mpo_ray.decoding.open_engine import open_engine
 from mpo_ray.decoding.protocol import GenerationRequest, Statistics

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from ray import serve as ray_serve
 
 from mpo_ray.cluster.preflight import check_serving
-from mpo_ray.config import ConfigError, Serve
+from mpo_ray.config import ConfigError
+from mpo_ray.config_serving import Serve
 from mpo_ray.config_training import Strict
 from mpo_ray.policies.artefact import check_artefact
 from mpo_ray.policies.mixture_config import MixtureConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mpo_ray.decoding.branch import Piece, Predictions
 from mpo_ray.decoding.protocol import (
     Delta,
     EngineError,
@@ -15,7 +16,6 @@ from mpo_ray.decoding.protocol import (
     RequestError,
     Sampling,
 )
-from mpo_ray.decoding.runner import Piece, Predictions
 from tests.world import PROMPT_TOKEN, random_table
 from tests.world_runner import WorldRunner, drain, engine_of
 

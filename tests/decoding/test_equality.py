@@ -10,7 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from mpo_ray.decoding.runner import MixtureRunner, Piece
+from mpo_ray.decoding.branch import Piece
+from mpo_ray.decoding.runner import MixtureRunner
 from mpo_ray.maths.log_linear import mix_logprobs
 from mpo_ray.policies.adapters import AdapterStack
 from mpo_ray.policies.mixture import MixtureForCausalLM

@@ -29,7 +29,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from mpo_ray.decoding.runner import MixtureRunner, Piece
+from mpo_ray.decoding.branch import Piece
+from mpo_ray.decoding.runner import MixtureRunner
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.policies.mixture_config import MixtureConfig

@@ -19,7 +19,7 @@ from ray import serve as ray_serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from mpo_ray.config import Serve
+from mpo_ray.config_serving import Serve
 from tests.serving.served import NAME, PROMPT, WEIGHTS, Load, write_mixture
 from tests.serving.test_service import generated
 

@@ -19,7 +19,8 @@ from ray import serve as ray_serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpo_ray.cluster.preflight import PlacementError
-from mpo_ray.config import ConfigError, Serve
+from mpo_ray.config import ConfigError
+from mpo_ray.config_serving import Serve
 from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.serving.page_files import PAGE_PATHS
