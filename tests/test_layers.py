@@ -22,6 +22,7 @@ LAYERS = (
         "mpo_ray.maths",
         "mpo_ray.config",
         "mpo_ray.config_training",
+        "mpo_ray.config_serving",
         "mpo_ray.records",
         "mpo_ray.run",
         "mpo_ray.run_file",
