@@ -28,8 +28,9 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def streamed(answer: Any) -> dict[int | str, dict[str, Any]]:
-    """A 200 that is `answer`, or events where `stream` was asked for."""
-    return {200: {"model": answer, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    """A 200 that is `answer`, or events where `stream` was asked for; the schema is that of each event."""
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    return {200: {"model": answer, "content": {"text/event-stream": {"schema": event}}}}
 
 
 def document(app: FastAPI, *, open_routes: Sequence[str]) -> None:

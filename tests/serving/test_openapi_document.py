@@ -80,6 +80,20 @@ def test_the_document_is_true(document: Any, method: str, path: str) -> None:
     assert seen[400] > 10 or method == "GET"
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "the film"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "good"}]}),
+    ],
+)
+def test_a_stream_is_as_documented(document: Any, path: str, body: dict[str, Any]) -> None:
+    case = document[path]["POST"].Case(
+        body={"model": NAME, "stream": True, "max_tokens": 3, **body}, media_type="application/json"
+    )
+    case.call_and_validate(headers={"Authorization": f"Bearer {KEY}"}, excluded_checks=UNCHECKED)
+
+
 def test_every_error_is_documented_in_one_form(live: Live) -> None:
     paths = live.http.get("/openapi.json").json()["paths"]
     assert {(method.upper(), path) for path, methods in paths.items() for method in methods} == set(ROUTES)
