@@ -135,6 +135,11 @@ def test_all_weights_at_0_are_refused_before_anything_is_asked(tab: Tab, live: L
         tab.set_weight(objective, 0)
     expect(tab.page.locator("#status")).to_have_text("All weights are 0: give one objective some.")
     expect(tab.page.locator("#ask")).to_be_disabled()
+    before = list(tab.asked)
+    tab.page.fill("#prompt", PROMPT)
+    tab.page.press("#prompt", "Control+Enter")
+    assert tab.asked == before
+    assert tab.page.locator(".answer").count() == 0
     tab.set_weight("harmless", 2)
     expect(tab.page.locator("#sliders output")).to_have_text(["0.000", "1.000"])
     expect(tab.page.locator("#ask")).to_be_enabled()

@@ -190,6 +190,6 @@ find("stop").addEventListener("click", () => running?.abort());
 find("reset").addEventListener("click", () => served && setOwnWeights());
 find("key").addEventListener("change", connected);
 find("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) find("form").requestSubmit();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) find("ask").click(); // a disabled button does nothing
 });
 connected();
