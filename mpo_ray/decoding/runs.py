@@ -7,6 +7,7 @@ told what was drawn. Its random numbers are its own, so that a completion does n
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,7 +33,7 @@ class Place:
     policies: Mapping[int, Tensor]
 
 
-class Run:
+class Run(ABC):
     """What all runs share: lanes, and the prompt, which is computed in pieces in the first lane."""
 
     #: Whether log Z_t decides over anything.
@@ -93,17 +94,17 @@ class Run:
             return self._see_prompt(pieces[0], places, runner)
         return self._draws(places, runner)
 
+    @abstractmethod
     def take(self, tokens: Sequence[int], draws: Sequence[tuple[Place, Draw]]) -> Delta | None:
         """Take the tokens drawn; returns what can be said of them. Sets `finished`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _begin(self, place: Place, runner: Runner) -> list[tuple[Place, Draw]]:
         """The draws of the first token. place: what follows the prompt."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _draws(self, places: Sequence[Place], runner: Runner) -> list[tuple[Place, Draw]]:
         """The draws of the next tokens. places: one for each of `_asked`."""
-        raise NotImplementedError
 
     def _see_prompt(self, piece: Piece, places: Sequence[Place], runner: Runner) -> list[tuple[Place, Draw]] | None:
         sampling, prompt = self.request.sampling, self.request.prompt_ids

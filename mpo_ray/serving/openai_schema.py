@@ -7,6 +7,7 @@ value that means nothing (null, or their default).
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -169,8 +170,9 @@ class Sampling(Request):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
-        raise NotImplementedError
+        """How many of the likeliest tokens to name at each place; None for no log-probabilities."""
 
     @property
     def echoes(self) -> bool:

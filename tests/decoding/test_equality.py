@@ -81,13 +81,13 @@ def merged(architecture: str, path: Path) -> PreTrainedModel:
     return PeftModel.from_pretrained(base_model(architecture), str(path)).merge_and_unload().eval()  # type: ignore[no-any-return]
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_rows_of_one_base_are_the_mixture(architecture: str, adapters: dict[str, Path], expected: torch.Tensor) -> None:
     stack = AdapterStack(base_model(architecture), adapters)
-    close(by_engine(mixture_of(stack, {}, [*adapters])), expected)
+    assert_close(by_engine(mixture_of(stack, {}, [*adapters])), expected)
 
 
 def test_a_loop_over_set_adapter_is_the_mixture(
@@ -102,15 +102,15 @@ def test_a_loop_over_set_adapter_is_the_mixture(
         model.set_adapter(name)
         with torch.no_grad():
             logprobs.append(model(torch.tensor(IDS)).logits.double().log_softmax(-1))
-    close(mix_logprobs(torch.stack(logprobs), WEIGHTS), expected)
+    assert_close(mix_logprobs(torch.stack(logprobs), WEIGHTS), expected)
 
 
 def test_merged_weights_are_the_mixture_by_plain_passes_and_by_the_engine(
     architecture: str, adapters: dict[str, Path], expected: torch.Tensor
 ) -> None:
     full = {name: merged(architecture, path) for name, path in adapters.items()}
-    close(mixed(list(full.values())), expected)
-    close(by_engine(mixture_of(None, full, [*adapters])), expected)
+    assert_close(mixed(list(full.values())), expected)
+    assert_close(by_engine(mixture_of(None, full, [*adapters])), expected)
 
 
 def test_a_stack_beside_a_model_of_its_own_is_the_mixture(
@@ -119,4 +119,4 @@ def test_a_stack_beside_a_model_of_its_own_is_the_mixture(
     names = [*adapters]
     stack = AdapterStack(base_model(architecture), {name: adapters[name] for name in (names[0], names[2])})
     full = {names[1]: merged(architecture, adapters[names[1]])}
-    close(by_engine(mixture_of(stack, full, names)), expected)
+    assert_close(by_engine(mixture_of(stack, full, names)), expected)

@@ -10,11 +10,8 @@ from typing import Any
 import httpx
 
 from mpo_ray.policies.artefact import write_artefact
+from tests.serving.live import WEIGHTS
 from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
-
-NAME = "tiny"
-WEIGHTS = {"helpful": 0.6, "harmless": 0.4}
-PROMPT = "the film was"
 
 
 def write_mixture(root: Path, *, seed: int = 1, weights: Mapping[str, float] = WEIGHTS) -> Path:

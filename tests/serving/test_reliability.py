@@ -20,7 +20,8 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from mpo_ray.config_serving import Serve
-from tests.serving.served import NAME, PROMPT, WEIGHTS, Load, write_mixture
+from tests.serving.live import NAME, PROMPT, WEIGHTS
+from tests.serving.served import Load, write_mixture
 from tests.serving.test_service import generated
 
 CONFIG = Serve(

@@ -21,31 +21,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mpo_ray.cluster.preflight import PlacementError
 from mpo_ray.config import ConfigError
 from mpo_ray.config_serving import Serve
-from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.serving.page_files import PAGE_PATHS
 from mpo_ray.serving.service import BuildArguments, build, check_open, key_digests, serve_endpoint
-from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
+from tests.serving.live import NAME, PROMPT, WEIGHTS, write_tiny
 
-NAME = "tiny"
-WEIGHTS = {"helpful": 0.6, "harmless": 0.4}
-PROMPT = "the film was"
 KEY = "a-key-for-tests"
 
 
 @pytest.fixture(scope="module")
 def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("served")
-    reference = tiny_llama(root / "reference", tiny_tokenizer(), seed=0)
-    write_artefact(
-        root / "mixture",
-        objectives={name: tiny_lora(root / name, reference, seed) for seed, name in enumerate(WEIGHTS, start=1)},
-        reference=reference,
-        copy_reference=True,
-        weights=WEIGHTS,
-        fit={},
-    )
-    return root / "mixture"
+    return write_tiny(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")
