@@ -11,7 +11,6 @@ other; a figure is the median of the time of a step, a token for each request, o
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 import warnings
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from shared_material import find_testbed
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -46,14 +46,6 @@ SHAPES = {
 }  # fmt: skip
 #: Makes one round: the seconds per token of all requests together.
 Side = Callable[[Sequence[Sequence[int]], int], float]
-
-
-def testbed() -> Path | None:
-    base = Path(os.environ.get("MPO_RAY_SHARED") or Path(__file__).parents[2] / "shared") / "testbed" / "imdb" / "base"
-    if base.is_dir():
-        return base
-    print(f"left out: the testbed is not at {base}; set MPO_RAY_SHARED")
-    return None
 
 
 def random_model(shape: str, directory: Path) -> Path:
@@ -228,8 +220,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         bases = {f"random weights, shape {arguments.shape}": random_model(arguments.shape, root / "base")}
-        if (base := testbed()) is not None:
-            bases["testbed"] = base
+        if (testbed := find_testbed()) is not None:
+            bases["testbed"] = testbed / "base"
         for number, (title, base) in enumerate(bases.items()):
             adapters = random_adapters(base, root / f"adapters{number}")
             print(f"\n{title}: K = {len(NAMES)}, rank 16, {torch.get_num_threads()} threads, {device()}")

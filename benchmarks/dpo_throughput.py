@@ -28,6 +28,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import numpy as np
 import torch
 import torch.distributed as dist
+from shared_material import find_testbed
 
 from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine
 from mpo_ray.config_training import PolicyTraining
@@ -53,10 +54,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
 
-    shared = Path(os.environ.get("MPO_RAY_SHARED") or Path(__file__).parents[2] / "shared")
-    testbed = shared / "testbed" / "imdb"
-    if not testbed.is_dir():
-        print(f"skipped: the testbed is not at {testbed}; set MPO_RAY_SHARED")
+    testbed = find_testbed()
+    if testbed is None:
         return 0
     try:
         import trl  # noqa: F401

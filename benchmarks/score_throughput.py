@@ -36,6 +36,7 @@ import pyarrow as pa
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from shared_material import find_testbed
 
 from mpo_ray.cluster.parts import Part, process_parts
 from mpo_ray.cluster.score import SampleScorer, draw, sequences
@@ -60,10 +61,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
 
-    shared = Path(os.environ.get("MPO_RAY_SHARED") or Path(__file__).parents[2] / "shared")
-    testbed = shared / "testbed" / "imdb"
-    if not testbed.is_dir():
-        print(f"skipped: the testbed is not at {testbed}; set MPO_RAY_SHARED")
+    testbed = find_testbed()
+    if testbed is None:
         return 0
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)

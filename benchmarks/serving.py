@@ -35,6 +35,7 @@ import ray
 import torch
 from peft import LoraConfig, get_peft_model
 from ray import serve as ray_serve
+from shared_material import find_testbed
 
 from mpo_ray.config_serving import Serve
 from mpo_ray.data.tokens import prompt_token_ids
@@ -59,10 +60,8 @@ def main() -> int:
     parser.add_argument("--single", type=int, default=40, help="requests in a block of one after the other")
     options = parser.parse_args()
 
-    shared = Path(os.environ.get("MPO_RAY_SHARED") or Path(__file__).parents[2] / "shared")
-    testbed = shared / "testbed" / "imdb"
-    if not testbed.is_dir():
-        print(f"skipped: the testbed is not at {testbed}; set MPO_RAY_SHARED")
+    testbed = find_testbed()
+    if testbed is None:
         return 0
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)

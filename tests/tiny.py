@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,6 +18,20 @@ from transformers import (
 )
 
 WORDS = tuple("the a film was good bad short long and very I liked it not at all plot acting".split())  # noqa: SIM905
+#: The shape of a two-layer model of any architecture, for its configuration.
+TINY_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %} {{ message['role'] }} {{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %} assistant{% endif %}"

@@ -28,19 +28,9 @@ from mpo_ray.policies.adapters import AdapterStack, repeat_rows
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.policy_set import PolicySet
 from mpo_ray.records import REFERENCE
-from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
+from tests.tiny import TINY_SIZES, tiny_llama, tiny_lora, tiny_tokenizer
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 25,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-}
+SIZES = {**TINY_SIZES, "vocab_size": 25}
 ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),  # its q, k and v have biases

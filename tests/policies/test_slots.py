@@ -35,21 +35,9 @@ from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.policies.packed_linear import PackedLinear
+from tests.tiny import TINY_SIZES
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = {**TINY_SIZES, "vocab_size": 40}
 GEMMA: dict[str, Any] = {**SIZES, "query_pre_attn_scalar": 8, "sliding_window": 4}
 CAPPED: dict[str, Any] = {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {

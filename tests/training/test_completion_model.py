@@ -26,23 +26,10 @@ from transformers import (
 
 from mpo_ray.data.tokens import collate
 from mpo_ray.training.completion_model import CompletionModel
-from tests.tiny import next_logprobs, tiny_config, tiny_tokenizer
+from tests.tiny import TINY_SIZES, next_logprobs, tiny_config, tiny_tokenizer
 
 Sequences = list[tuple[list[int], list[int]]]
-SIZES: dict[str, Any] = {
-    "vocab_size": 25,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = {**TINY_SIZES, "vocab_size": 25}
 
 
 def _sequences(num: int = 7) -> Sequences:
