@@ -16,7 +16,7 @@ from mpo_ray.maths.log_linear import mix_logprobs
 from mpo_ray.policies.adapters import AdapterStack
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.policies.mixture_config import MixtureConfig
-from tests.policies.test_adapters import ADAPTERS, ARCHITECTURES, base_model, save_adapter
+from tests.policies.test_adapters import ARCHITECTURES, base_model, save_adapters
 
 IDS = [[1, 8, 9, 10, 11, 7, 6], [1, 12, 5, 6, 7, 3, 3]]
 WEIGHTS = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
@@ -30,11 +30,7 @@ def architecture(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def adapters(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Ranks, scalings and adapted modules that differ from one to the next."""
-    root = tmp_path_factory.mktemp(architecture)
-    return {
-        name: save_adapter(root / name, base_model(architecture), seed, **config)
-        for seed, (name, config) in enumerate(ADAPTERS.items())
-    }
+    return save_adapters(tmp_path_factory.mktemp(architecture), architecture)
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,14 @@ def save_adapter(directory: Path, base: PreTrainedModel, seed: int, **config: An
     return directory
 
 
+def save_adapters(root: Path, architecture: str) -> dict[str, Path]:
+    """All of ADAPTERS, on one base."""
+    return {
+        name: save_adapter(root / name, base_model(architecture), seed, **config)
+        for seed, (name, config) in enumerate(ADAPTERS.items())
+    }
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -75,11 +83,7 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def adapters(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp(architecture)
-    return {
-        name: save_adapter(root / name, base_model(architecture), seed, **config)
-        for seed, (name, config) in enumerate(ADAPTERS.items())
-    }
+    return save_adapters(tmp_path_factory.mktemp(architecture), architecture)
 
 
 @pytest.fixture(scope="module")
