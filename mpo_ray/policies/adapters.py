@@ -31,12 +31,12 @@ class _Groups:
     """The groups of the forward pass that this thread (or task) is in: of which adapter each is, `_BASE` for none.
 
     sizes: rows of each group where they differ, else None
-    shared: what layers with one input have computed of it, by the number of their `_SharedDown`
+    computed: the input and the outputs of layers that are one, where some of them are still to be called
     """
 
     adapters: tuple[int, ...] = (_BASE,)
     sizes: tuple[int, ...] | None = None
-    shared: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    computed: dict[nn.Module, tuple[Tensor, Sequence[Tensor]]] = field(default_factory=dict)
 
     @property
     def first(self) -> int:
@@ -61,17 +61,15 @@ class AdapterStack(nn.Module):
         files = [read_lora(path) for path in adapters.values()]
         self._places = {REFERENCE: _BASE} | {name: index for index, name in enumerate(adapters)}
         _check_fit(base, files)
-        for name in sorted({name for file in files for name in file.factors}):
-            parent, _, leaf = name.rpartition(".")
-            layer = StackedLinear(base.get_submodule(name), [file.factors.get(name) for file in files])
-            setattr(base.get_submodule(parent), leaf, layer)
-        self._shared = nn.ModuleList()
-        for module in base.modules():
-            for names in _SIBLINGS:
-                found = [getattr(module, name, None) for name in names]
-                layers = [layer for layer in found if isinstance(layer, StackedLinear)]
-                if len(layers) > 1:
-                    self._shared.append(_SharedDown(layers, len(self._shared)))
+        adapted = {name for file in files for name in file.factors}
+        for names in _with_one_input(base, adapted):
+            layer = StackedLinear(
+                [base.get_submodule(name) for name in names],
+                [[file.factors.get(name) for name in names] for file in files],
+            )
+            for number, name in enumerate(names):
+                parent, _, leaf = name.rpartition(".")
+                setattr(base.get_submodule(parent), leaf, layer if len(names) == 1 else _Part(layer, number))
         self.base = base.requires_grad_(False)
 
     @property
@@ -106,23 +104,32 @@ class AdapterStack(nn.Module):
 class StackedLinear(nn.Module):
     """y_g = W x_g + b + B_g A_g x_g for every group g of rows, the scaling folded into B_g.
 
-    Ranks are padded with zeros to the largest; an adapter that leaves this layer alone is all zeros.
+    Several layers that are given the same x are one: their outputs lie side by side, and B_g has a block for each. Few
+    large products take less time than many small ones. Ranks are padded with zeros to the largest; an adapter that
+    leaves a layer alone is all zeros there.
     """
 
-    def __init__(self, linear: nn.Linear, factors: Sequence[tuple[Tensor, Tensor] | None]) -> None:
-        """factors: per adapter A (r, in) and B (out, r), or None."""
+    def __init__(self, layers: Sequence[nn.Linear], factors: Sequence[Sequence[tuple[Tensor, Tensor] | None]]) -> None:
+        """factors: per adapter and layer A (r, in) and B (out, r), or None."""
         super().__init__()
-        self.linear = linear
-        weight = linear.weight
-        rank = max(pair[0].shape[0] for pair in factors if pair is not None)
-        down = weight.new_zeros(len(factors), weight.shape[1], rank)
-        up = weight.new_zeros(len(factors), rank, weight.shape[0])
-        for index, pair in enumerate(factors):
-            if pair is not None:
-                down[index, :, : pair[0].shape[0]] = pair[0].T
-                up[index, : pair[1].shape[1]] = pair[1].T
+        self.linear = layers[0] if len(layers) == 1 else _side_by_side(layers)
+        self.sizes = [layer.out_features for layer in layers]
+        weight = self.linear.weight
+        ranks = [
+            max((pair[0].shape[0] for pair in pairs if pair is not None), default=0)
+            for pairs in zip(*factors, strict=True)
+        ]
+        down = weight.new_zeros(len(factors), weight.shape[1], sum(ranks))
+        up = weight.new_zeros(len(factors), sum(ranks), weight.shape[0])
+        for index, pairs in enumerate(factors):
+            rank = column = 0
+            for pair, width, size in zip(pairs, ranks, self.sizes, strict=True):
+                if pair is not None:
+                    own = pair[0].shape[0]
+                    down[index, :, rank : rank + own] = pair[0].T
+                    up[index, rank : rank + own, column : column + size] = pair[1].T
+                rank, column = rank + width, column + size
         self.down, self.up = _Factor(down), _Factor(up)
-        self.shared: tuple[_SharedDown, slice] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs: (rows, …, in), the rows a multiple of the number of groups; or (1, tokens, in), likewise.
@@ -138,12 +145,10 @@ class StackedLinear(nn.Module):
             self._add_uneven(inputs[0], outputs[0], adapters, groups.sizes)
             return outputs
         flat = outputs.view(len(adapters), -1, outputs.shape[-1])
-        if self.shared is not None:
-            module, columns = self.shared
-            projected = module(inputs, groups)[..., columns]
-        else:
-            projected = torch.bmm(_grouped(inputs, groups), self.down.of(adapters[first:]))
-        (flat[first:] if first else flat).baddbmm_(projected, self.up.of(adapters[first:]))
+        rows = inputs.reshape(len(adapters), -1, inputs.shape[-1])
+        if first:
+            flat, rows = flat[first:], rows[first:]
+        flat.baddbmm_(torch.bmm(rows, self.down.of(adapters[first:])), self.up.of(adapters[first:]))
         return outputs
 
     def _add_uneven(self, inputs: Tensor, outputs: Tensor, adapters: tuple[int, ...], sizes: Sequence[int]) -> None:
@@ -154,27 +159,51 @@ class StackedLinear(nn.Module):
                 results.addmm_(rows @ self.down.all[adapter], self.up.all[adapter])
 
 
-class _SharedDown(nn.Module):
-    """A x of several layers that are given the same x, such as queries, keys and values: one product for all.
+class _Part(nn.Module):
+    """One of the layers that are one, in its place in the model. The first that is called computes them all.
 
-    The first of the layers computes it, the others find it; it is theirs if their input is the very same tensor.
+    What it computed is the others' if their input is the very same tensor; the last layer lets go of it.
     """
 
-    def __init__(self, layers: Sequence[StackedLinear], number: int) -> None:
+    def __init__(self, whole: StackedLinear, number: int) -> None:
         super().__init__()
-        self.number = number
-        self.down = _Factor(torch.cat([layer.down.all for layer in layers], dim=2))
-        start = 0
-        for layer in layers:
-            end = start + layer.down.all.shape[2]
-            layer.shared, start = (self, slice(start, end)), end
+        self.whole, self._number = whole, number
 
-    def forward(self, inputs: Tensor, groups: _Groups) -> Tensor:
-        found = groups.shared.get(self.number)
+    def forward(self, inputs: Tensor) -> Tensor:
+        computed = _GROUPS.get().computed
+        found = computed.get(self.whole)
         if found is None or found[0] is not inputs:
-            projected = torch.bmm(_grouped(inputs, groups), self.down.of(groups.adapters[groups.first :]))
-            found = groups.shared[self.number] = (inputs, projected)
-        return found[1]
+            outputs = self.whole(inputs).split(self.whole.sizes, dim=-1)
+            found = computed[self.whole] = (inputs, outputs)
+        if self._number == len(self.whole.sizes) - 1:
+            computed.pop(self.whole, None)
+        return found[1][self._number]
+
+
+def _with_one_input(base: nn.Module, adapted: set[str]) -> list[list[str]]:
+    """The names of the adapted layers, those that are given the same input together."""
+    together = []
+    for parent, _ in base.named_modules():
+        for siblings in _SIBLINGS:
+            names = [f"{parent}.{leaf}" for leaf in siblings if f"{parent}.{leaf}" in adapted]
+            if len(names) > 1:
+                together.append(names)
+    alone = adapted - {name for names in together for name in names}
+    return together + [[name] for name in sorted(alone)]
+
+
+def _side_by_side(layers: Sequence[nn.Linear]) -> nn.Linear:
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    whole = nn.Linear(
+        weight.shape[1], weight.shape[0], bias=any(layer.bias is not None for layer in layers), device="meta"
+    )
+    whole.weight = nn.Parameter(weight, requires_grad=False)
+    if whole.bias is not None:
+        biases = [
+            weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers
+        ]
+        whole.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+    return whole
 
 
 class _Factor(nn.Module):
@@ -200,12 +229,6 @@ class _Factor(nn.Module):
             kept = (adapters, everyone.device, everyone[torch.tensor(adapters, device=everyone.device)])
             self._kept = kept
         return kept[2]
-
-
-def _grouped(inputs: Tensor, groups: _Groups) -> Tensor:
-    """The rows of the groups that have an adapter, (groups, rows, in)."""
-    rows = inputs.reshape(len(groups.adapters), -1, inputs.shape[-1])
-    return rows[groups.first :] if groups.first else rows
 
 
 def repeat_rows(rows: Tensor | None, num_groups: int) -> Tensor | None:

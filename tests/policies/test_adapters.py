@@ -127,6 +127,21 @@ def test_the_policies_differ_or_the_test_above_shows_nothing(separate: dict[str,
     assert all((a - b).abs().max() > 0.1 for i, a in enumerate(values) for b in values[:i])
 
 
+def test_layers_computed_together_may_be_given_different_inputs(
+    architecture: str, stack: AdapterStack, adapters: dict[str, Path]
+) -> None:
+    """Queries, keys and values are one product where they have one input; each has its own where they do not."""
+    peft = PeftModel.from_pretrained(base_model(architecture), str(adapters["small"]))
+    attention = peft.get_base_model().model.layers[0].self_attn
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 3, attention.q_proj.in_features, generator=generator) for _ in range(2)]
+    with stack.running(["small"]) as base, torch.no_grad():
+        stacked = base.model.layers[0].self_attn
+        for name, given in [("q_proj", 0), ("k_proj", 1), ("v_proj", 0), ("q_proj", 1), ("v_proj", 1)]:
+            expected = getattr(attention, name)(inputs[given])
+            torch.testing.assert_close(getattr(stacked, name)(inputs[given]), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_outside_a_call_the_base_is_the_reference(stack: AdapterStack, separate: dict[str, torch.Tensor]) -> None:
     stack(["small"], input_ids=IDS)
     torch.testing.assert_close(stack.base(IDS).logits, separate[REFERENCE])
