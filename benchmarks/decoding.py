@@ -4,8 +4,9 @@
 
 Two shapes: the testbed's model (where the shared material is) and a Llama with random weights; K = 3 LoRA adapters of
 rank 16 with random factors. On the CPU the latter has 12 layers of SmolLM-135M's shape (d = 576); on a GPU it has the
-shape of a 1B model, in bfloat16 (`--shape 8b` for 8B). Every side decodes the same prompts, one round of each after the
-other; a figure is the median of the time of a step, a token for each request, over rounds. Nothing is written.
+shape of a 1B model, in bfloat16 (`--shape 8b` for 8B). Every side decodes the same prompts, one round of each after
+the other; one model is also given K times the requests, which is as many rows as the mixture computes. A figure is
+the median of the time of a step, a token for each request, over rounds. Nothing is written.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ SHAPES = {
 Side = Callable[[Sequence[Sequence[int]], int], float]
 
 
-def random_model(shape: str, directory: Path) -> Path:
+def random_model(shape: str, directory: Path, **other: int) -> Path:
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], max_position_embeddings=2048)).to(precision())
+        config = LlamaConfig(**{**SHAPES[shape], **other}, max_position_embeddings=2048)
+        model = LlamaForCausalLM(config).to(precision())
     model.save_pretrained(directory)
     return directory
 
@@ -173,10 +175,12 @@ def mixture_of(model: Any, adapters: Mapping[str, Path]) -> MixtureForCausalLM:
 
 def measure(base: Path, adapters: Mapping[str, Path], num_requests: int, *, steps: int, rounds: int) -> None:
     most = num_requests
-    plain = mixture_of(open_model(base), {})
+    plain, crowded = (mixture_of(open_model(base), {}) for _ in range(2))
     mixture, measured = (mixture_of(open_model(base), adapters) for _ in range(2))
+    crowd = engine_side(crowded, {"plain": 1.0}, len(NAMES) * most, log_z=False)
     sides: dict[str, Side] = {
         "one model, engine": engine_side(plain, {"plain": 1.0}, most, log_z=False),
+        "one model, K x requests": lambda prompts, steps: crowd([*prompts] * len(NAMES), steps),
         "mixture, engine": engine_side(mixture, WEIGHTS, most, log_z=False),
         "mixture, engine, log Z": engine_side(measured, WEIGHTS, most, log_z=True),
         "mixture, set_adapter": loop_side(base, adapters),
@@ -196,6 +200,7 @@ def measure(base: Path, adapters: Mapping[str, Path], num_requests: int, *, step
         print(f"  {name:<24} {1000 * median(found):8.2f} ms a step")
     for first, second in (
         ("mixture, engine", "one model, engine"),
+        ("mixture, engine", "one model, K x requests"),
         ("mixture, engine, log Z", "one model, engine"),
         ("mixture, set_adapter", "mixture, engine"),
         ("one model, generate", "one model, engine"),

@@ -1,18 +1,23 @@
 """What HTTP and Ray Serve cost: the endpoint against the engine alone, with the same requests.
 
-Under test is a mixture of K = 3 random LoRA policies on the testbed's base model. `engine` is an EngineThread in this
-process; `endpoint` the same engine in a replica of the Serve application, asked over HTTP by locust, whose users are
-processes of their own. Both decode the same prompts with the same seeds, so the same tokens, with the same number of
-streams at a time: 32 for tokens per second, 1 for the time to the first token. They take turns, block by block; the
-figures are medians of the blocks' ratios (tokens per second) and of all requests (time to the first token).
+    python benchmarks/serving.py [--blocks 5] [--requests 160] [--max-tokens 100] [--single 40]
 
-Last, a full queue: one more request than the replica takes and lets wait, again and again; how soon it is refused.
+Under test are mixtures of K = 3 random LoRA policies, on the testbed's base model and on 12 layers of d = 576 with
+random weights (the shape of benchmarks/decoding.py, the testbed's vocabulary). `engine` is an EngineThread in this
+process; `endpoint` the same engine in a replica of the Serve application, asked over HTTP by locust, in a process of
+its own. Both decode the same prompts with the same seeds, so the same tokens, with as many streams at a time: 32 for
+tokens per second, 1 for the time to the first token. They take turns, block by block; the figures are medians of the
+blocks' ratios (tokens per second) and of all requests (time to the first token).
+
+Last, a full queue: users who ask again and again keep as many requests running and waiting as may; how soon is one
+more refused?
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import subprocess
@@ -33,7 +38,7 @@ import httpx
 import psutil
 import ray
 import torch
-from peft import LoraConfig, get_peft_model
+from decoding import NAMES, random_adapters, random_model
 from ray import serve as ray_serve
 from shared_material import find_testbed
 
@@ -43,7 +48,7 @@ from mpo_ray.decoding.engine_thread import EngineThread
 from mpo_ray.decoding.open_engine import open_engine
 from mpo_ray.decoding.protocol import GenerationRequest, Sampling
 from mpo_ray.policies.artefact import write_artefact
-from mpo_ray.policies.loading import load_model, load_tokenizer
+from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.serving.service import serve_endpoint
 
 STREAMS = 32
@@ -69,43 +74,57 @@ def main() -> int:
     prompts = [json.loads(line)["prompt"] for line in lines]
 
     with tempfile.TemporaryDirectory(prefix="serving-") as directory:
-        artefact = random_mixture(Path(directory), testbed / "base")
-        many = bodies(prompts, options.requests, options.max_tokens)
-        few = bodies(prompts, options.single, 8)
-        serve = Serve(
-            port=0,
-            max_replicas=1,
-            num_lanes=STREAMS,
-            target_ongoing_requests=STREAMS,
-            max_tokens=options.max_tokens,
-            messages_per_step=options.messages_per_step,
-        )
+        root = Path(directory)
+        tokenizer = load_tokenizer(str(testbed / "base"))
+        shaped = random_model("cpu", root / "base", vocab_size=len(tokenizer))
+        tokenizer.save_pretrained(shaped)
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
         try:
-            url = serve_endpoint(str(artefact), serve, "mixture", blocking=False)
-            engine = EngineThread(open_engine(str(artefact), num_lanes=STREAMS))
-            tokenizer = load_tokenizer(str(artefact))
-            spend: list[dict[str, float]] = []
-
-            def turn(requests: list[dict[str, Any]], streams: int) -> tuple[Seen, Seen]:
-                before = processor_seconds()
-                alone = asyncio.run(through_engine(engine, tokenizer, requests, streams))
-                between = processor_seconds()
-                seen = through_http(url, requests, streams, Path(directory))
-                spent = {name: value - between[name] for name, value in processor_seconds().items() if name != "driver"}
-                spend.append({**spent, "engine alone": between["driver"] - before["driver"]})
-                return alone, seen
-
-            turn(few, 1), turn(many[:STREAMS], STREAMS)  # warm
-            spend.clear()
-            loaded = [turn(many, STREAMS) for _ in range(options.blocks)]
-            report_processor(spend, loaded)
-            single = [turn(few, 1) for _ in range(options.blocks)]
-            refused = asyncio.run(refusals(url, prompts, options.max_tokens))
-            engine.close()
+            bases = {"testbed": testbed / "base", "12 layers, d = 576, random weights": shaped}
+            failed = [measure(title, base, root, prompts, options) for title, base in bases.items()]
         finally:
-            ray_serve.shutdown()
             ray.shutdown()
+    return max(failed)
+
+
+def measure(title: str, base: Path, root: Path, prompts: list[str], options: argparse.Namespace) -> int:
+    """Serve a mixture on this base, ask both sides, and print what was seen; 1 if a request failed."""
+    print(f"\n{title}")
+    artefact = random_mixture(root / base.parent.name, base)
+    many = bodies(prompts, options.requests, options.max_tokens)
+    few = bodies(prompts, options.single, 8)
+    serve = Serve(
+        port=0,
+        max_replicas=1,
+        num_lanes=STREAMS,
+        target_ongoing_requests=STREAMS,
+        max_tokens=options.max_tokens,
+        messages_per_step=options.messages_per_step,
+    )
+    try:
+        url = serve_endpoint(str(artefact), serve, "mixture", blocking=False)
+        engine = EngineThread(open_engine(str(artefact), num_lanes=STREAMS))
+        tokenizer = load_tokenizer(str(artefact))
+        spend: list[dict[str, float]] = []
+
+        def turn(requests: list[dict[str, Any]], streams: int) -> tuple[Seen, Seen]:
+            before = processor_seconds()
+            alone = asyncio.run(through_engine(engine, tokenizer, requests, streams))
+            between = processor_seconds()
+            seen = through_http(url, requests, streams, root)
+            spent = {name: value - between[name] for name, value in processor_seconds().items() if name != "driver"}
+            spend.append({**spent, "engine alone": between["driver"] - before["driver"]})
+            return alone, seen
+
+        turn(few, 1), turn(many[:STREAMS], STREAMS)  # warm
+        spend.clear()
+        loaded = [turn(many, STREAMS) for _ in range(options.blocks)]
+        report_processor(spend, loaded)
+        single = [turn(few, 1) for _ in range(options.blocks)]
+        refused = asyncio.run(refusals(url, prompts, options.max_tokens))
+        engine.close()
+    finally:
+        ray_serve.shutdown()
     return report(loaded, single, refused)
 
 
@@ -128,7 +147,10 @@ def report(loaded: list[tuple[Seen, Seen]], single: list[tuple[Seen, Seen]], ref
     for name, milliseconds in zip(("engine", "endpoint"), firsts, strict=True):
         print(f"{name:>9}: first token after {median(milliseconds):5.1f} ms (median of {len(milliseconds)})")
     print(f"added time to the first token: {median(firsts[1]) - median(firsts[0]):.1f} ms (goal 20)")
-    print(f"full queue: refused after {1e3 * median(refused):.1f} ms (median of {len(refused)}; goal 50)")
+    if refused:
+        print(f"full queue: refused after {1e3 * median(refused):.1f} ms (median of {len(refused)}; goal 50)")
+    else:
+        print("full queue: no request was refused, so nothing was measured", file=sys.stderr)
     tokens = [[sum(one["tokens"] for one in seen) for seen in side] for side in zip(*loaded, strict=True)]
     if any(abs(mine - other) > 0.01 * mine for mine, other in zip(*tokens, strict=True)):  # crowds differ in rounding
         print(f"the sides do not decode the same tokens: {tokens}", file=sys.stderr)
@@ -195,24 +217,38 @@ async def through_engine(engine: EngineThread, tokenizer: Any, requests: list[di
 async def refusals(url: str, prompts: list[str], max_tokens: int, probes: int = 30) -> list[float]:
     """Seconds until one request more is refused, while as many run and wait as may."""
     limits = httpx.Limits(max_connections=None)
+    seeds = itertools.count()
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
 
-        async def ask(body: dict[str, Any]) -> tuple[int, float]:
+        async def ask() -> tuple[int, float]:
+            [body] = bodies(prompts[next(seeds) % len(prompts) :], 1, max_tokens)
             began = time.perf_counter()
             answer = await client.post("/v1/completions", json=body)
             return answer.status_code, time.perf_counter() - began
 
-        number = Serve(target_ongoing_requests=STREAMS).ongoing_requests + Serve().max_queued_requests + 10
-        crowd = [asyncio.create_task(ask({**body, "n": 4})) for body in bodies(prompts, number, max_tokens)]
-        await asyncio.sleep(3)
-        while (await ask({**bodies(prompts, 1, 1)[0], "n": 1}))[0] != 429:  # until the queue is full
-            if all(task.done() for task in crowd):
-                return [float("nan")]
-        found = [await ask(bodies(prompts, 1, 8)[0]) for _ in range(probes)]
+        async def user() -> None:
+            while True:
+                status, _ = await ask()
+                if status == 429:
+                    await asyncio.sleep(1.0)
+
+        serve = Serve(target_ongoing_requests=STREAMS)
+        crowd = [asyncio.create_task(user()) for _ in range(serve.ongoing_requests + serve.max_queued_requests + 8)]
+        found: list[float] = []
+        await asyncio.sleep(5)
+        for _ in range(10 * probes):
+            try:
+                status, seconds = await asyncio.wait_for(ask(), 1.0)
+            except TimeoutError:  # there was room: it waits in the queue, and leaves it again
+                continue
+            found += [seconds] * (status == 429)
+            if len(found) == probes:
+                break
+            await asyncio.sleep(0.1)
         for task in crowd:
             task.cancel()
         await asyncio.gather(*crowd, return_exceptions=True)
-    return [seconds for status, seconds in found if status == 429] or [float("nan")]
+    return found
 
 
 def through_http(url: str, requests: list[dict[str, Any]], streams: int, directory: Path) -> Seen:
@@ -228,21 +264,12 @@ def through_http(url: str, requests: list[dict[str, Any]], streams: int, directo
     return list(json.loads(found.read_text(encoding="utf-8")))
 
 
-def random_mixture(directory: Path, base: Path, num_policies: int = 3) -> Path:
+def random_mixture(directory: Path, base: Path) -> Path:
     """A mixture of LoRA policies of rank 16 with random factors."""
-    tokenizer, policies = load_tokenizer(str(base)), {}
-    for seed in range(num_policies):
-        torch.manual_seed(seed)
-        model = get_peft_model(
-            load_model(str(base)), LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        )
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = 0.02 * torch.randn(parameter.shape)
-        policies[f"policy{seed}"] = directory / f"policy{seed}"
-        model.save_pretrained(policies[f"policy{seed}"])
-        tokenizer.save_pretrained(policies[f"policy{seed}"])
-    weights = dict.fromkeys(policies, 1 / num_policies)
+    policies = random_adapters(base, directory)
+    for path in policies.values():
+        load_tokenizer(str(base)).save_pretrained(path)
+    weights = dict.fromkeys(NAMES, 1 / len(NAMES))
     write_artefact(
         directory / "mixture", objectives=policies, reference=base, copy_reference=True, weights=weights, fit={}
     )

@@ -1,16 +1,18 @@
 """mpo_ray: align one language model to several human preferences at once.
 
-Importing the package registers the mixture (`model_type: "mpo_mixture"`) with transformers, where transformers is
-installed, so that `AutoModelForCausalLM.from_pretrained` opens a mixture artefact.
+Importing the package registers the mixture (`model_type: "mpo_mixture"`) with transformers, so that
+`AutoModelForCausalLM.from_pretrained` opens a mixture artefact. The import itself loads neither torch nor transformers:
+the mixture's config comes with transformers' AutoConfig, and the mixture when one is opened.
 """
 
-from importlib.util import find_spec
+import importlib
+from types import ModuleType
 
-if find_spec("transformers") is not None:
-    from transformers import AutoConfig, AutoModelForCausalLM
+from wrapt import register_post_import_hook
 
-    from mpo_ray.policies.mixture import MixtureForCausalLM
-    from mpo_ray.policies.mixture_config import MixtureConfig
 
-    AutoConfig.register(MixtureConfig.model_type, MixtureConfig)
-    AutoModelForCausalLM.register(MixtureConfig, MixtureForCausalLM)
+def _register(_: ModuleType) -> None:
+    importlib.import_module("mpo_ray.policies.mixture_config")
+
+
+register_post_import_hook(_register, "transformers.models.auto.configuration_auto")

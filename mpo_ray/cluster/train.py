@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from typing import Any
 
 import ray
 import ray.train
@@ -15,7 +16,6 @@ from ray.util.queue import Queue
 from rich.console import Console
 
 from mpo_ray.cluster.progress import bars, reports_of
-from mpo_ray.cluster.train_worker import train_worker
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.config_training import Workers
 from mpo_ray.run import Run, StageError
@@ -64,6 +64,13 @@ def num_side_by_side(workers: Workers) -> int:
     )
 
 
+def _train_on_worker(values: dict[str, Any]) -> str | None:
+    """Load the training's code where it runs: Ray Train's controller, a process for each run, has no use for it."""
+    from mpo_ray.cluster.train_worker import train_worker
+
+    return train_worker(values)
+
+
 def _fit(job: TrainingJob, progress: Queue) -> str | None:
     """Run one TorchTrainer; returns its error, or why it stopped, as text, None if it ended well."""
     logging.getLogger("ray.train").setLevel(logging.WARNING)
@@ -72,7 +79,7 @@ def _fit(job: TrainingJob, progress: Queue) -> str | None:
     if workers.gpus_per_worker:
         resources["GPU"] = workers.gpus_per_worker
     trainer = TorchTrainer(
-        train_worker,
+        _train_on_worker,
         train_loop_config={"job": job.model_dump(mode="json"), "progress": progress},
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,

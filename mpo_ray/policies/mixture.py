@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mpo_ray.data.tokens import TokenBatch
@@ -257,3 +257,6 @@ def _precision(dtype: str | torch.dtype | None) -> str:
         if str(known).removeprefix("torch.") == wanted:
             return name
     raise ModelError(f"dtype {wanted} is not supported for a mixture; use float32 or bfloat16.")
+
+
+AutoModelForCausalLM.register(MixtureConfig, MixtureForCausalLM, exist_ok=True)

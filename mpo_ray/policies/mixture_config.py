@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from mpo_ray.records import check_weights
 
@@ -49,3 +50,12 @@ class MixtureConfig(PreTrainedConfig):  # type: ignore[misc]
         self.max_position_embeddings = max_position_embeddings
         self.use_cache = use_cache
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """As of every config; whoever reads one may next ask transformers for its model, so that is registered now."""
+        importlib.import_module("mpo_ray.policies.mixture")
+        return super().from_dict(config_dict, **kwargs)
+
+
+AutoConfig.register(MixtureConfig.model_type, MixtureConfig, exist_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -290,3 +292,15 @@ def test_weights_off_the_simplex_are_refused_everywhere(
         AutoModelForCausalLM.from_pretrained(artefact, weights=weights)
     with pytest.raises(ValueError, match=complaint):
         model.set_weights(weights)
+
+
+def test_the_package_is_light_until_a_mixture_is_opened(artefact: Path) -> None:
+    """Neither the package nor the command loads torch; transformers alone then opens the artefact, in a new process."""
+    code = f"""
+import sys, mpo_ray, mpo_ray.cli
+assert "torch" not in sys.modules
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained({str(artefact)!r})).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == "MixtureForCausalLM", done.stderr
