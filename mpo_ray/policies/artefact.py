@@ -71,6 +71,7 @@ def write_artefact(
     tokenizer.save_pretrained(directory)
     _generation_config(reference, tokenizer).save_pretrained(directory)
     base = AutoConfig.from_pretrained(reference, trust_remote_code=False).get_text_config()
+    base.name_or_path = ""  # where it was read is nobody's business
     config = MixtureConfig(
         objectives=names,
         weights=weights,
@@ -81,6 +82,7 @@ def write_artefact(
         vocabulary_digest=vocabulary_digest(tokenizer),
         vocab_size=base.vocab_size,
         max_position_embeddings=getattr(base, "max_position_embeddings", None),
+        text_config=base,
         architectures=["MixtureForCausalLM"],
         dtype=str(PRECISIONS[precision]).removeprefix("torch."),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -21,9 +21,11 @@ class MixtureConfig(PreTrainedConfig):  # type: ignore[misc]
     policy_digests: content of each policy's directory
     policy_files: per objective, the SHA-256 of each of its files, so that a damaged one can be named
     vocabulary_digest: what all policies share; see `loading.vocabulary_digest`
+    text_config: the reference's own, for programs that want to know a model's layers and heads before they load it
     """
 
     model_type = "mpo_mixture"
+    sub_configs: ClassVar = {"text_config": AutoConfig}
 
     def __init__(
         self,
@@ -36,6 +38,7 @@ class MixtureConfig(PreTrainedConfig):  # type: ignore[misc]
         vocabulary_digest: str | None = None,
         vocab_size: int | None = None,
         max_position_embeddings: int | None = None,
+        text_config: Mapping[str, Any] | PreTrainedConfig | None = None,
         use_cache: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -48,6 +51,9 @@ class MixtureConfig(PreTrainedConfig):  # type: ignore[misc]
         self.vocabulary_digest = vocabulary_digest
         self.vocab_size = vocab_size
         self.max_position_embeddings = max_position_embeddings
+        if isinstance(text_config, Mapping):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
         self.use_cache = use_cache
         super().__init__(**kwargs)
 

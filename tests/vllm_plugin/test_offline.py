@@ -1,0 +1,236 @@
+"""vLLM's own `LLM` over mixture artefacts: every token is that of the explicit product of the policies."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from mpo_ray.policies.artefact import write_artefact
+from mpo_ray.policies.loading import load_tokenizer
+from mpo_ray.policies.mixture import MixtureForCausalLM
+from tests.policies.test_adapters import ADAPTERS, save_adapter
+from tests.tiny import TINY_SIZES, tiny_tokenizer
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here; make test-vllm installs it"),
+    pytest.mark.filterwarnings("ignore"),  # vLLM's own
+]
+TOKENIZER = tiny_tokenizer()
+#: vLLM's attention on a CPU wants heads of 32.
+SIZES: dict[str, Any] = {
+    **TINY_SIZES,
+    "vocab_size": len(TOKENIZER),
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, query_pre_attn_scalar=32, sliding_window=16, sliding_window_pattern=2)
+    ),
+}
+NAMES = ("helpful", "harmless", "2")
+WEIGHTS = dict(zip(NAMES, (0.5, 0.3, 0.2), strict=True))
+#: As requests may give them, and as they are meant; None is the artefact's own.
+GIVEN: list[tuple[Any, Mapping[str, float]]] = [
+    (None, WEIGHTS),
+    ({"helpful": 1.0}, {"helpful": 1.0}),
+    ("harmless=0.6,2=0.4", {"harmless": 0.6, "2": 0.4}),
+    ([0.1, 0.2, 0.7], dict(zip(NAMES, (0.1, 0.2, 0.7), strict=True))),
+]
+
+
+def write_mixture(root: Path, family: str, kinds: str) -> Path:
+    """A mixture of three policies. kinds: `a` or `f` for each, an adapter (their ranks differ) or full weights."""
+
+    def model(seed: int) -> PreTrainedModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return MODELS[family]().eval()
+
+    model(0).save_pretrained(root / "reference")
+    TOKENIZER.save_pretrained(root / "reference")
+    tokenizer = load_tokenizer(str(root / "reference"))  # of the class that the family has
+    policies = {name: root / f"policy-{name}" for name in NAMES}
+    for seed, (path, kind, adapter) in enumerate(zip(policies.values(), kinds, ADAPTERS.values(), strict=True)):
+        if kind == "a":
+            save_adapter(path, model(0), seed, **adapter)
+        else:
+            model(seed + 1).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    write_artefact(
+        root / "mixture",
+        objectives=policies,
+        reference=root / "reference",
+        copy_reference=True,
+        weights=WEIGHTS,
+        fit={},
+    )
+    return root / "mixture"
+
+
+@pytest.fixture
+def open_llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """An engine in this process; at most one at a time."""
+    for name, value in {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }.items():
+        monkeypatch.setenv(name, os.environ.get(name, value))
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    def opened(artefact: Path, **settings: Any) -> Any:
+        return LLM(str(artefact), dtype="float32", enforce_eager=True, max_num_seqs=8, **settings)
+
+    yield opened
+    cleanup_dist_env_and_memory()
+
+
+def requests(number: int) -> list[tuple[list[int], Any, Mapping[str, float], int]]:
+    """Prompts of 1 to 30 tokens, weights by turns, answers of 1 to 20 tokens: more than run at a time."""
+    chance = random.Random(0)
+    made = []
+    for index in range(number):
+        prompt = [1, *(chance.randrange(4, len(TOKENIZER)) for _ in range(chance.randrange(30)))]
+        made.append((prompt, *GIVEN[index % len(GIVEN)], chance.randint(1, 20)))
+    return made
+
+
+def logits(model: MixtureForCausalLM, ids: list[int], weights: Mapping[str, float]) -> torch.Tensor:
+    """Σ λ_k log π_k after every token, (T, V)."""
+    rows = torch.tensor([[weights.get(name, 0.0) for name in NAMES]], dtype=torch.float64)
+    with torch.no_grad():
+        return model(torch.tensor([ids]), mixture_weights=rows).logits[0].double()
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [("llama", "aaa"), ("llama", "fff"), ("qwen2", "afa"), ("qwen3", "aaa"), ("gemma3", "aaa")],
+    ids=lambda value: str(value),
+)
+def test_greedy_tokens_and_log_probabilities_are_the_products(
+    family: str, kinds: str, tmp_path: Path, open_llm: Callable[..., Any]
+) -> None:
+    """50 requests, 8 at a time, with the artefact's weights and with their own, one-hot ones among them; to 1e-3."""
+    from vllm import SamplingParams
+
+    artefact = write_mixture(tmp_path, family, kinds)
+    asked = requests(50)
+    llm = open_llm(artefact)
+    answers = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt, *_ in asked],
+        [
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=length,
+                logprobs=0,
+                ignore_eos=True,
+                extra_args=None if given is None else {"mixture_weights": given},
+            )
+            for _, given, _, length in asked
+        ],
+        use_tqdm=False,
+    )
+    model = MixtureForCausalLM.from_pretrained(artefact)
+    for (prompt, _, weights, length), answer in zip(asked, answers, strict=True):
+        drawn = list(answer.outputs[0].token_ids)
+        assert len(drawn) == length
+        expected = logits(model, prompt + drawn, weights)[len(prompt) - 1 : -1].log_softmax(-1)
+        assert drawn == expected.argmax(-1).tolist()
+        for place, (token, told) in enumerate(zip(drawn, answer.outputs[0].logprobs, strict=True)):
+            assert told[token].logprob == pytest.approx(float(expected[place, token]), abs=1e-3)
+
+
+def test_log_z_comes_with_raw_logits(tmp_path: Path, open_llm: Callable[..., Any]) -> None:
+    """log Z_t of every place, by the two tokens past the vocabulary, to 1e-4; none of them is ever drawn."""
+    from vllm import SamplingParams
+
+    from mpo_ray.vllm_plugin.log_z import NUM_COLUMNS, read_log_z
+
+    artefact = write_mixture(tmp_path, "llama", "afa")
+    llm = open_llm(artefact, logprobs_mode="raw_logits")
+    asked = requests(12)
+    answers = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt, *_ in asked],
+        [
+            SamplingParams(
+                temperature=1.0,
+                seed=number,
+                max_tokens=length,
+                logprobs=1 + NUM_COLUMNS,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args=None if given is None else {"mixture_weights": given},
+            )
+            for number, (_, given, _, length) in enumerate(asked)
+        ],
+        use_tqdm=False,
+    )
+    model = MixtureForCausalLM.from_pretrained(artefact)
+    size, differing = len(TOKENIZER), 0
+    for (prompt, _, weights, _), answer in zip(asked, answers, strict=True):
+        drawn = list(answer.outputs[0].token_ids)
+        assert max(drawn) < size
+        expected = logits(model, prompt + drawn, weights)[len(prompt) - 1 : -1].logsumexp(-1)
+        for place, told in enumerate(answer.outputs[0].logprobs):
+            found = read_log_z(told[size].logprob, told[size + 1].logprob)
+            assert found == pytest.approx(float(expected[place]), abs=1e-4)
+            differing += abs(found) > 0.01
+    assert differing > 20, "the policies hardly differ, so that this shows nothing"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"helpfull": 1.0}, "unknown objective 'helpfull'; the objectives are helpful, harmless, 2"),
+        ({"helpful": 0.4}, "sum to 0.4, not 1"),
+        ("helpful", "is no set of weights; write helpful=0.7,harmless=0.3"),
+        ([1.0], "a list needs a finite number for each of helpful, harmless, 2"),
+    ],
+)
+def test_wrong_weights_are_refused_before_the_engine_has_them(given: Any, message: str) -> None:
+    from vllm import SamplingParams
+
+    from mpo_ray.vllm_plugin.request_weights import RequestWeights, expect
+
+    expect(NAMES)
+    with pytest.raises(ValueError, match=message):
+        RequestWeights.validate_params(SamplingParams(extra_args={"mixture_weights": given}))
+
+
+def test_a_damaged_artefact_is_refused_at_start(tmp_path: Path, open_llm: Callable[..., Any]) -> None:
+    artefact = write_mixture(tmp_path, "llama", "aaa")
+    file = artefact / "policies" / "harmless" / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.unlink()
+    file.write_bytes(data)
+    with pytest.raises(Exception, match=r"adapter_model\.safetensors: the file is damaged or was altered"):
+        open_llm(artefact)
