@@ -84,13 +84,12 @@ def test_a_stream_that_is_left_frees_its_rows(live: Live, url: str, witness: Wit
 def test_a_client_that_leaves_before_the_answer_frees_its_rows(
     live: Live, url: str, witness: Witness, stream: bool
 ) -> None:
+    exact = {"mixture": {"mode": "exact", "particles": 8}, "ignore_eos": False, "seed": 0}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(
-            f"{url}/v1/completions",
-            json=LONG | {"stream": stream, "mixture": {"mode": "exact", "particles": 8}, "n": 20, "ignore_eos": False},
-            timeout=httpx.Timeout(10, read=0.05),
+            f"{url}/v1/completions", json=LONG | exact | {"stream": stream}, timeout=httpx.Timeout(10, read=0.02)
         )
-    wait_until(lambda: len(witness.heard) == 20 and busy(live) == 0)
+    wait_until(lambda: len(witness.heard) == 32 and busy(live) == 0)
     assert witness.ends()["aborted", "disconnected"] > 0
 
 
@@ -146,6 +145,7 @@ def test_an_observer_hears_of_every_completion_once(url: str, witness: Witness) 
     assert httpx.post(f"{url}/v1/completions", json=body | {"model": "other"}).status_code == 404
     assert httpx.post(f"{url}/v1/completions", json=body | {"n": -1}).status_code == 400
     assert httpx.post(f"{url}/v1/completions", content=b"").status_code == 415
+    wait_until(lambda: witness.ends()["finished", "length"] == 4 and witness.rejections.total() == 3)
     assert witness.rejections == {"model_not_found": 1, "400": 1, "not_json": 1}
     assert sorted(events[0] for events in witness.heard.values()) == [("admitted", n) for n in (2, 2, 3, 3)]
     for events in witness.heard.values():
