@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.weight_utils import safetensors_weights_it
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 
 from mpo_ray.policies.artefact import policy_path, reference_path
-from mpo_ray.policies.loading import is_adapter
+from mpo_ray.policies.loading import ModelError, is_adapter
 from mpo_ray.vllm_plugin.adapted import StackedAttention, add_adapters
 from mpo_ray.vllm_plugin.log_z import with_log_z
 from mpo_ray.vllm_plugin.request_weights import RequestWeights
@@ -60,9 +60,8 @@ class VllmMixture(nn.Module):
                 others = [build(name, self._reference) for name in adapted[1:]]
             _stack_attention(self.base, others)
         self.full = nn.ModuleDict({f"policy_{name}": build(name, policy_path(self._directory, name)) for name in full})
-        order = [*adapted, *full]
-        self._columns = [self.objectives.index(name) for name in order]
-        self._sizes = [self._model_of(name).config.get_text_config().hidden_size for name in order]
+        self._order = [*adapted, *full]
+        self._sizes = [self._model_of(name).config.get_text_config().hidden_size for name in self._order]
 
     def _model_of(self, name: str) -> Any:
         return self.base if name in self.adapted else self.full[f"policy_{name}"]
@@ -94,12 +93,11 @@ class VllmMixture(nn.Module):
         )
         weights = _unpacked(packed)
         mixed: Tensor | None = None
-        for name, column, state in zip([*self.adapted, *self.full], self._columns, states, strict=True):
-            model: Any = self.base if name in self.adapted else self.full[name]
-            logits = model.compute_logits(state)
+        for name, state in zip(self._order, states, strict=True):
+            logits = self._model_of(name).compute_logits(state)
             if logits is None:  # another rank has them
                 return None
-            part = weights[:, column, None] * logits.float().log_softmax(-1)
+            part = weights[:, self.objectives.index(name), None] * logits.float().log_softmax(-1)
             mixed = part if mixed is None else mixed + part
         assert mixed is not None
         return with_log_z(mixed) if self._tells_log_z else mixed
@@ -107,11 +105,11 @@ class VllmMixture(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load every policy by its own model's loader. weights: not read; vLLM makes them of files without an order."""
         if self.base is not None:
-            self.base.load_weights(_tensors(Path(self._reference)))
+            _load(self.base, Path(self._reference))
             add_adapters(self.base, [policy_path(self._directory, name) for name in self.adapted])
         for name in self.objectives:
             if name not in self.adapted:
-                self._model_of(name).load_weights(_tensors(policy_path(self._directory, name)))
+                _load(self._model_of(name), policy_path(self._directory, name))
         return {name for name, _ in self.named_parameters()}
 
 
@@ -125,10 +123,14 @@ def _stack_attention(base: nn.Module, others: Sequence[nn.Module]) -> None:
         setattr(base.get_submodule(parent), leaf, StackedAttention(each))
 
 
-def _tensors(directory: Path) -> Iterable[tuple[str, Tensor]]:
+def _load(model: Any, directory: Path) -> None:
+    """Load the weights at `directory` by the model's own loader. Raises ModelError where they are not whole."""
     files = sorted(str(path) for path in directory.glob("model*.safetensors"))
-    tensors: Iterable[tuple[str, Tensor]] = safetensors_weights_iterator(files, use_tqdm_on_load=False)
-    return tensors
+    loaded = model.load_weights(safetensors_weights_iterator(files, use_tqdm_on_load=False))
+    if missing := {name for name, _ in model.named_parameters()} - loaded:
+        raise ModelError(
+            f"{directory}: there are no weights for {min(missing)!r} ({len(missing)} in all). Copy it whole."
+        )
 
 
 def _packed(weights: Tensor, dtype: torch.dtype) -> Tensor:

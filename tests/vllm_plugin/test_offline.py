@@ -11,17 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.loading import load_tokenizer
@@ -44,13 +35,9 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 1,
     "head_dim": 32,
 }
-MODELS: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
-    "gemma3": lambda: Gemma3ForCausalLM(
-        Gemma3TextConfig(**SIZES, query_pre_attn_scalar=32, sliding_window=16, sliding_window_pattern=2)
-    ),
+#: What a family's configuration needs beside the sizes.
+FURTHER: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"query_pre_attn_scalar": 32, "sliding_window": 16, "sliding_window_pattern": 2}
 }
 NAMES = ("helpful", "harmless", "2")
 WEIGHTS = dict(zip(NAMES, (0.5, 0.3, 0.2), strict=True))
@@ -69,7 +56,8 @@ def write_mixture(root: Path, family: str, kinds: str) -> Path:
     def model(seed: int) -> PreTrainedModel:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return MODELS[family]().eval()
+            config = AutoConfig.for_model(family, **SIZES, **FURTHER.get(family, {}))
+            return AutoModelForCausalLM.from_config(config).eval()
 
     model(0).save_pretrained(root / "reference")
     TOKENIZER.save_pretrained(root / "reference")
@@ -132,7 +120,7 @@ def logits(model: MixtureForCausalLM, ids: list[int], weights: Mapping[str, floa
 
 @pytest.mark.parametrize(
     ("family", "kinds"),
-    [("llama", "aaa"), ("llama", "fff"), ("qwen2", "afa"), ("qwen3", "aaa"), ("gemma3", "aaa")],
+    [("llama", "aaa"), ("llama", "fff"), ("qwen2", "afa"), ("qwen3", "aaa"), ("gemma3_text", "aaa")],
     ids=lambda value: str(value),
 )
 def test_greedy_tokens_and_log_probabilities_are_the_products(
@@ -234,3 +222,19 @@ def test_a_damaged_artefact_is_refused_at_start(tmp_path: Path, open_llm: Callab
     file.write_bytes(data)
     with pytest.raises(Exception, match=r"adapter_model\.safetensors: the file is damaged or was altered"):
         open_llm(artefact)
+
+
+def test_a_policy_that_lacks_a_tensor_is_refused_at_start(tmp_path: Path, open_llm: Callable[..., Any]) -> None:
+    """Its artefact is what was written; what was written was not whole."""
+    write_mixture(tmp_path, "llama", "fff")
+    policy = tmp_path / "policy-harmless"
+    tensors = load_file(policy / "model.safetensors")
+    del tensors["model.layers.1.post_attention_layernorm.weight"]
+    save_file(tensors, policy / "model.safetensors", metadata={"format": "pt"})
+    whole = {name: tmp_path / f"policy-{name}" for name in NAMES}
+    again = tmp_path / "again"
+    write_artefact(
+        again, objectives=whole, reference=tmp_path / "reference", copy_reference=True, weights=WEIGHTS, fit={}
+    )
+    with pytest.raises(Exception, match=r"harmless: there are no weights for 'model\.layers\.1\.post_attention"):
+        open_llm(again)
