@@ -1,4 +1,4 @@
-# Two commands: `make quickstart` and `make test`. Both build .venv from constraints.txt first.
+# `make quickstart`, `make test` and `make test-vllm`. All build .venv from constraints.txt first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
