@@ -107,9 +107,9 @@ class AdapterStack(nn.Module):
 class StackedLinear(nn.Module):
     """y_g = W x_g + b + B_g A_g x_g for every group g of rows, the scaling folded into B_g.
 
-    Several layers that are given the same x are one: their outputs lie side by side, and B_g has a block for each. Few
-    large products take less time than many small ones. Ranks are padded with zeros to the largest; an adapter that
-    leaves a layer alone is all zeros there.
+    Several layers that are given the same x are one, their outputs side by side, with one W and one A_g; each has its
+    own B_g. Few large products take less time than many small ones. Ranks are padded with zeros to the largest; an
+    adapter that leaves a layer alone is all zeros there.
     """
 
     def __init__(self, layers: Sequence[nn.Linear], factors: Sequence[Sequence[tuple[Tensor, Tensor] | None]]) -> None:
@@ -117,8 +117,7 @@ class StackedLinear(nn.Module):
         super().__init__()
         self.linear = layers[0] if len(layers) == 1 else _side_by_side(layers)
         self.sizes = [layer.out_features for layer in layers]
-        down, up = side_by_side_factors(self.sizes, layers[0].in_features, factors, self.linear.weight)
-        self.down, self.up = _Factor(down), _Factor(up)
+        self.factors = StackedFactors(*stacked_factors(self.sizes, layers[0].in_features, factors, self.linear.weight))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs: (rows, …, in), the rows a multiple of the number of groups; or (1, tokens, in), likewise.
@@ -136,8 +135,9 @@ class StackedLinear(nn.Module):
         flat = outputs.view(len(adapters), -1, outputs.shape[-1])
         rows = inputs.reshape(len(adapters), -1, inputs.shape[-1])
         if first:
-            flat, rows = flat[first:], rows[first:]
-        flat.baddbmm_(torch.bmm(rows, self.down.of(adapters[first:])), self.up.of(adapters[first:]))
+            flat, rows, adapters = flat[first:], rows[first:], adapters[first:]
+        down, ups = self.factors.of(adapters)
+        add_products(flat, torch.bmm(rows, down), ups)
         return outputs
 
     def _add_uneven(self, inputs: Tensor, outputs: Tensor, adapters: tuple[int, ...], sizes: Sequence[int]) -> None:
@@ -145,30 +145,44 @@ class StackedLinear(nn.Module):
             adapters, inputs.split_with_sizes(sizes), outputs.split_with_sizes(sizes), strict=True
         ):
             if adapter != _BASE:
-                results.addmm_(rows @ self.down.all[adapter], self.up.all[adapter])
+                down, *ups = (factors[adapter : adapter + 1] for factors in self.factors.buffers())
+                add_products(results[None], rows[None] @ down, ups)
 
 
-def side_by_side_factors(
+def stacked_factors(
     sizes: Sequence[int], in_features: int, factors: Sequence[Sequence[Factors | None]], like: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A (K, in, R) and B (K, R, Σ sizes) of layers with one input, whose outputs, `sizes` wide, lie side by side.
+) -> tuple[Tensor, list[Tensor]]:
+    """A (K, in, Σ R_i) of layers i with one input, and B_i (K, R_i, sizes[i]) of each; R_i is its largest rank.
 
-    factors: per adapter and layer. R is the sum of the layers' largest ranks; B is made of blocks. Zeros elsewhere.
+    factors: per adapter and layer. Zeros elsewhere.
     """
     ranks = [
         max((pair[0].shape[0] for pair in pairs if pair is not None), default=0) for pairs in zip(*factors, strict=True)
     ]
     down = like.new_zeros(len(factors), in_features, sum(ranks))
-    up = like.new_zeros(len(factors), sum(ranks), sum(sizes))
+    ups = [like.new_zeros(len(factors), rank, size) for rank, size in zip(ranks, sizes, strict=True)]
     for index, pairs in enumerate(factors):
-        rank = column = 0
-        for pair, width, size in zip(pairs, ranks, sizes, strict=True):
+        for pair, up, columns in zip(pairs, ups, down[index].split_with_sizes(ranks, dim=-1), strict=True):
             if pair is not None:
-                own = pair[0].shape[0]
-                down[index, :, rank : rank + own] = pair[0].T
-                up[index, rank : rank + own, column : column + size] = pair[1].T
-            rank, column = rank + width, column + size
-    return down, up
+                rank = pair[0].shape[0]
+                columns[:, :rank] = pair[0].T
+                up[index, :rank] = pair[1].T
+    return down, ups
+
+
+def add_products(outputs: Tensor, inner: Tensor, ups: Sequence[Tensor]) -> None:
+    """Add to the outputs of layers that lie side by side, (K, rows, Σ sizes), `inner` (K, rows, Σ R_i) times each B_i.
+
+    In place.
+    """
+    if len(ups) == 1:
+        outputs.baddbmm_(inner, ups[0])
+        return
+    place = rank = 0
+    for up in ups:
+        _, width, size = up.shape
+        outputs[..., place : place + size].baddbmm_(inner[..., rank : rank + width], up)
+        place, rank = place + size, rank + width
 
 
 class _Part(nn.Module):
@@ -182,13 +196,12 @@ class _Part(nn.Module):
         self.whole, self._number = whole, number
 
     def forward(self, inputs: Tensor) -> Tensor:
-        computed = _GROUPS.get().computed
-        found = computed.get(self.whole)
+        whole, computed = self.whole, _GROUPS.get().computed
+        found = computed.get(whole)
         if found is None or found[0] is not inputs:
-            outputs = self.whole(inputs).split(self.whole.sizes, dim=-1)
-            found = computed[self.whole] = (inputs, outputs)
-        if self._number == len(self.whole.sizes) - 1:
-            computed.pop(self.whole, None)
+            found = computed[whole] = (inputs, whole(inputs).split(whole.sizes, dim=-1))
+        if self._number == len(whole.sizes) - 1:
+            computed.pop(whole, None)
         return found[1][self._number]
 
 
@@ -218,29 +231,33 @@ def _side_by_side(layers: Sequence[nn.Linear]) -> nn.Linear:
     return whole
 
 
-class _Factor(nn.Module):
-    """One factor of every adapter, (K, …), and those of some of them: views where they lie side by side, else copies.
+class StackedFactors(nn.Module):
+    """A and the B_i of every adapter, and of some: views where these lie side by side, else copies.
 
-    The last copy is kept for the next call.
+    What was given last is kept for the next call.
     """
 
-    def __init__(self, factors: Tensor) -> None:
+    def __init__(self, down: Tensor, ups: Sequence[Tensor]) -> None:
         super().__init__()
-        self.all = nn.Buffer(factors, persistent=False)
-        self._kept: tuple[tuple[int, ...], torch.device, Tensor] | None = None
+        for number, factors in enumerate((down, *ups)):
+            self.register_buffer(f"factors_{number}", factors, persistent=False)
+        self._kept: tuple[tuple[int, ...], tuple[Tensor, Sequence[Tensor]]] | None = None
 
-    def of(self, adapters: tuple[int, ...]) -> Tensor:
-        everyone: Tensor = self.all
-        if len(adapters) == len(everyone) and adapters == tuple(range(len(everyone))):
-            return everyone
-        start, end = adapters[0], adapters[-1] + 1
-        if adapters == tuple(range(start, end)):
-            return everyone[start:end]
+    def of(self, adapters: tuple[int, ...]) -> tuple[Tensor, Sequence[Tensor]]:
         kept = self._kept
-        if kept is None or kept[:2] != (adapters, everyone.device):
-            kept = (adapters, everyone.device, everyone[torch.tensor(adapters, device=everyone.device)])
-            self._kept = kept
-        return kept[2]
+        if kept is None or kept[0] != adapters:
+            start, end = adapters[0], adapters[-1] + 1
+            side_by_side = adapters == tuple(range(start, end))
+            down, *ups = (
+                factors[start:end] if side_by_side else factors[torch.tensor(adapters, device=factors.device)]
+                for factors in self.buffers()
+            )
+            kept = self._kept = (adapters, (down, ups))
+        return kept[1]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._kept = None  # the factors go to another device or precision
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 def repeat_rows(rows: Tensor | None, num_groups: int) -> Tensor | None:

@@ -23,12 +23,18 @@ from transformers.masking_utils import sdpa_mask
 NAME = "mpo_ray_slots"
 #: Rows of single tokens are read in one piece if it holds at most this many times as many rows as are wanted.
 MOST_SPAN = 1.5
+#: Tokens: keys of so many in float32 are one line of the processor's cache.
+_LINE = 16
+#: Up to so many queries of a row and key head, two plain products are faster than torch's fused attention.
+_FEW_QUERIES = 16
 
 
 class Slots:
     """`num_rows` rows of `row_tokens` tokens for every layer of one model.
 
-    A layer's room is made when the layer is first used, so that its sizes are the model's own.
+    A layer's room is made when the layer is first used, so that its sizes are the model's own. Keys lie transposed,
+    which a product with one query reads in a row; their lines are an odd number of `_LINE`s, so that they do not fall
+    into the same places of the processor's cache.
     """
 
     def __init__(self, num_rows: int, row_tokens: int) -> None:
@@ -54,15 +60,19 @@ class Slots:
     def copy(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
         """Let the second row of each pair hold the first `length` tokens of the first; a row may be both."""
         given, changed = (torch.tensor(rows) for rows in zip(*pairs, strict=True))
-        for pair in self._layers.values():
-            for room in pair:
-                room[changed.to(room.device), :, :length] = room[given.to(room.device), :, :length]
+        for keys, values in self._layers.values():
+            to, source = changed.to(keys.device), given.to(keys.device)
+            keys[to, :, :, :length] = keys[source, :, :, :length]
+            values[to, :, :length] = values[source, :, :length]
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, (rows, heads, tokens, d). like: (1, heads, N, d)."""
+        """Keys (rows, heads, d, tokens) and values (rows, heads, tokens, d) of a layer. like: (1, heads, N, d)."""
         if index not in self._layers:
-            shape = (self.num_rows, like.shape[1], self.row_tokens, like.shape[3])
-            self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))  # 0 · nothing must not be NaN
+            _, heads, _, size = like.shape
+            width = (-(-self.row_tokens // _LINE) | 1) * _LINE
+            keys = like.new_zeros(self.num_rows, heads, size, width)  # 0 · nothing must not be NaN
+            values = like.new_zeros(self.num_rows, heads, self.row_tokens, size)
+            self._layers[index] = (keys, values)
         return self._layers[index]
 
 
@@ -137,7 +147,7 @@ def _slot_attention(
     if layout is None:
         raise RuntimeError(f"the attention {NAME} was called outside `reading`")
     keys, values = layout.slots.layer(module.layer_idx, key)
-    keys[layout.rows, :, layout.positions] = key[0].transpose(0, 1)
+    keys[layout.rows, :, :, layout.positions] = key[0].transpose(0, 1)
     values[layout.rows, :, layout.positions] = value[0].transpose(0, 1)
     queries = query[0].transpose(0, 1)  # (N, heads, d)
     heads = key.shape[1]
@@ -157,7 +167,7 @@ def _slot_attention(
         group = grouped.shape[2]
         rows = attend(
             grouped.reshape(num, heads, group * length, -1),
-            keys[segment.rows, :, :end],
+            keys[segment.rows, :, :, :end],
             values[segment.rows, :, :end],
             mask.repeat(group, 1),
         )
@@ -183,11 +193,11 @@ def _attend_singles(
     span = layout.once("span", layout.span)
     if span is None:
         rows = layout.once("rows", lambda: torch.tensor(layout.single_rows, device=queries.device))
-        keys, values = keys[rows, :, :longest], values[rows, :, :longest]
+        keys, values = keys[rows, :, :, :longest], values[rows, :, :longest]
         order = None
     else:
         low, high = span
-        keys, values = keys[low:high, :, :longest], values[low:high, :, :longest]
+        keys, values = keys[low:high, :, :, :longest], values[low:high, :, :longest]
         in_order = list(layout.single_rows) == list(range(low, high))
         order = (
             None
@@ -234,19 +244,24 @@ def _additive(allowed: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Attend:
-    """softmax(cap(Q Kᵀ · scaling) + mask) V, where cap(s) = softcap · tanh(s / softcap)."""
+    """softmax(cap(Q K · scaling) + mask) V, where cap(s) = softcap · tanh(s / softcap).
+
+    queries (rows, heads, N, d), keys (rows, heads, d, T), values (rows, heads, T, d)
+    """
 
     scaling: float | None
     softcap: float | None
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        if self.softcap is None:
+        if self.softcap is None and queries.shape[2] > _FEW_QUERIES:
+            keys = keys.transpose(-1, -2).contiguous()
             return scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scaling)
-        scaling = queries.shape[-1] ** -0.5 if self.scaling is None else self.scaling
-        scores = torch.tanh(queries @ keys.transpose(-1, -2) * scaling / self.softcap) * self.softcap
-        scores = scores if mask is None else scores + mask
-        weights = torch.softmax(scores.float(), dim=-1).to(values.dtype)
-        return weights @ values
+        scores = (queries @ keys).mul_(queries.shape[-1] ** -0.5 if self.scaling is None else self.scaling)
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if mask is not None:
+            scores += mask
+        return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
 
 
 AttentionInterface.register(NAME, _slot_attention)

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from mpo_ray.policies.adapters import Factors, side_by_side_factors
+from mpo_ray.policies.adapters import Factors, StackedFactors, add_products, stacked_factors
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.lora_file import read_lora
 
@@ -39,22 +39,23 @@ class StackedAttention(nn.Module):
 class AdaptedLinear(nn.Module):
     """W x_k + B_k A_k x_k for the rows of every policy k, the scaling folded into B_k."""
 
-    def __init__(self, linear: LinearBase, down: Tensor, up: Tensor) -> None:
-        """down: (K, in, r); up: (K, r, out), of this rank's part of the layer."""
+    def __init__(self, linear: LinearBase, down: Tensor, ups: Sequence[Tensor]) -> None:
+        """As of `stacked_factors`, of this rank's part of the layer."""
         super().__init__()
         self.linear = linear
-        self.down = nn.Buffer(down, persistent=False)
-        self.up = nn.Buffer(up, persistent=False)
+        self.factors = StackedFactors(down, ups)
+        self._policies = tuple(range(len(down)))
         self._sums = isinstance(linear, RowParallelLinear) and linear.tp_size > 1
 
     def forward(self, inputs: Tensor) -> Any:
         outputs, bias = self.linear(inputs)
-        num = len(self.down)
-        projected = torch.bmm(inputs.view(num, -1, inputs.shape[-1]), self.down)
+        num = len(self._policies)
+        down, ups = self.factors.of(self._policies)
+        projected = torch.bmm(inputs.view(num, -1, inputs.shape[-1]), down)
         if self._sums:
             projected = tensor_model_parallel_all_reduce(projected)
-        added = torch.baddbmm(outputs.view(num, -1, outputs.shape[-1]), projected, self.up)
-        return added.view(outputs.shape), bias
+        add_products(outputs.view(num, -1, outputs.shape[-1]), projected, ups)
+        return outputs, bias
 
 
 def add_adapters(base: nn.Module, paths: Sequence[Path]) -> None:
@@ -91,16 +92,14 @@ def _adapted(name: str, linear: LinearBase, factors: Sequence[Sequence[Factors |
     else:
         raise ModelError(f"{name}: adapters on a {type(linear).__name__} are not supported with vLLM; use engine: mpo.")
     like: Any = linear.weight
-    down, up = side_by_side_factors(sizes, linear.input_size, factors, like)
+    down, ups = stacked_factors(sizes, linear.input_size, factors, like)
     if linear.tp_size > 1:
         rank = get_tensor_model_parallel_rank()
         if isinstance(linear, RowParallelLinear):
             down = down.chunk(linear.tp_size, dim=1)[rank].contiguous()
         elif not isinstance(linear, ReplicatedLinear):
             copies = getattr(linear, "num_kv_head_replicas", 1)
-            kept = []
-            for number, part in enumerate(up.split_with_sizes(sizes, dim=2)):
+            for number, up in enumerate(ups):
                 among = linear.tp_size // copies if number > 0 else linear.tp_size
-                kept.append(part.chunk(among, dim=2)[rank // copies if number > 0 else rank])
-            up = torch.cat(kept, dim=2)
-    return AdaptedLinear(linear, down, up)
+                ups[number] = up.chunk(among, dim=2)[rank // copies if number > 0 else rank].contiguous()
+    return AdaptedLinear(linear, down, ups)
