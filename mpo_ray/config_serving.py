@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from mpo_ray.config_training import Strict
+
+#: Arguments of vLLM's that follow from the artefact and from other settings.
+SET_FOR_VLLM = frozenset(
+    {"model", "tokenizer", "trust_remote_code", "logprobs_mode", "max_logprobs", "max_num_seqs", "max_model_len",
+     "skip_tokenizer_init", "generation_config", "disable_log_stats"}
+)  # fmt: skip
 
 
 class Serve(Strict):
@@ -46,13 +52,15 @@ class Serve(Strict):
         30.0, description="seconds in which a request without a token yet is tried again after its replica died"
     )
 
+    engine: Literal["mpo", "vllm"] = Field("mpo", description="what decodes; docs/serving.md says when to choose which")
+    vllm: dict[str, Any] = Field({}, description="further arguments of vLLM's AsyncEngineArgs, for engine: vllm")
     num_lanes: PositiveInt = Field(
         16, description="sequences that a replica decodes at a time, if every policy takes part"
     )
     context: PositiveInt | None = Field(None, description="tokens of a sequence, at most; the model's own if absent")
     max_waiting: PositiveInt = Field(1024, description="completions that wait in a replica for a lane, at most")
     prompt_tokens_per_step: PositiveInt = Field(
-        128, description="tokens of prompts that a step computes beside the running completions"
+        128, description="tokens of prompts that a step computes beside the running completions; vLLM has its own rule"
     )
     messages_per_step: PositiveFloat = Field(
         4.0,
@@ -78,6 +86,10 @@ class Serve(Strict):
                 f"max_ongoing_requests {self.max_ongoing_requests} is below target_ongoing_requests "
                 f"{self.target_ongoing_requests:g}: replicas would never be seen as busy, and none added"
             )
+        if self.vllm and self.engine != "vllm":
+            raise ValueError("vllm: these arguments are for engine: vllm; set it, or leave them out")
+        if taken := sorted(SET_FOR_VLLM & self.vllm.keys()):
+            raise ValueError(f"vllm.{taken[0]}: it follows from the artefact and the other settings; leave it out")
         return self
 
     @property

@@ -25,6 +25,17 @@ import pytest
 from tests.run_files import MINIMAL
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--engine", choices=["mpo", "vllm"], default="mpo", help="what decodes behind the endpoint's tests"
+    )
+
+
+@pytest.fixture(scope="session")
+def engine_name(request: pytest.FixtureRequest) -> str:
+    return str(request.config.getoption("--engine"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The shared material (vectors, testbed, data): MPO_RAY_SHARED, or ../shared beside the project."""

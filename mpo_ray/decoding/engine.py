@@ -28,7 +28,7 @@ from mpo_ray.decoding.protocol import (
     RequestError,
     Statistics,
 )
-from mpo_ray.decoding.request_check import check_request
+from mpo_ray.decoding.request_check import check_ends, check_request
 from mpo_ray.decoding.runner import Runner
 from mpo_ray.decoding.runs import Place, Run, places_of
 from mpo_ray.decoding.token_choice import Draw, choose_tokens
@@ -108,8 +108,7 @@ class MixtureEngine:
         if len(self._waiting) >= self._max_waiting:
             raise QueueFullError(f"{len(self._waiting)} requests are waiting already.")
         rules = Rules(request.sampling, self._eos_ids, self._tokenizer)
-        if request.sampling.min_tokens > 0 and len({*rules.end_ids}) >= self._runner.vocab_size:
-            raise RequestError("every token ends the completion, which min_tokens forbids at first.", "stop_ids")
+        check_ends(request.sampling, rules.end_ids, self._runner.vocab_size)
         row = [float(weights.get(name, 0.0)) for name in self._names]
         self._waiting.append(run_of(request, row, rules, self._names))
         self._ids.add(request.id)

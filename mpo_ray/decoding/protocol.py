@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
+#: Ways to draw from the sequence-level mixture.
+ExactMethod = Literal["smc", "rejection"]
 
 
 class RequestError(ValueError):
@@ -79,7 +81,7 @@ class Mode:
     log_z: whether Σ_t log Z_t is measured in token mode, which takes every policy's row through the output head
     """
 
-    kind: Literal["token", "smc", "rejection"] = "token"
+    kind: Literal["token"] | ExactMethod = "token"
     particles: int = 1
     max_attempts: int = 1000
     log_z: bool = True

@@ -61,6 +61,12 @@ def check_request(request: GenerationRequest, weights: Mapping[str, float], runn
         )
 
 
+def check_ends(sampling: Sampling, end_ids: Sequence[int], vocab_size: int) -> None:
+    """Raises RequestError where `min_tokens` forbids every token. end_ids: all that end a completion."""
+    if sampling.min_tokens > 0 and len({*end_ids}) >= vocab_size:
+        raise RequestError("every token ends the completion, which min_tokens forbids at first.", "stop_ids")
+
+
 def _check_sampling(sampling: Sampling, vocab_size: int) -> None:
     ranges = {
         "max_tokens": (sampling.max_tokens >= 0, "0 or more"),

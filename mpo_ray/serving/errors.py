@@ -36,6 +36,8 @@ FIELDS = {
     "weights": "mixture.weights",
     "particles": "mixture.particles",
     "mode": "mixture.mode",
+    "method": "mixture.method",
+    "policy_logprobs": "mixture.policy_logprobs",
 }
 
 

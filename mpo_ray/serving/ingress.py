@@ -36,7 +36,7 @@ class Endpoint:
     """Answers HTTP requests by calling `replicas`; each request's completions are made by one of them, in one call."""
 
     def __init__(self, replicas: Any, artefact: str, digest: str, name: str, serve: Serve, keys: Sequence[str]) -> None:
-        interface = interface_of(artefact, serve.context)
+        interface = interface_of(artefact, serve.context, serve.engine)
         # Values are passed by gRPC and not as objects of Ray's store: a message costs a third
         self._replicas, self._interface = replicas.options(_by_reference=False), interface.digest
         self._retry_s = serve.retry_s
@@ -50,6 +50,7 @@ class Endpoint:
             context=interface.context,
             max_tokens=serve.max_tokens,
             has_reference=interface.has_reference,
+            exact_methods=interface.exact_methods,
             key_digests=tuple(keys),
             requests_per_minute=serve.requests_per_minute,
             allowed_origins=tuple(serve.allowed_origins),

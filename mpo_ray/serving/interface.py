@@ -13,6 +13,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mpo_ray.decoding.protocol import ExactMethod
 from mpo_ray.policies.artefact import has_reference
 from mpo_ray.policies.loading import load_tokenizer, vocabulary_digest
 from mpo_ray.policies.mixture_config import MixtureConfig
@@ -23,6 +24,7 @@ class Interface:
     """objectives: in the mixture's order; context: tokens of a sequence, None for no limit
 
     has_reference: whether the policies' base is decoded as well, as one more
+    exact_methods: of exact mode, the default first
     """
 
     objectives: tuple[str, ...]
@@ -30,14 +32,16 @@ class Interface:
     vocabulary: str
     chat_template: str | None
     has_reference: bool
+    exact_methods: tuple[ExactMethod, ...]
 
     @property
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-def interface_of(artefact: str, context: int | None = None) -> Interface:
-    """The interface of an artefact that is served with `context` tokens of a sequence at most."""
+def interface_of(artefact: str, context: int | None = None, engine: str = "mpo") -> Interface:
+    """The interface of an artefact that an engine serves with `context` tokens of a sequence at most."""
+    ours = engine == "mpo"
     config, tokenizer = MixtureConfig.from_pretrained(artefact), load_tokenizer(artefact)
     limits = [limit for limit in (context, config.max_position_embeddings) if limit is not None]
     return Interface(
@@ -45,7 +49,8 @@ def interface_of(artefact: str, context: int | None = None) -> Interface:
         min(limits, default=None),
         vocabulary_digest(tokenizer),
         getattr(tokenizer, "chat_template", None),
-        has_reference(Path(artefact), config),
+        ours and has_reference(Path(artefact), config),
+        ("smc", "rejection") if ours else ("rejection",),
     )
 
 

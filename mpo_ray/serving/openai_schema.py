@@ -12,6 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mpo_ray.decoding.protocol import ExactMethod
+
 #: OpenAI's and vLLM's fields that are not implemented, with the values that ask for nothing.
 NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "logprobs": (None, False),
@@ -89,7 +91,7 @@ class Mixture(Request):
 
     weights: dict[str, float] | None = None
     mode: Literal["token", "exact"] = "token"
-    method: Literal["smc", "rejection"] | None = Field(None, description="of mode exact; smc if absent")
+    method: ExactMethod | None = Field(None, description="of mode exact; smc, where the engine has it, if absent")
     particles: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None, description="of mode exact: particles (smc) or attempts side by side (rejection)"
     )

@@ -41,7 +41,7 @@ def check_size(body: Sampling, num_prompts: int, weights: Mapping[str, float] | 
     if asked is not None and asked > served.max_tokens:
         raise ApiError(400, f"max_tokens {asked} is above this endpoint's limit of {served.max_tokens}.", "max_tokens")
     policies = len(served.objectives) if weights is None else sum(weight != 0 for weight in weights.values())
-    particles = mode_of(body.mixture).particles
+    particles = mode_of(body.mixture, served).particles
     tokens = served.max_tokens if asked is None else asked
     if (work := policies * particles * choices * tokens) > served.max_work:
         raise ApiError(
@@ -52,10 +52,18 @@ def check_size(body: Sampling, num_prompts: int, weights: Mapping[str, float] | 
         )
 
 
-def mode_of(mixture: Mixture) -> Mode:
+def mode_of(mixture: Mixture, served: Served) -> Mode:
     if mixture.mode == "token":
         return Mode(log_z=mixture.log_z)
-    return Mode(mixture.method or "smc", mixture.particles or PARTICLES, mixture.max_attempts or MAX_ATTEMPTS)
+    method = mixture.method or served.exact_methods[0]
+    if method not in served.exact_methods:
+        raise ApiError(
+            400,
+            f"method {method!r}: the engine behind this endpoint draws exact samples by {served.exact_methods[0]!r} "
+            "alone. The operator can serve the same mixture with engine: mpo.",
+            "mixture.method",
+        )
+    return Mode(method, mixture.particles or PARTICLES, mixture.max_attempts or MAX_ATTEMPTS)
 
 
 def plan(
@@ -89,7 +97,7 @@ def plan(
                 policy_logprobs=body.mixture.policy_logprobs,
                 prompt_logprobs=body.echoes and num_logprobs is not None,
             ),
-            mode=mode_of(body.mixture),
+            mode=mode_of(body.mixture, served),
             weights=weights,
         )
         for row, prompt in enumerate(prompts)

@@ -13,7 +13,7 @@ from mpo_ray.config import ConfigError
 from mpo_ray.config_serving import Serve
 from mpo_ray.decoding.engine_thread import EngineThread
 from mpo_ray.decoding.open_engine import open_engine
-from mpo_ray.decoding.protocol import GenerationRequest, Statistics
+from mpo_ray.decoding.protocol import Engine, GenerationRequest, Statistics
 from mpo_ray.serving.interface import interface_of
 from mpo_ray.serving.ray_metrics import RayInstruments
 from mpo_ray.serving.side_by_side import side_by_side
@@ -29,15 +29,8 @@ class Replica:
     """
 
     def __init__(self, artefact: str, digest: str, serve: Serve) -> None:
-        self._interface = interface_of(artefact, serve.context).digest
-        engine = open_engine(
-            artefact,
-            num_lanes=serve.num_lanes,
-            context=serve.context,
-            max_waiting=serve.max_waiting,
-            prompt_tokens=serve.prompt_tokens_per_step,
-        )
-        self._engine = EngineThread(engine, stuck_after=serve.stuck_after_s)
+        self._interface = interface_of(artefact, serve.context, serve.engine).digest
+        self._engine = _opened(artefact, digest, serve)
         self._name = ray_serve.get_replica_context().replica_id.unique_id
         self._shown = RayInstruments(engine=True)
         self._messages_per_step = serve.messages_per_step
@@ -80,3 +73,26 @@ class Replica:
     def _tokens_per_message(self) -> float:
         """Of each completion, such that all streams together send no more messages in a step than is allowed."""
         return self._num_streams / self._messages_per_step
+
+
+def _opened(artefact: str, digest: str, serve: Serve) -> Engine:
+    if serve.engine == "vllm":
+        from mpo_ray.vllm_plugin.engine import VllmEngine  # another package's, which may not be there
+
+        return VllmEngine(
+            artefact,
+            num_lanes=serve.num_lanes,
+            context=serve.context,
+            max_waiting=serve.max_waiting,
+            stuck_after=serve.stuck_after_s,
+            cache_salt=digest,
+            arguments=serve.vllm,
+        )
+    engine = open_engine(
+        artefact,
+        num_lanes=serve.num_lanes,
+        context=serve.context,
+        max_waiting=serve.max_waiting,
+        prompt_tokens=serve.prompt_tokens_per_step,
+    )
+    return EngineThread(engine, stuck_after=serve.stuck_after_s)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mpo_ray.decoding.protocol import ExactMethod
+
 
 @dataclass(frozen=True, slots=True)
 class Served:
@@ -12,6 +14,7 @@ class Served:
     name: the model id; objectives: in the mixture's order; context: tokens of prompt and completion, None for no limit
     max_tokens: of a completion, at most and where a request does not say
     has_reference: whether what decodes also has the base of the policies' adapters (`Runner.has_reference`)
+    exact_methods: of exact mode, the default first
     key_digests: SHA-256 of each API key that is let in, hexadecimal; none asks for no key
     requests_per_minute: of one key, on average; as many may come at once. None for no limit
     allowed_origins: web pages whose scripts may call (CORS)
@@ -26,6 +29,7 @@ class Served:
     context: int | None
     max_tokens: int
     has_reference: bool = False
+    exact_methods: tuple[ExactMethod, ...] = ("smc", "rejection")
     key_digests: tuple[str, ...] = ()
     requests_per_minute: float | None = None
     allowed_origins: tuple[str, ...] = ()

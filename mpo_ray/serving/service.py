@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,11 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
 
 
 def build_app(artefact: str, serve: Serve, name: str) -> ray_serve.Application:
-    """The application that serves the artefact (a directory that every node sees) under the model id `name`."""
+    """The application that serves the artefact (a directory that every node sees) under the model id `name`.
+
+    Raises ConfigError, ModelError.
+    """
+    check_engine(serve)
     artefact = str(Path(artefact).absolute())  # replicas have their own working directory
     digest, keys = artefact_digest(artefact), key_digests(serve)
     common = {
@@ -162,6 +167,15 @@ def check_open(serve: Serve) -> None:
         "environment variable that holds the keys in serve.api_keys_env, or set serve.allow_open: true if something "
         "else keeps strangers out."
     )
+
+
+def check_engine(serve: Serve) -> None:
+    """Refuse an engine that is not installed. Raises ConfigError."""
+    if serve.engine == "vllm" and find_spec("vllm") is None:
+        raise ConfigError(
+            "serve.engine: vllm is not installed here. Install it beside this package on every node, "
+            "pip install 'mpo_ray[vllm]', or set engine: mpo."
+        )
 
 
 def _is_loopback(host: str) -> bool:

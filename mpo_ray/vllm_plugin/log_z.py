@@ -9,20 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpo_ray.maths.log_linear import log_normalizer
-
 #: Tokens that are no tokens: how many more likeliest ones have to be asked for.
 NUM_COLUMNS = 2
 _WHOLE, _REST = 4096.0, 1024.0
 _FINENESS = 256.0
 
 
-def with_log_z(logits: Tensor) -> Tensor:
-    """(N, V) → (N, V + 2)."""
-    log_z = log_normalizer(logits)
+def with_log_z(logprobs: Tensor, log_z: Tensor) -> Tensor:
+    """(N, V) and (N,) → (N, V + 2)."""
     whole = log_z.round()
     rest = (log_z - whole) * _FINENESS
-    return torch.cat([logits, (_WHOLE + whole)[:, None], (_REST + rest)[:, None]], dim=-1)
+    return torch.cat([logprobs, (_WHOLE + whole)[:, None], (_REST + rest)[:, None]], dim=-1)
 
 
 def read_log_z(whole: float, rest: float) -> float:

@@ -21,6 +21,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 
+from mpo_ray.maths.log_linear import log_normalizer
 from mpo_ray.policies.artefact import policy_path, reference_path
 from mpo_ray.policies.loading import ModelError, is_adapter
 from mpo_ray.vllm_plugin.adapted import StackedAttention, add_adapters
@@ -29,7 +30,7 @@ from mpo_ray.vllm_plugin.request_weights import RequestWeights
 
 
 class VllmMixture(nn.Module):
-    """Logits Σ_k λ_k log π_k(v | y_<t), with each request's own λ."""
+    """log q(v | y_<t) = Σ_k λ_k log π_k(v | y_<t) − log Z_t, with each request's own λ."""
 
     #: The artefact has no weights at its top; vLLM looks for some before it calls `load_weights`, which finds its own.
     allow_patterns_overrides: ClassVar = ["policies/*/*.safetensors"]
@@ -87,7 +88,7 @@ class VllmMixture(nn.Module):
         return torch.cat([*states, _packed(weights, states[0].dtype)], dim=-1)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """(N, V) float32; with log Z_t in two columns more where vLLM was told to hand out raw logits."""
+        """The mixture's log-probabilities, (N, V) float32; with raw logits asked for, log Z_t in two more columns."""
         *states, packed = hidden_states.split_with_sizes(
             [*self._sizes, hidden_states.shape[-1] - sum(self._sizes)], dim=-1
         )
@@ -100,7 +101,9 @@ class VllmMixture(nn.Module):
             part = weights[:, self.objectives.index(name), None] * logits.float().log_softmax(-1)
             mixed = part if mixed is None else mixed + part
         assert mixed is not None
-        return with_log_z(mixed) if self._tells_log_z else mixed
+        log_z = log_normalizer(mixed)
+        mixed -= log_z[:, None]  # penalties that multiply want what is below 0 everywhere
+        return with_log_z(mixed, log_z) if self._tells_log_z else mixed
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load every policy by its own model's loader. weights: not read; vLLM makes them of files without an order."""

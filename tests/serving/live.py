@@ -33,6 +33,11 @@ NAME = "tiny"
 WEIGHTS = {"helpful": 0.6, "harmless": 0.4}
 PROMPT = "the film was"
 SERVED = Served(NAME, tuple(WEIGHTS), context=64, max_tokens=40, has_reference=True)
+#: vLLM's attention on a CPU wants heads of 32.
+SIZES: dict[str, dict[str, int]] = {
+    "mpo": {},
+    "vllm": {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1},
+}
 #: A template with control tokens of its own, as real ones have.
 BYTE_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -64,9 +69,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def write_tiny(root: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:
-    """A mixture of two adapters, as an artefact."""
-    reference = tiny_llama(root / "reference", tokenizer or tiny_tokenizer(), seed=0)
+def write_tiny(root: Path, tokenizer: PreTrainedTokenizerFast | None = None, engine: str = "mpo") -> Path:
+    """A mixture of two adapters, as an artefact that this engine can open."""
+    reference = tiny_llama(root / "reference", tokenizer or tiny_tokenizer(), seed=0, **SIZES[engine])
     write_artefact(
         root / "mixture",
         objectives={name: tiny_lora(root / name, reference, seed) for seed, name in enumerate(WEIGHTS, start=1)},
@@ -81,8 +86,8 @@ def write_tiny(root: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> 
 class Live:
     """An engine, its endpoint, and where both are."""
 
-    def __init__(self, artefact: Path, engine: EngineThread) -> None:
-        self.artefact, self.engine = artefact, engine
+    def __init__(self, artefact: Path, engine: Any, served: Served = SERVED) -> None:
+        self.artefact, self.engine, self.served = artefact, engine, served
         self.tokenizer: Any = load_tokenizer(str(artefact))
         self.url = ""
         self.http = httpx.Client()
@@ -94,7 +99,7 @@ class Live:
             self.engine.check_health()
 
         return create_app(
-            replace(SERVED, **limits),
+            replace(self.served, **limits),
             self.tokenizer,
             self.generate,
             observer=observer,
@@ -145,9 +150,15 @@ def serving(app: Any) -> Iterator[str]:
 
 
 @contextmanager
-def running(artefact: Path) -> Iterator[Live]:
+def running(artefact: Path, engine: str = "mpo") -> Iterator[Live]:
     """An engine of 16 lanes behind an endpoint."""
-    live = Live(artefact, EngineThread(open_engine(str(artefact), num_lanes=16)))
+    if engine == "vllm":
+        from mpo_ray.vllm_plugin.engine import VllmEngine
+
+        served = replace(SERVED, has_reference=False, exact_methods=("rejection",))
+        live = Live(artefact, VllmEngine(str(artefact), num_lanes=16), served)
+    else:
+        live = Live(artefact, EngineThread(open_engine(str(artefact), num_lanes=16)))
     try:
         with serving(live.app()) as live.url, httpx.Client(base_url=live.url, timeout=60) as live.http:
             yield live

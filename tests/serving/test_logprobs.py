@@ -88,8 +88,10 @@ def test_text_offsets_are_where_the_tokens_are(live: Live, live_bytes: Live, ech
             assert choice["text"].startswith(token, place), (choice["text"], token, place)
 
 
-def test_each_policy_and_log_z_explain_the_mixture(live: Live) -> None:
+def test_each_policy_and_log_z_explain_the_mixture(live: Live, engine_name: str) -> None:
     """log q(v) = Σ_k λ_k log π_k(v) − log Z_t, and the choice's log_z is Σ_t log Z_t   (design 2.3, eq. 7)"""
+    if engine_name == "vllm":
+        pytest.skip("vLLM does not tell the policies' own log-probabilities; tests/vllm_plugin has the refusal")
     [choice] = live.complete(max_tokens=9, seed=1, logprobs=0, mixture={"policy_logprobs": True})["choices"]
     logprobs = choice["logprobs"]
     for value, policies, log_z in zip(
