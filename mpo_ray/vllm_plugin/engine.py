@@ -142,8 +142,8 @@ class VllmEngine:
         self._flights[request.id] = flight
         row = [float(given.get(name, 0.0)) for name in self.objectives]
         deltas = complete(self._source, request, row, self.objectives, rules)
-        flight.future = self._run(self._decode(flight, deltas))
-        flight.future.add_done_callback(lambda _: self._landed(request.id, flight))
+        flight.future = self._run(self._decode(request.id, flight, deltas))
+        flight.future.add_done_callback(lambda _: self._end(request.id, flight, "aborted"))
         try:
             while (item := await queue.get()) is not None:
                 if isinstance(item, Exception):
@@ -206,14 +206,15 @@ class VllmEngine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _decode(self, flight: _Flight, deltas: Any) -> None:
+    async def _decode(self, request_id: str, flight: _Flight, deltas: Any) -> None:
         from vllm.exceptions import VLLMValidationError
 
         try:
             async with aclosing(deltas):
                 async for delta in deltas:
-                    flight.ended = delta.finish_reason is not None
-                    self._count(generated_tokens=len(delta.tokens), finished=int(flight.ended))
+                    self._count(generated_tokens=len(delta.tokens))
+                    if delta.finish_reason is not None:
+                        self._end(request_id, flight, "finished")
                     flight.tell(delta)
             return
         except (RequestError, NothingAcceptedError, EngineError) as error:
@@ -223,15 +224,15 @@ class VllmEngine:
         except Exception as error:
             logger.exception("a request failed")
             failure = EngineError(f"{type(error).__name__} while decoding")
-        flight.ended = True
-        self._count(failed=1)
+        self._end(request_id, flight, "failed")
         flight.tell(failure)
 
-    def _landed(self, request_id: str, flight: _Flight) -> None:
-        self._flights.pop(request_id, None)
+    def _end(self, request_id: str, flight: _Flight, how: str) -> None:
+        """Count a request's end, once, and forget it."""
         if not flight.ended:
             flight.ended = True
-            self._count(aborted=1)
+            self._flights.pop(request_id, None)
+            self._count(**{how: 1})
 
     def _heard(self, **figures: float) -> None:
         """A step of vLLM's: counts that grow are added, moments take the place of the last."""
@@ -246,9 +247,11 @@ class VllmEngine:
 
     def _fail(self, reason: str) -> None:
         self._failure = reason
-        for flight in list(self._flights.values()):
-            flight.ended = True
+        for request_id, flight in list(self._flights.items()):
+            self._end(request_id, flight, "failed")
             flight.tell(EngineError(reason))
+            if flight.future is not None:
+                flight.future.cancel()
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)

@@ -21,7 +21,7 @@ class StepLog(StatLoggerBase):  # type: ignore[misc]
         if iteration_stats is not None:
             ended = iteration_stats.finished_requests
             figures = {
-                "prompt_tokens": iteration_stats.num_prompt_tokens,
+                "prompt_tokens": iteration_stats.prompt_token_stats.computed,
                 "admitted": len(iteration_stats.time_to_first_tokens_iter),
                 "queue_seconds": sum(request.queued_time for request in ended),
             }
