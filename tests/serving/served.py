@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpo_ray.policies.artefact import write_artefact
 from tests.serving.live import WEIGHTS
@@ -23,6 +24,15 @@ def write_mixture(root: Path, *, seed: int = 1, weights: Mapping[str, float] = W
     target = root / f"mixture{seed}"
     write_artefact(target, objectives=policies, reference=reference, copy_reference=True, weights=weights, fit={})
     return target
+
+
+def generated(artefact: Path, prompt: str, weights: dict[str, float] | None = None, num_tokens: int = 12) -> str:
+    """Greedy text by the artefact's own `generate`."""
+    model = AutoModelForCausalLM.from_pretrained(artefact, **({} if weights is None else {"weights": weights}))
+    tokenizer = AutoTokenizer.from_pretrained(artefact)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not prompt.startswith("<s>")).input_ids
+    output = model.generate(ids, max_new_tokens=num_tokens, do_sample=False)[0, ids.shape[1] :]
+    return str(tokenizer.decode(output, skip_special_tokens=True))
 
 
 class Load:

@@ -21,8 +21,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from mpo_ray.config_serving import Serve
 from tests.serving.live import NAME, PROMPT, WEIGHTS
-from tests.serving.served import Load, write_mixture
-from tests.serving.test_service import generated
+from tests.serving.served import Load, generated, write_mixture
 
 CONFIG = Serve(
     port=0,

@@ -16,7 +16,6 @@ import openai
 import pytest
 import yaml
 from ray import serve as ray_serve
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpo_ray.cluster.preflight import PlacementError
 from mpo_ray.config import ConfigError
@@ -25,6 +24,7 @@ from mpo_ray.policies.loading import ModelError
 from mpo_ray.serving.page_files import PAGE_PATHS
 from mpo_ray.serving.service import BuildArguments, build, check_open, key_digests, serve_endpoint
 from tests.serving.live import NAME, PROMPT, WEIGHTS, write_tiny
+from tests.serving.served import generated
 
 KEY = "a-key-for-tests"
 
@@ -54,15 +54,6 @@ def url(ray_cluster: None, artefact: Path, config: Serve) -> Iterator[str]:
 def client(url: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as one:
         yield one
-
-
-def generated(artefact: Path, prompt: str, weights: dict[str, float] | None = None, num_tokens: int = 12) -> str:
-    """Greedy text by the artefact's own `generate`."""
-    model = AutoModelForCausalLM.from_pretrained(artefact, **({} if weights is None else {"weights": weights}))
-    tokenizer = AutoTokenizer.from_pretrained(artefact)
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not prompt.startswith("<s>")).input_ids
-    output = model.generate(ids, max_new_tokens=num_tokens, do_sample=False)[0, ids.shape[1] :]
-    return str(tokenizer.decode(output, skip_special_tokens=True))
 
 
 def test_models_are_the_mixture_and_each_policy(client: openai.OpenAI) -> None:
