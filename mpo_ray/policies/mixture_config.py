@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -61,7 +62,24 @@ class MixtureConfig(PreTrainedConfig):  # type: ignore[misc]
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
         """As of every config; whoever reads one may next ask transformers for its model, so that is registered now."""
         importlib.import_module("mpo_ray.policies.mixture")
+        if "name_or_path" in kwargs:
+            config_dict = _with_text_config(config_dict, Path(kwargs["name_or_path"]))
         return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As of every config, which is told where it was read, as AutoConfig does."""
+        told = {"name_or_path": str(pretrained_model_name_or_path), **kwargs}
+        return super().from_pretrained(pretrained_model_name_or_path, **told)
+
+
+def _with_text_config(found: Mapping[str, Any], artefact: Path) -> Mapping[str, Any]:
+    """What an artefact says; one that was written before `text_config` was known has its reference's."""
+    reference = artefact / found.get("reference", "")
+    if found.get("text_config") or not found.get("objectives") or not (reference / "config.json").is_file():
+        return found
+    own = AutoConfig.from_pretrained(reference, trust_remote_code=False).get_text_config()
+    return {**found, "text_config": own.to_dict()}
 
 
 AutoConfig.register(MixtureConfig.model_type, MixtureConfig, exist_ok=True)

@@ -284,8 +284,10 @@ def _engine_arguments(
         "generation_config": "vllm",
         "disable_log_stats": True,
     }
-    if current_platform.is_cpu():
+    if current_platform.is_cpu():  # where nothing is gained by compiling, or by a process more
         settings["enforce_eager"] = True
+        settings["distributed_executor_backend"] = "uni"
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # which vLLM wants for that
         pages = -(-context // _PAGE) * _PAGE
         settings["kv_cache_memory_bytes"] = (num_lanes + 1) * pages * _bytes_per_token(config)
     return settings | further

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
+from vllm.model_executor.models.interfaces import has_inner_state, is_attention_free
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 
 from mpo_ray.maths.log_linear import log_normalizer
@@ -52,6 +53,11 @@ class VllmMixture(nn.Module):
             # a layer's name may hold one number, which is the layer's: an objective is called policy_2, not 2
             path = maybe_prefix(prefix, f"policy_{name}")
             model: nn.Module = init_vllm_registered_model(vllm_config=vllm_config, prefix=path, hf_config=inner)
+            if has_inner_state(model) or is_attention_free(model):
+                raise ModelError(
+                    f"{source}: a {type(model).__name__} keeps a state that is no key-value cache, of which vLLM holds "
+                    "one for each sequence and not one for each policy. Decode this mixture with its own generate()."
+                )
             return model
 
         self.adapted = adapted

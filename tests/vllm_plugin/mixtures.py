@@ -36,7 +36,8 @@ SIZES: dict[str, Any] = {
 }
 #: What a family's configuration needs beside the sizes.
 FURTHER: dict[str, dict[str, Any]] = {
-    "gemma3_text": {"query_pre_attn_scalar": 32, "sliding_window": 16, "sliding_window_pattern": 2}
+    "gemma3_text": {"query_pre_attn_scalar": 32, "sliding_window": 16, "sliding_window_pattern": 2},
+    "codegen": {"rotary_dim": 16},
 }
 NAMES = ("helpful", "harmless", "2")
 WEIGHTS = dict(zip(NAMES, (0.5, 0.3, 0.2), strict=True))
@@ -49,13 +50,13 @@ GIVEN: list[tuple[Any, Mapping[str, float]]] = [
 ]
 
 
-def write_mixture(root: Path, family: str, kinds: str) -> Path:
+def write_mixture(root: Path, family: str, kinds: str, **sizes: int) -> Path:
     """A mixture of three policies. kinds: `a` or `f` for each, an adapter (their ranks differ) or full weights."""
 
     def model(seed: int) -> PreTrainedModel:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            config = AutoConfig.for_model(family, **SIZES, **FURTHER.get(family, {}))
+            config = AutoConfig.for_model(family, **{**SIZES, **FURTHER.get(family, {}), **sizes})
             return AutoModelForCausalLM.from_config(config).eval()
 
     model(0).save_pretrained(root / "reference")

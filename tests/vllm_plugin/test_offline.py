@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,11 +48,11 @@ def open_llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
 def test_greedy_tokens_and_log_probabilities_are_the_products(
     family: str, kinds: str, tmp_path: Path, open_llm: Callable[..., Any]
 ) -> None:
-    """50 requests, 8 at a time, with the artefact's weights and with their own, one-hot ones among them; to 1e-3."""
+    """Many requests, 8 at a time, with the artefact's weights and with their own, one-hot ones among them; to 1e-3."""
     from vllm import SamplingParams
 
     artefact = write_mixture(tmp_path, family, kinds)
-    asked = requests(50)
+    asked = requests(200 if family == "llama" else 40)
     llm = open_llm(artefact)
     answers = llm.generate(
         [{"prompt_token_ids": prompt} for prompt, *_ in asked],
@@ -158,3 +160,38 @@ def test_a_policy_that_lacks_a_tensor_is_refused_at_start(tmp_path: Path, open_l
     )
     with pytest.raises(Exception, match=r"harmless: there are no weights for 'model\.layers\.1\.post_attention"):
         open_llm(again)
+
+
+def test_an_artefact_that_does_not_say_its_sizes_takes_its_references(
+    tmp_path: Path, open_llm: Callable[..., Any]
+) -> None:
+    """As they were written before `text_config` was known."""
+    artefact = write_mixture(tmp_path, "llama", "aaa")
+    path = artefact / "config.json"
+    config = json.loads(path.read_text())
+    del config["text_config"]
+    path.unlink()
+    path.write_text(json.dumps(config))
+    answer = open_llm(artefact).generate([{"prompt_token_ids": [1, 7]}], use_tqdm=False)
+    assert answer[0].outputs[0].token_ids
+
+
+def test_a_missing_adapter_is_refused_at_start(tmp_path: Path, open_llm: Callable[..., Any]) -> None:
+    artefact = write_mixture(tmp_path, "llama", "aaa")
+    shutil.rmtree(artefact / "policies" / "harmless")
+    with pytest.raises(Exception, match=r"policies/harmless: this policy of the mixture is missing"):
+        open_llm(artefact)
+
+
+def test_a_family_that_vllm_does_not_have_is_refused_by_name(tmp_path: Path, open_llm: Callable[..., Any]) -> None:
+    artefact = write_mixture(tmp_path, "codegen", "fff")
+    with pytest.raises(Exception, match=r"helpful is a CodeGenForCausalLM, which vLLM has no model for\. Decode this"):
+        open_llm(artefact)
+
+
+def test_policies_that_cannot_fit_into_memory_are_refused_with_what_to_do(
+    tmp_path: Path, open_llm: Callable[..., Any]
+) -> None:
+    artefact = write_mixture(tmp_path, "llama", "aaa", max_position_embeddings=10**9)
+    with pytest.raises(Exception, match=r"1 models with 0\.00 GiB of weights and need 1430\.51 GiB for one sequence"):
+        open_llm(artefact)
