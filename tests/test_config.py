@@ -137,6 +137,8 @@ def test_weights_come_back_in_the_order_of_the_objectives() -> None:
             "batch_size 8 is not a multiple of micro_batch_size × num_workers = 16",
         ),
         ({"serve": {"min_replicas": 5}}, "serve: max_replicas 4 is below min_replicas 5"),
+        ({"serve": {"vllm": {"seed": 1}}}, "serve: vllm: these arguments are for engine: vllm; set it, or leave"),
+        ({"serve": {"engine": "vllm", "vllm": {"model": "x"}}}, "serve: vllm.model: it follows from the artefact and"),
         ({"objectives": {"mpo": {"preferences": {"embedded": "pairs"}}}}, "objective 'mpo': names are"),
         ({"objectives": {"reference": {"preferences": {"embedded": "pairs"}}}}, "objective 'reference': names are"),
         ({"objectives": {"a/b": {"preferences": {"embedded": "pairs"}}}}, "objective 'a/b': names are"),

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import pickle
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -16,7 +17,8 @@ from mpo_ray.decoding.protocol import Delta, Diagnostics, GenerationRequest, Mod
 from mpo_ray.serving.endpoint import create_app
 from mpo_ray.serving.errors import ApiError
 from mpo_ray.serving.model_ids import parse_model_id
-from mpo_ray.serving.openai_schema import NOT_IMPLEMENTED, ChatRequest, CompletionRequest
+from mpo_ray.serving.openai_schema import NOT_IMPLEMENTED, ChatRequest, CompletionRequest, Mixture
+from mpo_ray.serving.plan import mode_of
 from mpo_ray.serving.served import Served
 from mpo_ray.serving.side_by_side import Batch
 from tests.tiny import tiny_tokenizer
@@ -267,3 +269,13 @@ def test_request_models_survive_what_the_wire_may_bring() -> None:
         answer = asyncio.run(send())
         assert answer.status_code == 400, body
         assert answer.json()["error"]["message"]
+
+
+def test_exact_mode_is_what_the_engine_behind_the_endpoint_can_do() -> None:
+    """The default method is the engine's first; another that it lacks is refused before it is asked."""
+    served = Served("run", OBJECTIVES, context=16, max_tokens=12, exact_methods=("rejection",))
+    assert mode_of(Mixture(mode="exact", particles=3), served) == Mode("rejection", 3)
+    assert mode_of(Mixture(mode="exact"), replace(served, exact_methods=("smc", "rejection"))) == Mode("smc", 8)
+    with pytest.raises(ApiError, match="draws exact samples by 'rejection' alone") as refused:
+        mode_of(Mixture(mode="exact", method="smc"), served)
+    assert (refused.value.status, refused.value.param) == (400, "mixture.method")

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,6 +24,7 @@ from mpo_ray.config_serving import Serve
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.serving.page_files import PAGE_PATHS
 from mpo_ray.serving.service import BuildArguments, build, check_open, key_digests, serve_endpoint
+from mpo_ray.vllm_plugin.ray_llm import build as build_ray_llm
 from tests.serving.live import NAME, PROMPT, WEIGHTS, write_tiny
 from tests.serving.served import generated
 
@@ -269,6 +271,14 @@ def test_an_open_host_without_a_key_is_refused_unless_it_is_wanted(artefact: Pat
         Serve(host="0.0.0.0", api_keys_env="ANY"),
     ):
         check_open(safe)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here; make test-vllm serves with it")
+def test_an_engine_that_is_not_installed_is_refused(artefact: Path) -> None:
+    with pytest.raises(ConfigError, match=r"serve\.engine: vllm is not installed here\. Install it beside"):
+        serve_endpoint(str(artefact), Serve(engine="vllm"), "absent", blocking=False)
+    with pytest.raises(ConfigError, match=r"ray\.serve\.llm needs vLLM .* or serve serve_apps/mixture\.yaml"):
+        build_ray_llm({"artefact": str(artefact), "name": NAME})
 
 
 def test_replicas_that_no_node_can_hold_are_refused_before_any_starts(ray_cluster: None, artefact: Path) -> None:

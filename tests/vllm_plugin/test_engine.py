@@ -15,6 +15,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from mpo_ray.config import ConfigError
 from mpo_ray.decoding.open_engine import open_engine
 from mpo_ray.decoding.protocol import (
     Delta,
@@ -250,6 +251,13 @@ def test_what_cannot_be_served_is_refused_and_the_next_is_answered(
         one(engine, **fields)
     assert refused.value.param == param
     assert len(tokens(one(engine, ignore_eos=True))) == 8
+
+
+def test_an_argument_that_vllm_does_not_have_is_refused_by_name(artefact: Path) -> None:
+    from mpo_ray.vllm_plugin.engine import VllmEngine
+
+    with pytest.raises(ConfigError, match=r"serve\.vllm\.kind: vLLM has no such engine argument"):
+        VllmEngine(str(artefact), num_lanes=1, arguments={"kind": 1})
 
 
 def test_rejection_gives_up_after_its_attempts(engine: Any) -> None:
