@@ -67,7 +67,11 @@ class VllmMixture(nn.Module):
                 others = [build(name, self._reference) for name in adapted[1:]]
             _stack_attention(self.base, others)
         self.full = nn.ModuleDict({f"policy_{name}": build(name, policy_path(self._directory, name)) for name in full})
+        #: Whether the shared head is linear: Gemma 2's is not.
+        self._one_row = getattr(getattr(self.base, "logits_processor", None), "soft_cap", 0.0) is None
         self._order = [*adapted, *full]
+        columns = torch.tensor([self.objectives.index(name) for name in self._order])
+        self._columns = nn.Buffer(columns, persistent=False)  # of λ, in this order
         self._sizes = [self._model_of(name).config.get_text_config().hidden_size for name in self._order]
 
     def _model_of(self, name: str) -> Any:
@@ -98,18 +102,35 @@ class VllmMixture(nn.Module):
         *states, packed = hidden_states.split_with_sizes(
             [*self._sizes, hidden_states.shape[-1] - sum(self._sizes)], dim=-1
         )
-        weights = _unpacked(packed)
-        mixed: Tensor | None = None
-        for name, state in zip(self._order, states, strict=True):
+        weights = _unpacked(packed).index_select(1, self._columns)
+        num = len(self.adapted)
+        parts = [self._of_adapters(states[:num], weights[:, :num])] if num else []
+        for number, (name, state) in enumerate(zip(self._order[num:], states[num:], strict=True), start=num):
             logits = self._model_of(name).compute_logits(state)
-            if logits is None:  # another rank has them
-                return None
-            part = weights[:, self.objectives.index(name), None] * logits.float().log_softmax(-1)
-            mixed = part if mixed is None else mixed + part
-        assert mixed is not None
+            parts.append(None if logits is None else weights[:, number, None] * logits.float().log_softmax(-1))
+        found = [part for part in parts if part is not None]
+        if not found:  # another rank has them
+            return None
+        mixed = torch.stack(found).sum(0) if len(found) > 1 else found[0]
         log_z = log_normalizer(mixed)
         mixed -= log_z[:, None]  # penalties that multiply want what is below 0 everywhere
         return with_log_z(mixed, log_z) if self._tells_log_z else mixed
+
+    def _of_adapters(self, states: Sequence[Tensor], weights: Tensor) -> Tensor | None:
+        """Σ_k λ_k log π_k of the policies on one base, (N, V), which has one output head.
+
+        Σ_k λ_k W h_k = W Σ_k λ_k h_k: up to a constant of each row, which log Z_t is about, one row of a head that is
+        linear is enough.
+        """
+        if self._one_row and not self._tells_log_z:
+            mixed = torch.einsum("nk,knd->nd", weights, torch.stack([*states]).float())
+            logits: Tensor | None = self.base.compute_logits(mixed.to(states[0].dtype))
+            return None if logits is None else logits.float()
+        logits = self.base.compute_logits(torch.cat([*states]))
+        if logits is None:
+            return None
+        each = logits.float().log_softmax(-1).view(len(states), -1, logits.shape[-1])
+        return torch.einsum("nk,knv->nv", weights, each)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load every policy by its own model's loader. weights: not read; vLLM makes them of files without an order."""
