@@ -53,17 +53,19 @@ def command(verb: str, storage: Path, name: str, *extra: str) -> list[str]:
     return [sys.executable, "-m", "mpo_ray", *arguments(verb, storage, name, *extra)]
 
 
-def without(finished: Path, storage: Path, *trained: str) -> Path:
-    """A copy of a finished run that lacks models it trained, `base` or policies, and all that came after the training.
+def without(finished: Path, storage: Path, policy: str, *, scored: bool) -> Path:
+    """A copy of a finished run that lacks one of its policies, and all that came after the scores.
 
+    scored: whether the samples and scores that came of the policy are kept; what a policy that is trained again from
+        the same inputs draws is then taken from there
     No stage is recorded, so each looks for what is there from the same inputs.
     """
     run = storage / finished.name
     shutil.copytree(finished, run)
-    models = [f"{'' if name == 'base' else 'policies/'}{name}" for name in trained]
-    came_of_them = [f"{kind}/{name}*" for kind in ("training", "tensorboard", "samples") for name in trained]
-    later = ["scores", "fit", "fit.json", "trade_off.json", "mixture", "evaluation", "report", "manifest.json"]
-    for path in [path for node in (*models, *came_of_them, *later) for path in run.glob(node)]:
+    trained = [f"policies/{policy}", f"training/{policy}*", f"tensorboard/{policy}*"]
+    drawn = [] if scored else [f"samples/{policy}*", "scores"]
+    later = ["fit", "fit.json", "trade_off.json", "mixture", "evaluation", "report", "manifest.json"]
+    for path in [path for node in (*trained, *drawn, *later) for path in run.glob(node)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return run
 

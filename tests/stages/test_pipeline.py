@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mpo_ray  # noqa: F401 - registers the mixture
@@ -134,11 +135,12 @@ def test_a_stage_whose_inputs_are_missing_names_the_one_to_run_first(
 def test_a_run_killed_in_training_and_evaluation_ends_with_the_weights_of_an_unbroken_one(
     finished_run: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL the driver twice; the third start finishes, and λ is the same to the last bit.
+    """SIGKILL the driver twice; the third start finishes, and policy and λ are the same to the last bit.
 
-    Kills in scoring and in the decoded fit have tests of their own.
+    Kills in scoring and in the decoded fit have tests of their own, so samples and scores are the finished run's: a
+    policy that is trained to the end from the same inputs has no others.
     """
-    run = tiny_run.without(finished_run, tmp_path, "positive")
+    run = tiny_run.without(finished_run, tmp_path, "positive", scored=True)
 
     def in_training() -> bool:
         return any(run.glob("training/positive-*/checkpoint_2*")) and not (run / "policies" / "positive").exists()
@@ -150,8 +152,12 @@ def test_a_run_killed_in_training_and_evaluation_ends_with_the_weights_of_an_unb
         _kill_when(moment, tiny_run.command("run", tmp_path, run.name))
         assert stage not in json.loads((run / "manifest.json").read_text())["stages"]
     scored = {path: path.stat().st_mtime_ns for path in run.glob("scores/*.parquet")}
+    assert len(scored) == 32
     evaluated = {path: path.stat().st_mtime_ns for path in run.glob("evaluation/parts/*.parquet")}
     result = tiny_run.run(tiny_run.command("run", tmp_path, run.name, "--json"))
+    adapters = [load_file(r / "policies" / "positive" / "adapter_model.safetensors") for r in (run, finished_run)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
     assert result["weights"] == _weights(finished_run)
     assert _weights(run) == _weights(finished_run)
     completions = [pq.read_table(r / "evaluation" / "completions.parquet") for r in (run, finished_run)]
