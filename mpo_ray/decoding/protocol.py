@@ -159,7 +159,7 @@ class Delta:
 class Statistics:
     """A moment of an engine. Counts marked (total) only grow.
 
-    rows, rows_used: places of the key-value cache, one per policy and sequence in flight
+    rows, rows_used: places of the key-value cache, one per policy and sequence in flight; in vLLM its pages
     admitted (total), queue_seconds (total): requests that got their rows, and how long they all waited for them
     """
 

@@ -13,9 +13,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+from transformers import GenerationConfig
 
 from mpo_ray.config import ConfigError
 from mpo_ray.decoding.drafts import Rules
@@ -102,9 +104,11 @@ class VllmEngine:
         self._eos_ids, self._tokenizer = _end_ids(artefact), load_tokenizer(artefact)
         self._num_lanes, self._max_waiting, self._stuck_after = num_lanes, max_waiting, stuck_after
         limits = [limit for limit in (context, config.max_position_embeddings) if limit is not None]
+        if not limits:
+            raise ConfigError("serve.context: the model names no limit of its own; set how long a sequence may be.")
         self._room = _Room(config.vocab_size, min(limits), num_lanes * len(self.objectives))
         self._flights: dict[str, _Flight] = {}
-        self._counts = Statistics(running=0, waiting=0, rows=0, rows_used=0)
+        self._counts, self._counting = Statistics(running=0, waiting=0, rows=0, rows_used=0), threading.Lock()
         self._moved = time.monotonic()  # when vLLM last said something, or had nothing to do
         self._failure: str | None = None
         for name, value in ENVIRONMENT.items():
@@ -237,13 +241,16 @@ class VllmEngine:
     def _heard(self, **figures: float) -> None:
         """A step of vLLM's: counts that grow are added, moments take the place of the last."""
         self._moved = time.monotonic()
-        usage = figures.pop("usage")
-        moments = {"running": int(figures.pop("running")), "rows_used": round(usage * self._counts.rows)}
-        self._counts = replace(self._counts, **moments)
+        running, usage = int(figures.pop("running")), figures.pop("usage")
+        with self._counting:
+            self._counts = replace(self._counts, running=running, rows_used=round(usage * self._counts.rows))
         self._count(steps=1, **figures)
 
     def _count(self, **added: float) -> None:
-        self._counts = replace(self._counts, **{name: getattr(self._counts, name) + n for name, n in added.items()})
+        """Called by this engine's thread and by those of its callers."""
+        with self._counting:
+            grown = {name: getattr(self._counts, name) + n for name, n in added.items()}
+            self._counts = replace(self._counts, **grown)
 
     def _fail(self, reason: str) -> None:
         self._failure = reason
@@ -265,9 +272,7 @@ class VllmEngine:
 def _engine_arguments(
     artefact: str, config: MixtureConfig, num_lanes: int, context: int, further: dict[str, Any]
 ) -> dict[str, Any]:
-    """Ours and the operator's. Raises ConfigError for one of these that is ours or that vLLM does not have."""
-    from dataclasses import fields
-
+    """Ours and the operator's. Raises ConfigError for one of these that vLLM does not have."""
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
 
@@ -301,8 +306,6 @@ def _bytes_per_token(config: MixtureConfig) -> int:
 
 
 def _end_ids(artefact: str) -> tuple[int, ...]:
-    from transformers import GenerationConfig
-
     ends = GenerationConfig.from_pretrained(artefact).eos_token_id
     return tuple(ends) if isinstance(ends, list) else (ends,)
 

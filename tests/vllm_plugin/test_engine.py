@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
@@ -258,6 +260,16 @@ def test_an_argument_that_vllm_does_not_have_is_refused_by_name(artefact: Path) 
 
     with pytest.raises(ConfigError, match=r"serve\.vllm\.kind: vLLM has no such engine argument"):
         VllmEngine(str(artefact), num_lanes=1, arguments={"kind": 1})
+
+
+def test_a_model_without_a_limit_of_its_own_needs_one(artefact: Path, tmp_path: Path) -> None:
+    from mpo_ray.vllm_plugin.engine import VllmEngine
+
+    shutil.copytree(artefact, tmp_path / "mixture")
+    path = tmp_path / "mixture" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": None}))
+    with pytest.raises(ConfigError, match=r"serve\.context: the model names no limit of its own; set how long"):
+        VllmEngine(str(tmp_path / "mixture"), num_lanes=1)
 
 
 def test_rejection_gives_up_after_its_attempts(engine: Any) -> None:
