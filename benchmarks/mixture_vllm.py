@@ -1,6 +1,6 @@
 """What a mixture costs in vLLM: against one plain model in vLLM, and against this package's own engine.
 
-    python benchmarks/vllm.py [--requests 1 8 32] [--steps 40] [--rounds 3] [--threads 1]
+    python benchmarks/mixture_vllm.py [--requests 1 8 32] [--steps 40] [--rounds 3] [--threads 1]
 
 Needs vLLM (`make test-vllm` makes an environment with its build for CPUs, .venv-vllm). A Llama with random weights
 (12 layers of d = 576, the shape of benchmarks/decoding.py) and K = 3: LoRA policies of rank 16 on one base, and
@@ -13,9 +13,7 @@ linear layer's by its sizes, because on a CPU vLLM lays them out anew elsewhere.
 from __future__ import annotations
 
 import os
-import sys
 
-sys.path.append(sys.path.pop(0))  # this file has the name of a package that it imports
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
