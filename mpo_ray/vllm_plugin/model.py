@@ -112,9 +112,10 @@ class VllmMixture(nn.Module):
         if not found:  # another rank has them
             return None
         mixed = torch.stack(found).sum(0) if len(found) > 1 else found[0]
+        if not self._tells_log_z:
+            return mixed.log_softmax(-1)  # penalties that multiply want what is below 0 everywhere
         log_z = log_normalizer(mixed)
-        mixed -= log_z[:, None]  # penalties that multiply want what is below 0 everywhere
-        return with_log_z(mixed, log_z) if self._tells_log_z else mixed
+        return with_log_z(mixed - log_z[:, None], log_z)
 
     def _of_adapters(self, states: Sequence[Tensor], weights: Tensor) -> Tensor | None:
         """Σ_k λ_k log π_k of the policies on one base, (N, V), which has one output head.
