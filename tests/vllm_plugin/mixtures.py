@@ -37,6 +37,7 @@ SIZES: dict[str, Any] = {
 #: What a family's configuration needs beside the sizes.
 FURTHER: dict[str, dict[str, Any]] = {
     "gemma3_text": {"query_pre_attn_scalar": 32, "sliding_window": 16, "sliding_window_pattern": 2},
+    "gemma2": {"query_pre_attn_scalar": 32, "sliding_window": 16, "final_logit_softcapping": 3.0},
     "codegen": {"rotary_dim": 16},
 }
 NAMES = ("helpful", "harmless", "2")

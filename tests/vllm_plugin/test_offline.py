@@ -42,7 +42,7 @@ def open_llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
 
 @pytest.mark.parametrize(
     ("family", "kinds"),
-    [("llama", "aaa"), ("llama", "fff"), ("qwen2", "afa"), ("qwen3", "aaa"), ("gemma3_text", "aaa")],
+    [("llama", "aaa"), ("llama", "fff"), ("qwen2", "afa"), ("qwen3", "aaa"), ("gemma3_text", "aaa"), ("gemma2", "aaa")],
     ids=lambda value: str(value),
 )
 def test_greedy_tokens_and_log_probabilities_are_the_products(
