@@ -53,7 +53,7 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
 def build_app(artefact: str, serve: Serve, name: str) -> ray_serve.Application:
     """The application that serves the artefact (a directory that every node sees) under the model id `name`.
 
-    Raises ConfigError, ModelError.
+    Raises ConfigError.
     """
     check_engine(serve)
     artefact = str(Path(artefact).absolute())  # replicas have their own working directory

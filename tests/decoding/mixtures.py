@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from scipy.stats import chisquare
 
 from mpo_ray.decoding.engine import MixtureEngine
 from mpo_ray.decoding.open_engine import open_engine
@@ -15,6 +19,7 @@ KINDS = ("lora", "full", "mixed")
 #: Token ids of prompts of different lengths.
 PROMPTS = ((1, 8, 9, 10), (1, 9), (1, 12, 13, 7, 8, 9, 10, 11, 14, 15), (1,))
 EOS = 2
+Response = tuple[int, ...]
 
 
 def engine_of(artefact: Path, **settings: Any) -> MixtureEngine:
@@ -38,3 +43,14 @@ def completed(engine: MixtureEngine, requests: Sequence[GenerationRequest]) -> l
 
 def tokens(deltas: Sequence[Delta]) -> list[int]:
     return [token for delta in deltas for token in delta.tokens]
+
+
+def p_value(found: Sequence[Response], logprobs: Mapping[Response, float]) -> float:
+    """χ² of the counts; responses that are expected less than 5 times are one cell."""
+    counts = Counter(found)
+    expected = np.exp(list(logprobs.values())) * len(found)
+    observed = np.array([counts[y] for y in logprobs], dtype=float)
+    assert observed.sum() == len(found)
+    rare = expected < 5
+    cells = [np.append(values[~rare], values[rare].sum()) for values in (observed, expected)]
+    return float(chisquare(*cells).pvalue)

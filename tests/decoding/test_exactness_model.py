@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare
 
 from mpo_ray.decoding.engine import MixtureEngine
 from mpo_ray.decoding.open_engine import open_engine
@@ -17,12 +15,11 @@ from mpo_ray.decoding.protocol import Mode
 from mpo_ray.maths.log_linear import log_normalizer
 from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.mixture import MixtureForCausalLM
-from tests.decoding.mixtures import EOS, completed, request, tokens
+from tests.decoding.mixtures import EOS, Response, completed, p_value, request, tokens
 from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
 
 WEIGHTS = {"warm": 0.6, "brief": 0.4}
 PROMPT, LIMIT, PASSES = (1, 7, 8), 3, 1e-4
-Response = tuple[int, ...]
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +79,6 @@ def drawn(engine: MixtureEngine, mode: Mode, num: int) -> list[tuple[Response, f
         assert told.log_z is not None
         found.append((tuple(tokens(deltas)), told.log_z, told.log_z_hat))
     return found
-
-
-def p_value(found: list[Response], logprobs: dict[Response, float]) -> float:
-    """χ² of the counts; responses that are expected less than 5 times are one cell."""
-    counts = Counter(found)
-    expected = np.exp(list(logprobs.values())) * len(found)
-    observed = np.array([counts[y] for y in logprobs], dtype=float)
-    rare = expected < 5
-    cells = [np.append(values[~rare], values[rare].sum()) for values in (observed, expected)]
-    return float(chisquare(*cells).pvalue)
 
 
 def test_token_mode_draws_from_q_and_not_from_the_sequence_level_mixture(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare
 
 from mpo_ray.config import ConfigError
 from mpo_ray.decoding.open_engine import open_engine
@@ -31,7 +29,7 @@ from mpo_ray.decoding.protocol import (
 )
 from mpo_ray.maths.log_linear import log_normalizer
 from mpo_ray.policies.mixture import MixtureForCausalLM
-from tests.decoding.mixtures import completed, tokens
+from tests.decoding.mixtures import Response, completed, p_value, tokens
 from tests.vllm_plugin.mixtures import MARKS, NAMES, WEIGHTS, requests, write_mixture
 
 pytestmark = MARKS
@@ -39,7 +37,6 @@ PROMPT, LIMIT, PASSES = (1, 7, 8), 2, 1e-4
 #: Half of the tokens end a response, so that some are shorter than others.
 ENDS = (2, *range(4, 15))
 LANES = 64
-Response = tuple[int, ...]
 
 
 @pytest.fixture(scope="module")
@@ -159,17 +156,6 @@ def exact(artefact: Path) -> dict[str, dict[Response, float]]:
             log_pi[token, other] = logprob + further + first_z + second_z
     total = np.logaddexp.reduce(list(log_pi.values()))
     return {"token": log_q, "sequence": {y: value - total for y, value in log_pi.items()}}
-
-
-def p_value(found: list[Response], logprobs: dict[Response, float]) -> float:
-    """χ² of the counts; responses that are expected less than 5 times are one cell."""
-    counts = Counter(found)
-    expected = np.exp(list(logprobs.values())) * len(found)
-    observed = np.array([counts[y] for y in logprobs], dtype=float)
-    assert observed.sum() == len(found)
-    rare = expected < 5
-    cells = [np.append(values[~rare], values[rare].sum()) for values in (observed, expected)]
-    return float(chisquare(*cells).pvalue)
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,20 @@ def test_an_artefact_that_does_not_say_its_sizes_takes_its_references(
     assert answer[0].outputs[0].token_ids
 
 
+def test_an_artefact_with_no_sizes_and_no_reference_has_to_be_written_again(
+    tmp_path: Path, open_llm: Callable[..., Any]
+) -> None:
+    artefact = write_mixture(tmp_path, "llama", "fff")
+    path = artefact / "config.json"
+    config = json.loads(path.read_text())
+    del config["text_config"]
+    path.unlink()
+    path.write_text(json.dumps(config))
+    shutil.rmtree(artefact / "reference")
+    with pytest.raises(Exception, match=r"config\.json has no text_config, .* Write the artefact again with its"):
+        open_llm(artefact)
+
+
 def test_a_missing_adapter_is_refused_at_start(tmp_path: Path, open_llm: Callable[..., Any]) -> None:
     artefact = write_mixture(tmp_path, "llama", "aaa")
     shutil.rmtree(artefact / "policies" / "harmless")
