@@ -248,7 +248,7 @@ def _console() -> Console:
 @contextmanager
 def _opened(options: argparse.Namespace) -> Iterator[Context]:
     """The run of a config on a Ray cluster, after what can be checked at once: resources, storage, models, rewards."""
-    from mpo_ray.cluster.preflight import check_placement, check_storage_everywhere
+    from mpo_ray.cluster.preflight import check_engine, check_placement, check_storage_everywhere
     from mpo_ray.cluster.session import ray_session
     from mpo_ray.stages.check import check_compared_models, check_model, check_rewards
     from mpo_ray.stages.judging import check_judge_settings
@@ -261,6 +261,7 @@ def _opened(options: argparse.Namespace) -> Iterator[Context]:
     check_compared_models(context)
     check_rewards(context)
     check_judge_settings(context)
+    check_engine(config.scoring.engine, where="scoring.engine")
     with ray_session(options.address):
         check_placement(config)
         check_storage_everywhere(run)

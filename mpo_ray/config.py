@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from mpo_ray.config_serving import Serve
+from mpo_ray.config_serving import Serve, check_vllm_arguments
 from mpo_ray.config_training import ConstrainedTraining, PolicyTraining, Share, Source, Strict, SupervisedTraining
 from mpo_ray.records import Bound, check_weights, digest, is_reserved
 
@@ -83,6 +83,20 @@ class Actors(Strict):
     batch_size: PositiveInt = Field(32, description="sequences per forward pass")
     prompts_per_part: PositiveInt = Field(32, description="prompts in one file: the unit of work, progress and resume")
     precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class Scoring(Actors):
+    """Those of the stages that score; the score table's log-ratios may be computed by vLLM."""
+
+    engine: Literal["mpo", "vllm"] = Field(
+        "mpo", description="what computes log π_k of the samples; reference and pairs are always scored by mpo"
+    )
+    vllm: dict[str, Any] = Field({}, description="further arguments of vLLM's EngineArgs, for engine: vllm")
+
+    @model_validator(mode="after")
+    def _check(self) -> Scoring:
+        check_vllm_arguments(self.engine, self.vllm)
+        return self
 
 
 class Samples(Strict):
@@ -245,7 +259,7 @@ class RunConfig(Strict):
     data: Data = Data()
     policies: PolicyTraining = PolicyTraining()
     embedded: Embedded = Embedded()
-    scoring: Actors = Actors()
+    scoring: Scoring = Scoring()
     decoding: Decoding = Decoding()
     samples: Samples = Samples()
     fit: Fit = Fit()

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from mpo_ray.config_training import Strict
 
-#: Arguments of vLLM's that follow from the artefact and from other settings.
+#: Arguments of vLLM's that follow from what it opens and from other settings.
 SET_FOR_VLLM = frozenset(
     {"model", "tokenizer", "trust_remote_code", "logprobs_mode", "max_logprobs", "max_num_seqs", "max_model_len",
-     "skip_tokenizer_init", "generation_config", "disable_log_stats"}
+     "skip_tokenizer_init", "generation_config", "disable_log_stats", "runner", "hf_overrides"}
 )  # fmt: skip
+
+
+def check_vllm_arguments(engine: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse, by ValueError, arguments for an engine that is not chosen, and those that are not the operator's."""
+    if arguments and engine != "vllm":
+        raise ValueError("vllm: these arguments are for engine: vllm; set it, or leave them out")
+    if taken := sorted(SET_FOR_VLLM & arguments.keys()):
+        raise ValueError(f"vllm.{taken[0]}: it follows from the artefact and the other settings; leave it out")
 
 
 class Serve(Strict):
@@ -86,10 +95,7 @@ class Serve(Strict):
                 f"max_ongoing_requests {self.max_ongoing_requests} is below target_ongoing_requests "
                 f"{self.target_ongoing_requests:g}: replicas would never be seen as busy, and none added"
             )
-        if self.vllm and self.engine != "vllm":
-            raise ValueError("vllm: these arguments are for engine: vllm; set it, or leave them out")
-        if taken := sorted(SET_FOR_VLLM & self.vllm.keys()):
-            raise ValueError(f"vllm.{taken[0]}: it follows from the artefact and the other settings; leave it out")
+        check_vllm_arguments(self.engine, self.vllm)
         return self
 
     @property

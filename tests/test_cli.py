@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,12 @@ class TestCheck:
             "mopo.problems.kind.training.workers: each needs 64 CPU"
             in _check(run_file, capsys, "--set", problem, "--set", own)[1]
         )
+
+    @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here; make test-vllm scores with it")
+    def test_an_engine_that_is_not_installed_is_named(self, run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        status, out = _check(run_file, capsys, "--set", "scoring.engine=vllm")
+        assert status == 1
+        assert "problem  scoring engine: scoring.engine: vllm is not installed here. Install it beside" in out
 
     def test_a_reward_that_cannot_be_imported_is_named(
         self, run_file: Path, capsys: pytest.CaptureFixture[str]

@@ -147,7 +147,6 @@ def _arguments(
         "max_new_tokens": config.samples.max_new_tokens,
         "particles": config.decoding.particles,
         "with_log_ratios": _needs_log_ratios(config.fit.decoded, rewards),
-        "scratch": str(run.local),
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from mpo_ray.cluster.score import draw, load_rewards, log_ratios, sequences, with_rewards
-from mpo_ray.config import Actors
+from mpo_ray.config import Scoring
 from mpo_ray.evaluation.candidate_models import CandidateModels
 from mpo_ray.evaluation.candidates import Candidate
 from mpo_ray.evaluation.divergence import divergences, tilts
@@ -32,7 +32,7 @@ class CandidateEvaluator:
         max_new_tokens: int,
         temperature: float,
     ) -> None:
-        self._actors = Actors.model_validate(actors)
+        self._actors = Scoring.model_validate(actors)
         self._tokenizer = load_tokenizer(artefact)
         self._models = CandidateModels(artefact, reference, policies, precision=self._actors.precision)
         self._rewards = load_rewards(rewards, self._actors)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from mpo_ray.cluster.score import draw, load_rewards, log_ratios, with_rewards
-from mpo_ray.config import Actors
+from mpo_ray.config import Scoring
 from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.policies.mixture import MixtureForCausalLM
@@ -22,7 +22,7 @@ class MixtureDecoder:
     """Prompts and λ → completions of the mixture, their rewards and log Ẑ.
 
     The mixture artefact is written after the fit, so one for the game is made in a directory that goes when it is
-    loaded; its files are links where the file system has them.
+    loaded, of links to the policies.
     """
 
     def __init__(
@@ -36,18 +36,17 @@ class MixtureDecoder:
         max_new_tokens: int,
         particles: int,
         with_log_ratios: bool,
-        scratch: str,
     ) -> None:
-        self._actors = Actors.model_validate(actors)
+        self._actors = Scoring.model_validate(actors)
         self._names, self._beta = list(policies), beta
         self._tokenizer = load_tokenizer(reference)
         self._rewards = load_rewards(rewards, self._actors)
-        Path(scratch).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=scratch) as directory:
+        with tempfile.TemporaryDirectory(prefix="mpo-ray-mixture-") as directory:
             write_artefact(
                 Path(directory),
                 objectives={name: Path(path) for name, path in policies.items()},
                 reference=reference,
+                copy_policies=False,
                 copy_reference=False,
                 weights={name: 1 / len(policies) for name in policies},
                 fit={},

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import fsspec
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mpo_ray.config import Actors, RunConfig
+from mpo_ray.config import Actors, ConfigError, RunConfig
 from mpo_ray.config_serving import Serve
 from mpo_ray.run import Run, RunError
 
@@ -41,6 +42,15 @@ def check_serving(serve: Serve) -> None:
 def check_actors(actors: Actors) -> None:
     """As `check_placement`, for actors that the command line asks for."""
     _check_group("--actors", actors.num_actors, {"CPU": actors.cpus_per_actor, "GPU": actors.gpus_per_actor})
+
+
+def check_engine(engine: str, *, where: str) -> None:
+    """Refuse an engine that is not installed. Raises ConfigError."""
+    if engine == "vllm" and find_spec("vllm") is None:
+        raise ConfigError(
+            f"{where}: vllm is not installed here. Install it beside this package on every node, "
+            "pip install 'mpo_ray[vllm]', or set engine: mpo."
+        )
 
 
 def _check_group(key: str, count: int, need: Resources) -> None:

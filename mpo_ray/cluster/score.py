@@ -5,12 +5,12 @@ Each class loads its models once; calling it turns one table of prompts or respo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import pyarrow as pa
 
-from mpo_ray.config import Actors
+from mpo_ray.config import Actors, Scoring
 from mpo_ray.data.tokens import prompt_token_ids, render_prompt, response_token_ids
 from mpo_ray.decoding.particles import sample_mixture
 from mpo_ray.evaluation.rewards import IMPLICIT, Reward, load_reward
@@ -23,7 +23,7 @@ class PairReference:
     """Comparisons → token ids and log π_ref of both completions, so that training needs no second model."""
 
     def __init__(self, reference: str, actors: dict[str, Any]) -> None:
-        self._actors = Actors.model_validate(actors)
+        self._actors = Scoring.model_validate(actors)
         self._tokenizer = load_tokenizer(reference)
         self._policies = PolicySet(reference, {}, precision=self._actors.precision)
 
@@ -56,7 +56,7 @@ class Sampler:
         num_samples: int,
         max_new_tokens: int,
     ) -> None:
-        self._actors = Actors.model_validate(actors)
+        self._actors = Scoring.model_validate(actors)
         self._tokenizer = load_tokenizer(reference)
         self._policies = PolicySet(reference, policies, precision=self._actors.precision)
         self._num_samples, self._max_new_tokens = num_samples, max_new_tokens
@@ -85,6 +85,14 @@ class Sampler:
         )
 
 
+class Judges(Protocol):
+    """What knows log π of completions: a `PolicySet`, or what does its work."""
+
+    def logprobs(
+        self, names: Sequence[str], sequences: Sequences, *, batch_size: int, pad_id: int
+    ) -> dict[str, list[float]]: ...
+
+
 class SampleScorer:
     """Samples → log-ratio of every policy and reward of every objective: the score table (design 5.2).
 
@@ -99,10 +107,10 @@ class SampleScorer:
         beta: float,
         actors: dict[str, Any],
     ) -> None:
-        self._actors = Actors.model_validate(actors)
+        self._actors = Scoring.model_validate(actors)
         self._tokenizer = load_tokenizer(reference)
         self._names = list(policies)
-        self._policies = PolicySet(reference, policies, precision=self._actors.precision)
+        self._policies = _open(reference, policies, self._actors)
         self._rewards = load_rewards(rewards, self._actors)
         self._beta = beta
 
@@ -114,6 +122,20 @@ class SampleScorer:
         ratios = {name: table[f"log_ratio_{name}"].to_pylist() for name in self._names}
         rewards = {name: r for name, r in self._rewards.items() if f"reward_{name}" not in table.column_names}
         return with_rewards(table, rewards, self._tokenizer, ratios, self._beta)
+
+
+def _open(reference: str, policies: Mapping[str, str], scoring: Scoring) -> Judges:
+    if scoring.engine == "mpo":
+        return PolicySet(reference, policies, precision=scoring.precision)
+    from mpo_ray.vllm_plugin.scoring import VllmPolicySet  # another package's, which may not be there
+
+    return VllmPolicySet(
+        reference,
+        policies,
+        precision=scoring.precision,
+        num_lanes=scoring.batch_size,
+        arguments=scoring.vllm,
+    )
 
 
 def draw(
@@ -188,7 +210,7 @@ def sequences(table: pa.Table) -> list[tuple[list[int], list[int]]]:
 
 
 def log_ratios(
-    policies: PolicySet, names: list[str], table: pa.Table, actors: Actors, pad_id: int
+    policies: Judges, names: list[str], table: pa.Table, actors: Actors, pad_id: int
 ) -> dict[str, list[float]]:
     """ℓ_k = log π_k − log π_ref of every row and objective, nats; log π_ref is the table's own where it has it."""
     known = "log_ref" in table.column_names
@@ -198,7 +220,7 @@ def log_ratios(
 
 
 def logprobs(
-    policies: PolicySet, names: list[str], rows: Sequences, actors: Actors, pad_id: int
+    policies: Judges, names: list[str], rows: Sequences, actors: Actors, pad_id: int
 ) -> dict[str, list[float]]:
     """log π of every completion under each of the named models, nats."""
     return policies.logprobs(names, rows, batch_size=actors.batch_size, pad_id=pad_id)

@@ -41,12 +41,14 @@ def write_artefact(
     weights: Mapping[str, float],
     fit: Mapping[str, Any],
     precision: str = "fp32",
+    copy_policies: bool = True,
 ) -> MixtureConfig:
     """Write the artefact of the policies in `objectives` (directory by name, in order) into `directory`.
 
     Files are hard links where the file system allows it, copies elsewhere. Without `copy_reference` the artefact names
-    the reference: a hub id as it is, a directory by its absolute path. Raises ModelError where policies do not fit
-    together, ValueError where the weights are not on the simplex.
+    the reference: a hub id as it is, a directory by its absolute path. Without `copy_policies` it has symbolic
+    links to them, and lasts as long as they stay where they are. Raises ModelError where policies do not fit together,
+    ValueError where the weights are not on the simplex.
     """
     names = list(objectives)
     weights = check_weights(weights, names, where="the mixture's weights")
@@ -59,7 +61,11 @@ def write_artefact(
 
     directory.mkdir(parents=True, exist_ok=True)
     for name, policy in objectives.items():
-        _copy(policy, directory / POLICIES / name)
+        if copy_policies:
+            _copy(policy, directory / POLICIES / name)
+        else:
+            (directory / POLICIES).mkdir(exist_ok=True)
+            (directory / POLICIES / name).symlink_to(policy.resolve())
     is_local = Path(reference).is_dir()
     if copy_reference and not is_local:
         raise ModelError(f"{reference}: only a reference on this machine can be copied; pass copy_reference=False.")

@@ -10,7 +10,6 @@ import signal
 import socket
 import threading
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import ray
 from pydantic import ValidationError
 from ray import serve as ray_serve
 
-from mpo_ray.cluster.preflight import check_serving
+from mpo_ray.cluster.preflight import check_engine, check_serving
 from mpo_ray.config import ConfigError
 from mpo_ray.config_serving import Serve
 from mpo_ray.config_training import Strict
@@ -55,7 +54,7 @@ def build_app(artefact: str, serve: Serve, name: str) -> ray_serve.Application:
 
     Raises ConfigError.
     """
-    check_engine(serve)
+    check_engine(serve.engine, where="serve.engine")
     artefact = str(Path(artefact).absolute())  # replicas have their own working directory
     digest, keys = artefact_digest(artefact), key_digests(serve)
     common = {
@@ -167,15 +166,6 @@ def check_open(serve: Serve) -> None:
         "environment variable that holds the keys in serve.api_keys_env, or set serve.allow_open: true if something "
         "else keeps strangers out."
     )
-
-
-def check_engine(serve: Serve) -> None:
-    """Refuse an engine that is not installed. Raises ConfigError."""
-    if serve.engine == "vllm" and find_spec("vllm") is None:
-        raise ConfigError(
-            "serve.engine: vllm is not installed here. Install it beside this package on every node, "
-            "pip install 'mpo_ray[vllm]', or set engine: mpo."
-        )
 
 
 def _is_loopback(host: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mpo_ray.cluster.preflight import check_placement, check_storage_everywhere
+from mpo_ray.cluster.preflight import check_engine, check_placement, check_storage_everywhere
 from mpo_ray.config import RunConfig
 from mpo_ray.evaluation.rewards import IMPLICIT, is_callable_spec, load_reward
 from mpo_ray.policies.loading import check_comparable, check_model_files, load_tokenizer
@@ -57,6 +57,7 @@ def check_run(config: RunConfig, console: Console, *, update: bool = False) -> F
     run = Run(config.storage, config.name)
     look("run name and storage", lambda: Run.check(config, update=update))
     look("storage from every node", lambda: check_storage_everywhere(run))
+    look("scoring engine", lambda: check_engine(config.scoring.engine, where="scoring.engine"))
     look("resources", lambda: check_placement(config))
     with tempfile.TemporaryDirectory() as scratch:
         context = Context(config, Run(scratch, config.name), console)

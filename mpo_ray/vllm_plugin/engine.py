@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from contextlib import aclosing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +34,11 @@ from mpo_ray.policies.artefact import check_artefact
 from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.records import check_weights
+from mpo_ray.vllm_plugin.arguments import engine_arguments, set_environment, whole_pages
 from mpo_ray.vllm_plugin.log_z import NUM_COLUMNS
 
 #: The likeliest tokens that a request may ask for at each place.
 MOST_LOGPROBS = 20
-#: Tokens of one of vLLM's pages on a CPU.
-_PAGE = 128
-#: What vLLM reads from the environment, unless it is set already.
-ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",  # tells nobody
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # on a CPU as many threads as the replica was given, on any core
-    "VLLM_LOGGING_LEVEL": "WARNING",
-}
 
 logger = logging.getLogger(__name__)
 
@@ -111,13 +102,27 @@ class VllmEngine:
         self._counts, self._counting = Statistics(running=0, waiting=0, rows=0, rows_used=0), threading.Lock()
         self._moved = time.monotonic()  # when vLLM last said something, or had nothing to do
         self._failure: str | None = None
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        set_environment()
+        from vllm import AsyncEngineArgs
+
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-engine", daemon=True)
         self._thread.start()
         try:
-            settings = _engine_arguments(artefact, config, num_lanes, self._room.context, dict(arguments or {}))
+            settings = engine_arguments(
+                artefact,
+                config,
+                AsyncEngineArgs,
+                {
+                    "logprobs_mode": "raw_logits",  # what carries log Z_t
+                    "max_logprobs": MOST_LOGPROBS + NUM_COLUMNS,
+                    "max_num_seqs": num_lanes,
+                    "max_model_len": self._room.context,
+                },
+                arguments or {},
+                where="serve.vllm",
+                kept_tokens=(num_lanes + 1) * whole_pages(self._room.context),
+            )
             self._source = self._run(self._open(settings, config.vocab_size, cache_salt)).result()
         except BaseException:
             self._end_loop()
@@ -267,42 +272,6 @@ class VllmEngine:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-
-def _engine_arguments(
-    artefact: str, config: MixtureConfig, num_lanes: int, context: int, further: dict[str, Any]
-) -> dict[str, Any]:
-    """Ours and the operator's. Raises ConfigError for one of these that vLLM does not have."""
-    from vllm import AsyncEngineArgs
-    from vllm.platforms import current_platform
-
-    if unknown := sorted(further.keys() - {field.name for field in fields(AsyncEngineArgs)}):
-        raise ConfigError(f"serve.vllm.{unknown[0]}: vLLM has no such engine argument; look at its AsyncEngineArgs.")
-    settings: dict[str, Any] = {
-        "model": artefact,
-        "dtype": str(config.dtype or "auto").removeprefix("torch."),
-        "logprobs_mode": "raw_logits",  # what carries log Z_t
-        "max_logprobs": MOST_LOGPROBS + NUM_COLUMNS,
-        "max_num_seqs": num_lanes,
-        "max_model_len": context,
-        "skip_tokenizer_init": True,
-        "generation_config": "vllm",
-        "disable_log_stats": True,
-    }
-    if current_platform.is_cpu():  # where nothing is gained by compiling, or by a process more
-        settings["enforce_eager"] = True
-        settings["distributed_executor_backend"] = "uni"
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # which vLLM wants for that
-        pages = -(-context // _PAGE) * _PAGE
-        settings["kv_cache_memory_bytes"] = (num_lanes + 1) * pages * _bytes_per_token(config)
-    return settings | further
-
-
-def _bytes_per_token(config: MixtureConfig) -> int:
-    """Of the key-value caches of all policies, float32."""
-    text: Any = config.text_config
-    size = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    return len(config.objectives) * int(text.num_hidden_layers) * 2 * int(text.num_key_value_heads) * size * 4
 
 
 def _end_ids(artefact: str) -> tuple[int, ...]:

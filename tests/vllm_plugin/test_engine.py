@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from mpo_ray.config import ConfigError
-from mpo_ray.decoding.open_engine import open_engine
 from mpo_ray.decoding.protocol import (
     Delta,
     EngineError,
@@ -29,8 +28,8 @@ from mpo_ray.decoding.protocol import (
 )
 from mpo_ray.maths.log_linear import log_normalizer
 from mpo_ray.policies.mixture import MixtureForCausalLM
-from tests.decoding.mixtures import Response, completed, p_value, tokens
-from tests.vllm_plugin.mixtures import MARKS, NAMES, WEIGHTS, requests, write_mixture
+from tests.decoding.mixtures import Response, p_value, tokens
+from tests.vllm_plugin.mixtures import MARKS, NAMES, WEIGHTS, write_mixture
 
 pytestmark = MARKS
 PROMPT, LIMIT, PASSES = (1, 7, 8), 2, 1e-4
@@ -79,57 +78,11 @@ def request(number: int, *, prompt: Sequence[int] = PROMPT, mode: Mode | None = 
     return GenerationRequest(str(number), tuple(prompt), sampling, mode or Mode(), weights)
 
 
-def test_greedy_answers_are_our_own_engines_while_others_come_and_go(engine: Any, artefact: Path) -> None:
-    """200 requests that come one after the other, every third with a neighbour that leaves after its second token.
-
-    Tokens, text, ends, log-probabilities, log Z_t and the prompt's log-probabilities, to 1e-3.
-    """
-    asked = [
-        request(
-            number, prompt=prompt, weights=weights, max_tokens=length, num_logprobs=2, prompt_logprobs=number % 5 == 0,
-            stop=("good", "not at") if number % 4 == 0 else (), min_tokens=min(number % 3, length),
-        )
-        for number, (prompt, _, weights, length) in enumerate(requests(200))
-    ]  # fmt: skip
-
-    async def ask_all() -> list[list[Delta]]:
-        tasks, leaving = [], []
-        for number, wanted in enumerate(asked):
-            tasks.append(asyncio.create_task(told(engine, wanted)))
-            if number % 3 == 0:
-                leaving.append(asyncio.create_task(leave(engine, request(1000 + number, max_tokens=100), after=2)))
-            await asyncio.sleep(0.01)
-        await asyncio.gather(*leaving)
-        return await asyncio.gather(*tasks)
-
-    found = asyncio.run(ask_all())
-    expected = completed(open_engine(str(artefact), num_lanes=16, max_waiting=1000), asked)
-    for mine, theirs in zip(found, expected, strict=True):
-        assert tokens(mine) == tokens(theirs)
-        assert "".join(delta.text for delta in mine) == "".join(delta.text for delta in theirs)
-        assert (mine[-1].finish_reason, mine[-1].stop) == (theirs[-1].finish_reason, theirs[-1].stop)
-        for ours, other in zip(entries(mine), entries(theirs), strict=True):
-            assert ours.logprob == pytest.approx(other.logprob, abs=1e-3)
-            assert [value for _, value in ours.top] == pytest.approx([value for _, value in other.top], abs=1e-3)
-            assert ours.log_z == pytest.approx(other.log_z, abs=1e-3)
-        ours, other = mine[-1].diagnostics, theirs[-1].diagnostics
-        assert ours is not None
-        assert other is not None
-        assert ours.log_z == pytest.approx(other.log_z, abs=1e-3 * max(1, len(tokens(mine))))
-        assert ours.weights == other.weights
-
-
 async def leave(engine: Any, request: GenerationRequest, *, after: int) -> None:
     """Take so many tokens, and go."""
     async with aclosing(engine.generate(request)) as deltas:
         for _ in range(after):
             await anext(deltas)
-
-
-def entries(deltas: Sequence[Delta]) -> list[Any]:
-    """Every log-probability that was told, the prompt's first."""
-    prompt = [entry for delta in deltas for entry in delta.prompt_logprobs or () if entry is not None]
-    return prompt + [entry for delta in deltas for entry in delta.logprobs]
 
 
 @pytest.fixture(scope="module")

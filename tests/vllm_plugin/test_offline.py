@@ -49,11 +49,24 @@ def test_greedy_tokens_and_log_probabilities_are_the_products(
     family: str, kinds: str, tmp_path: Path, open_llm: Callable[..., Any]
 ) -> None:
     """Many requests, 8 at a time, with the artefact's weights and with their own, one-hot ones among them; to 1e-3."""
+    artefact = write_mixture(tmp_path, family, kinds)
+    check_greedy(open_llm(artefact), artefact, 200 if family == "llama" else 40)
+
+
+@pytest.mark.parametrize("heads", [1, 2], ids=["one head for both", "a head each"])
+def test_a_mixture_divided_among_two_processes_is_the_same(
+    heads: int, tmp_path: Path, open_llm: Callable[..., Any]
+) -> None:
+    """Tensor parallelism, of adapters and of full weights, with the biases of Qwen 2."""
+    artefact = write_mixture(tmp_path, "qwen2", "afa", num_key_value_heads=heads)
+    check_greedy(open_llm(artefact, tensor_parallel_size=2), artefact, 40)
+
+
+def check_greedy(llm: Any, artefact: Path, number: int) -> None:
+    """So many requests have the tokens of the explicit product, and its log-probabilities to 1e-3."""
     from vllm import SamplingParams
 
-    artefact = write_mixture(tmp_path, family, kinds)
-    asked = requests(200 if family == "llama" else 40)
-    llm = open_llm(artefact)
+    asked = requests(number)
     answers = llm.generate(
         [{"prompt_token_ids": prompt} for prompt, *_ in asked],
         [
