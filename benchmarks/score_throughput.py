@@ -7,8 +7,9 @@ a prompt, log π_ref included), under K random LoRA policies on that base, one t
     stacked    PolicySet.logprobs on tokens in memory: the K adapters are K groups of rows of one forward pass
     separate   K passes, PEFT's set_adapter before each: padded batches sorted by length, log-softmax and gather
     packed     K passes of PEFT models as well, but through our CompletionModel, which leaves out padding
+    vllm       what `scoring.engine: vllm` does, where vLLM is installed (`make test-vllm` makes .venv-vllm)
 
-The three in memory take turns, file by file. Start-up is left out everywhere: the clock of the stage starts when every
+Those in memory take turns, file by file. Start-up is left out everywhere: the clock of the stage starts when every
 actor has finished a file and stops with the last one, which is read off the files; the others go once through the first
 file before. Rates are wall time; where other work shares the processors, the ratios of processor seconds say more.
 """
@@ -23,6 +24,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,7 @@ def main() -> int:
         expected, seconds = in_memory(base, policies, tables, options.batch_size, options.repeats)
         arguments = {"reference": base, "policies": policies, "rewards": {}, "beta": 0.5}
         rates: dict[int, list[float]] = {1: [], 2: []}
-        largest = max(difference(expected["stacked"], expected[name]) for name in ("separate", "packed"))
+        largest = max(difference(expected["stacked"], expected[name]) for name in expected)
         with ray_session():
             for repeat in range(options.repeats):
                 for num_actors in rates:
@@ -109,7 +111,8 @@ def report(rates: dict[int, list[float]], seconds: dict[str, np.ndarray], *, num
         print(f"ratio of the medians, {what}: {value:.2f} ({note})")
 
     ratio("stage, 1 actor/stacked", medians["stage, 1 actor"] / medians["stacked"], "goal 0.9")
-    for other, note in (("separate", "goal 1.8"), ("packed", "no goal")):
+    for other in [name for name in seconds if name != "stacked"]:
+        note = "goal 1.8" if other == "separate" else "no goal"
         cost = processor[other] / processor["stacked"]
         ratio(f"stacked/{other}", medians["stacked"] / medians[other], f"{note}; of processor seconds {cost:.2f}")
     ratio("stage, 2 actors/1 actor/2", medians["stage, 2 actors"] / medians["stage, 1 actor"] / 2, "efficiency")
@@ -149,6 +152,11 @@ def in_memory(
         "separate": lambda rows: one_by_one(plain, padded_logprobs, rows),
         "packed": lambda rows: one_by_one(packed, sequence_logprobs, rows),
     }
+    if find_spec("vllm") is not None:
+        from mpo_ray.vllm_plugin.scoring import VllmPolicySet
+
+        by_vllm = VllmPolicySet(base, policies, num_lanes=batch_size)
+        sides["vllm"] = lambda rows: by_vllm.logprobs(names, rows, **how)
     scores: dict[str, Scores] = {name: [] for name in sides}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for score in sides.values():

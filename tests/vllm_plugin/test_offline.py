@@ -53,12 +53,12 @@ def test_greedy_tokens_and_log_probabilities_are_the_products(
     check_greedy(open_llm(artefact), artefact, 200 if family == "llama" else 40)
 
 
-@pytest.mark.parametrize("heads", [1, 2], ids=["one head for both", "a head each"])
-def test_a_mixture_divided_among_two_processes_is_the_same(
-    heads: int, tmp_path: Path, open_llm: Callable[..., Any]
-) -> None:
-    """Tensor parallelism, of adapters and of full weights, with the biases of Qwen 2."""
-    artefact = write_mixture(tmp_path, "qwen2", "afa", num_key_value_heads=heads)
+def test_a_mixture_divided_among_two_processes_is_the_same(tmp_path: Path, open_llm: Callable[..., Any]) -> None:
+    """Tensor parallelism, of adapters and of full weights, with biases, and one key-value head that both need.
+
+    A head for each is divided in `test_scoring.py`.
+    """
+    artefact = write_mixture(tmp_path, "qwen2", "afa")
     check_greedy(open_llm(artefact, tensor_parallel_size=2), artefact, 40)
 
 
@@ -213,6 +213,14 @@ def test_a_missing_adapter_is_refused_at_start(tmp_path: Path, open_llm: Callabl
 def test_a_family_that_vllm_does_not_have_is_refused_by_name(tmp_path: Path, open_llm: Callable[..., Any]) -> None:
     artefact = write_mixture(tmp_path, "codegen", "fff")
     with pytest.raises(Exception, match=r"helpful is a CodeGenForCausalLM, which vLLM has no model for\. Decode this"):
+        open_llm(artefact)
+
+
+def test_a_family_with_a_state_that_is_no_key_value_cache_is_refused_by_name(
+    tmp_path: Path, open_llm: Callable[..., Any]
+) -> None:
+    artefact = write_mixture(tmp_path, "mamba", "fff")
+    with pytest.raises(Exception, match=r"helpful: a MambaForCausalLM keeps a state that is no key-value cache, of wh"):
         open_llm(artefact)
 
 

@@ -23,9 +23,9 @@ SCORING = Scoring(engine="vllm", batch_size=4)
 REWARDS = dict.fromkeys(NAMES, "implicit") | {"harmless": "mpo_ray.data.embedded:concise"}
 
 
-def world(root: Path, kinds: str, family: str = "llama") -> tuple[str, dict[str, str]]:
+def world(root: Path, kinds: str, family: str = "llama", **sizes: int) -> tuple[str, dict[str, str]]:
     """The reference and the policies of a mixture."""
-    write_mixture(root, family, kinds)
+    write_mixture(root, family, kinds, **sizes)
     return str(root / "reference"), {name: str(root / f"policy-{name}") for name in NAMES}
 
 
@@ -56,7 +56,7 @@ def test_completions_of_any_length_have_the_same_log_probabilities(
     """Of one token to more than a pass holds; to 1e-4, and 1e-6 of the long ones, whose float32 sums are no finer."""
     from mpo_ray.vllm_plugin.scoring import VllmPolicySet
 
-    reference, policies = world(tmp_path, kinds, family)
+    reference, policies = world(tmp_path, kinds, family, num_key_value_heads=2)
     chance = random.Random(0)
 
     def ids(most: int) -> list[int]:
