@@ -208,6 +208,7 @@ def random_lora(directory: Path, base: str, *, seed: int) -> str:
             parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
     path = str(directory / f"adapter{seed}")
     model.save_pretrained(path)
+    load_tokenizer(base).save_pretrained(path)
     return path
 
 
