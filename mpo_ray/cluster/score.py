@@ -85,7 +85,7 @@ class Sampler:
         )
 
 
-class Judges(Protocol):
+class PolicyLogprobs(Protocol):
     """What knows log π of completions: a `PolicySet`, or what does its work."""
 
     def logprobs(
@@ -124,7 +124,7 @@ class SampleScorer:
         return with_rewards(table, rewards, self._tokenizer, ratios, self._beta)
 
 
-def _open(reference: str, policies: Mapping[str, str], scoring: Scoring) -> Judges:
+def _open(reference: str, policies: Mapping[str, str], scoring: Scoring) -> PolicyLogprobs:
     if scoring.engine == "mpo":
         return PolicySet(reference, policies, precision=scoring.precision)
     from mpo_ray.vllm_plugin.scoring import VllmPolicySet  # another package's, which may not be there
@@ -210,7 +210,7 @@ def sequences(table: pa.Table) -> list[tuple[list[int], list[int]]]:
 
 
 def log_ratios(
-    policies: Judges, names: list[str], table: pa.Table, actors: Actors, pad_id: int
+    policies: PolicyLogprobs, names: list[str], table: pa.Table, actors: Actors, pad_id: int
 ) -> dict[str, list[float]]:
     """ℓ_k = log π_k − log π_ref of every row and objective, nats; log π_ref is the table's own where it has it."""
     known = "log_ref" in table.column_names
@@ -220,7 +220,7 @@ def log_ratios(
 
 
 def logprobs(
-    policies: Judges, names: list[str], rows: Sequences, actors: Actors, pad_id: int
+    policies: PolicyLogprobs, names: list[str], rows: Sequences, actors: Actors, pad_id: int
 ) -> dict[str, list[float]]:
     """log π of every completion under each of the named models, nats."""
     return policies.logprobs(names, rows, batch_size=actors.batch_size, pad_id=pad_id)

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mpo_ray.policies.artefact import write_artefact
+from mpo_ray.policies.loading import ModelError, is_adapter
 from mpo_ray.policies.policy_set import PolicySet, Sequences
 from mpo_ray.records import REFERENCE
 from mpo_ray.vllm_plugin.arguments import engine_arguments, set_environment, whole_pages
@@ -32,6 +33,11 @@ class VllmPolicySet:
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
         """Raises ModelError for policies that vLLM cannot hold, ConfigError for arguments that it does not have."""
+        if not Path(reference).is_dir() and any(is_adapter(path) for path in policies.values()):
+            raise ModelError(
+                f"scoring.engine: vllm needs the reference of LoRA policies as a directory, not as {reference!r}. Name "
+                "a directory in reference.model, or set engine: mpo."
+            )
         self._names = list(policies)
         self._reference, self._precision = reference, precision
         self._reference_alone: PolicySet | None = None

@@ -13,6 +13,7 @@ from rich.console import Console
 from mpo_ray.cluster.parts import Part, process_parts
 from mpo_ray.cluster.score import Sampler, SampleScorer
 from mpo_ray.config import ConfigError, Scoring
+from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.policy_set import PolicySet
 from mpo_ray.records import REFERENCE
 from mpo_ray.run import Run
@@ -110,6 +111,8 @@ def test_what_vllm_cannot_open_is_refused(tmp_path: Path, one_engine: None) -> N
     from mpo_ray.vllm_plugin.scoring import VllmPolicySet
 
     reference, policies = world(tmp_path / "a", "aaa")
+    with pytest.raises(ModelError, match=r"LoRA policies as a directory, not as 'gpt2'\. Name a directory"):
+        VllmPolicySet("gpt2", policies)
     with pytest.raises(ConfigError, match=r"scoring\.vllm\.speed: vLLM has no such engine argument; look at its Engi"):
         VllmPolicySet(reference, policies, arguments={"speed": 2})
     reference, policies = world(tmp_path / "b", "fff", "codegen")
