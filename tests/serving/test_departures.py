@@ -149,5 +149,9 @@ def test_an_observer_hears_of_every_completion_once(url: str, witness: Witness) 
     assert witness.rejections == {"model_not_found": 1, "400": 1, "not_json": 1}
     assert sorted(events[0] for events in witness.heard.values()) == [("admitted", n) for n in (2, 2, 3, 3)]
     for events in witness.heard.values():
-        assert [name for name, _ in events] == ["admitted", "first", "tokens", "tokens", "tokens", "finished"]
+        names = [name for name, _ in events]
+        assert [*names[:3], names[-1]] == ["admitted", "first", "tokens", "finished"]
+        # one by one, or some at a time where the machine has much else to do
+        assert sum(count for name, count in events if name == "tokens") == 3
+        assert names.count("first") == names.count("finished") == 1
         assert sum(value for name, value in events if name == "tokens") == 3

@@ -23,6 +23,11 @@ MARKS = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here; make test-vllm installs it"),
     pytest.mark.filterwarnings("ignore"),  # vLLM's own
 ]
+#: vLLM on a small machine without a GPU.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}  # fmt: skip
 TOKENIZER = tiny_tokenizer()
 #: vLLM's attention on a CPU wants heads of 32.
 SIZES: dict[str, Any] = {

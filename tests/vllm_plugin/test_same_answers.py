@@ -18,7 +18,7 @@ from tests.vllm_plugin.test_engine import leave, request, told
 pytestmark = MARKS
 
 
-@pytest.mark.parametrize("kinds", ["aaa", "fff", "afa"], ids=["adapters", "full weights", "both"])
+@pytest.mark.parametrize("kinds", ["aaa", "fff"], ids=["adapters", "full weights"])
 def test_greedy_answers_are_our_own_engines_while_others_come_and_go(kinds: str, tmp_path: Path) -> None:
     """200 requests that come one after the other, every third with a neighbour that leaves after its second token.
 

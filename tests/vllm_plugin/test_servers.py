@@ -7,14 +7,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import ray
 import yaml
 from ray import serve as ray_serve
 
@@ -23,40 +21,17 @@ from mpo_ray.config_serving import Serve
 from mpo_ray.serving.service import serve_endpoint
 from tests.serving.live import NAME, write_tiny
 from tests.serving.served import generated
-from tests.vllm_plugin.mixtures import MARKS
+from tests.vllm_plugin.mixtures import ENVIRONMENT, MARKS
 
 pytestmark = MARKS
 ROOT = Path(__file__).parents[2]
 PROMPT = "I liked it"
 SHIFTED = {"helpful": 0.1, "harmless": 0.9}
-#: vLLM on a small machine without a GPU.
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("served"), engine="vllm")
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """`ray.serve.llm` wants many logical CPUs; none of them works much."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        ray.init(
-            address="local",
-            num_cpus=16,
-            include_dashboard=False,
-            object_store_memory=150 * 1024**2,
-            log_to_driver=False,
-        )
-        yield
-        ray_serve.shutdown()
-        ray.shutdown()
 
 
 def greedy(client: openai.OpenAI, **extra: Any) -> str:
