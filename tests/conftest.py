@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
 from tests.run_files import MINIMAL
 
@@ -30,12 +29,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--engine", choices=["mpo", "vllm"], default="mpo", help="what decodes behind the endpoint's tests"
     )
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with a slow test come first, so that processes which share the work end at about the same time."""
-    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
-    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -69,16 +62,12 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def finished_run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a whole small run, made by the command, that nothing has disturbed; one for all processes."""
-    from mpo_ray.cli import main
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a whole small run, made by the command, that nothing has disturbed."""
     from tests import tiny_run
 
-    own = tmp_path_factory.getbasetemp()
-    storage = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "runs"
-    storage.mkdir(exist_ok=True)
-    with FileLock(storage / "lock"):
-        assert main(tiny_run.arguments("run", storage, "unbroken")) == 0  # the second time all is there
+    storage = tmp_path_factory.mktemp("runs")
+    tiny_run.run(tiny_run.command("run", storage, "unbroken", "--json"))
     return storage / "unbroken"
 
 

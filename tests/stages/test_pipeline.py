@@ -154,10 +154,11 @@ def test_a_run_killed_in_training_and_evaluation_ends_with_the_weights_of_an_unb
     scored = {path: path.stat().st_mtime_ns for path in run.glob("scores/*.parquet")}
     assert len(scored) == 32
     evaluated = {path: path.stat().st_mtime_ns for path in run.glob("evaluation/parts/*.parquet")}
-    assert main(tiny_run.arguments("run", tmp_path, run.name)) == 0
+    result = tiny_run.run(tiny_run.command("run", tmp_path, run.name, "--json"))
     adapters = [load_file(r / "policies" / "positive" / "adapter_model.safetensors") for r in (run, finished_run)]
     assert adapters[0].keys() == adapters[1].keys()
     assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+    assert result["weights"] == _weights(finished_run)
     assert _weights(run) == _weights(finished_run)
     completions = [pq.read_table(r / "evaluation" / "completions.parquet") for r in (run, finished_run)]
     assert completions[0].equals(completions[1])
