@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from mpo_ray.config_serving import Serve, check_vllm_arguments
+from mpo_ray.config_serving import SET_FOR_VLLM, Serve, check_vllm_arguments
 from mpo_ray.config_training import ConstrainedTraining, PolicyTraining, Share, Source, Strict, SupervisedTraining
 from mpo_ray.records import Bound, check_weights, digest, is_reserved
 
@@ -86,7 +86,7 @@ class Actors(Strict):
 
 
 class Scoring(Actors):
-    """Those of the stages that score; the score table's log-ratios may be computed by vLLM."""
+    """Actors of the stages that sample and score; the score table's log-ratios may be computed by vLLM."""
 
     engine: Literal["mpo", "vllm"] = Field(
         "mpo", description="what computes log π_k of the samples; reference and pairs are always scored by mpo"
@@ -95,7 +95,7 @@ class Scoring(Actors):
 
     @model_validator(mode="after")
     def _check(self) -> Scoring:
-        check_vllm_arguments(self.engine, self.vllm)
+        check_vllm_arguments(self.engine, self.vllm, taken=SET_FOR_VLLM - {"max_model_len"})
         return self
 
 

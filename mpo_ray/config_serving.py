@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -16,12 +16,12 @@ SET_FOR_VLLM = frozenset(
 )  # fmt: skip
 
 
-def check_vllm_arguments(engine: str, arguments: Mapping[str, Any]) -> None:
+def check_vllm_arguments(engine: str, arguments: Mapping[str, Any], *, taken: Set[str]) -> None:
     """Refuse, by ValueError, arguments for an engine that is not chosen, and those that are not the operator's."""
     if arguments and engine != "vllm":
         raise ValueError("vllm: these arguments are for engine: vllm; set it, or leave them out")
-    if taken := sorted(SET_FOR_VLLM & arguments.keys()):
-        raise ValueError(f"vllm.{taken[0]}: it follows from the artefact and the other settings; leave it out")
+    if wrong := sorted(taken & arguments.keys()):
+        raise ValueError(f"vllm.{wrong[0]}: it follows from the artefact and the other settings; leave it out")
 
 
 class Serve(Strict):
@@ -95,7 +95,7 @@ class Serve(Strict):
                 f"max_ongoing_requests {self.max_ongoing_requests} is below target_ongoing_requests "
                 f"{self.target_ongoing_requests:g}: replicas would never be seen as busy, and none added"
             )
-        check_vllm_arguments(self.engine, self.vllm)
+        check_vllm_arguments(self.engine, self.vllm, taken=SET_FOR_VLLM)
         return self
 
     @property

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from tests.local_ray import local_ray
 from tests.run_files import MINIMAL
 
 
@@ -47,18 +48,9 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One local Ray for all tests that need one: 4 logical CPUs, no dashboard, little memory."""
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=150 * 1024**2,
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
+    """One local Ray for all tests that need one."""
+    with local_ray(num_cpus=4):
+        yield
 
 
 @pytest.fixture(scope="session")

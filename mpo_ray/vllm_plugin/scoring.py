@@ -55,7 +55,7 @@ class VllmPolicySet:
                 fit={},
                 precision=precision,
             )
-            context = config.max_position_embeddings
+            context = (arguments or {}).get("max_model_len", config.max_position_embeddings)
             own = {
                 "runner": "pooling",
                 "hf_overrides": {"architectures": ["MixtureScorer"]},

@@ -46,7 +46,7 @@ class VllmScorer(PolicyModels):
             model = self.model_of(name)
             some = max(1, _MOST_LOGITS // model.config.get_text_config().vocab_size)
             pieces = zip(torch.split(states, some), torch.split(targets, some), strict=True)
-            columns[name] = torch.cat([_logprobs(model.compute_logits(*piece[:1]), piece[1]) for piece in pieces])
+            columns[name] = torch.cat([_logprobs(model.compute_logits(piece), ids) for piece, ids in pieces])
         return torch.stack([columns[name] for name in self.objectives], dim=-1)
 
 
@@ -78,9 +78,9 @@ class _Sums(Pooler):  # type: ignore[misc]
             strict=True,
         ):
             start, first = end - count, int((params.extra_kwargs or {}).get("first", 1))
-            # the state at a place speaks of the token after it, which the last place does not have
             if start == 0:  # also where vLLM had to begin again
                 kept.clean()
+            # the state at a place speaks of the token after it, which the last place does not have
             begin, last = max(start, first - 1), min(end, len(ids) - 1)
             if begin < last:
                 targets = ids[begin + 1 : last + 1].to(states.device)

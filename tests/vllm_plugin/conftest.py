@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import ray
 from ray import serve as ray_serve
 
+from tests.local_ray import local_ray
 from tests.vllm_plugin.mixtures import ENVIRONMENT
 
 
@@ -17,13 +17,6 @@ def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        ray.init(
-            address="local",
-            num_cpus=16,
-            include_dashboard=False,
-            object_store_memory=150 * 1024**2,
-            log_to_driver=False,
-        )
-        yield
-        ray_serve.shutdown()
-        ray.shutdown()
+        with local_ray(num_cpus=16):
+            yield
+            ray_serve.shutdown()

@@ -175,16 +175,20 @@ def test_a_policy_that_lacks_a_tensor_is_refused_at_start(tmp_path: Path, open_l
         open_llm(again)
 
 
-def test_an_artefact_that_does_not_say_its_sizes_takes_its_references(
-    tmp_path: Path, open_llm: Callable[..., Any]
-) -> None:
-    """As they were written before `text_config` was known."""
-    artefact = write_mixture(tmp_path, "llama", "aaa")
+def drop_sizes(artefact: Path) -> None:
+    """Make it one that was written before `text_config` was known."""
     path = artefact / "config.json"
     config = json.loads(path.read_text())
     del config["text_config"]
     path.unlink()
     path.write_text(json.dumps(config))
+
+
+def test_an_artefact_that_does_not_say_its_sizes_takes_its_references(
+    tmp_path: Path, open_llm: Callable[..., Any]
+) -> None:
+    artefact = write_mixture(tmp_path, "llama", "aaa")
+    drop_sizes(artefact)
     answer = open_llm(artefact).generate([{"prompt_token_ids": [1, 7]}], use_tqdm=False)
     assert answer[0].outputs[0].token_ids
 
@@ -193,11 +197,7 @@ def test_an_artefact_with_no_sizes_and_no_reference_has_to_be_written_again(
     tmp_path: Path, open_llm: Callable[..., Any]
 ) -> None:
     artefact = write_mixture(tmp_path, "llama", "fff")
-    path = artefact / "config.json"
-    config = json.loads(path.read_text())
-    del config["text_config"]
-    path.unlink()
-    path.write_text(json.dumps(config))
+    drop_sizes(artefact)
     shutil.rmtree(artefact / "reference")
     with pytest.raises(Exception, match=r"config\.json has no text_config, .* Write the artefact again with its"):
         open_llm(artefact)

@@ -44,7 +44,7 @@ def one_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("kinds", "family", "arguments"),
     [
         ("aaa", "llama", {}),
-        ("afa", "llama", {"max_num_batched_tokens": 32}),
+        ("afa", "llama", {"max_num_batched_tokens": 32, "max_model_len": 128}),
         ("aaa", "gemma2", {}),
         ("afa", "llama", {"tensor_parallel_size": 2}),
     ],
