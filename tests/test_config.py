@@ -139,7 +139,7 @@ def test_weights_come_back_in_the_order_of_the_objectives() -> None:
         ({"serve": {"min_replicas": 5}}, "serve: max_replicas 4 is below min_replicas 5"),
         ({"serve": {"vllm": {"seed": 1}}}, "serve: vllm: these arguments are for engine: vllm; set it, or leave"),
         ({"scoring": {"vllm": {"seed": 1}}}, "scoring: vllm: these arguments are for engine: vllm; set it, or leave"),
-        ({"scoring": {"engine": "vllm", "vllm": {"runner": "x"}}}, "scoring: vllm.runner: it follows from the artefact"),
+        ({"scoring": {"engine": "vllm", "vllm": {"runner": "x"}}}, "scoring: vllm.runner: it follows from the"),
         ({"serve": {"engine": "vllm", "vllm": {"model": "x"}}}, "serve: vllm.model: it follows from the artefact and"),
         ({"objectives": {"mpo": {"preferences": {"embedded": "pairs"}}}}, "objective 'mpo': names are"),
         ({"objectives": {"reference": {"preferences": {"embedded": "pairs"}}}}, "objective 'reference': names are"),
