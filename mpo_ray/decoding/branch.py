@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from mpo_ray.policies.adapters import AdapterStack
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.packed_linear import can_pack, pack_linears
-from mpo_ray.policies.slots import Layout, Segment, Slots, reading
+from mpo_ray.policies.short_norm import shorten_norms
+from mpo_ray.policies.slots import Layout, Segment, Slots, reading, singles_of
 from mpo_ray.records import REFERENCE
 
 #: How far a model may be, in logits, from itself in slots, before its architecture is refused: float32, and bfloat16.
@@ -77,6 +78,7 @@ class Branch:
         expected = self._plain_logits()
         if can_pack(self._model):
             pack_linears(self._model)
+            shorten_norms(self._model)
         self._check(expected)
 
     def run(
@@ -129,7 +131,7 @@ class Branch:
     ) -> Tensor:
         """The last hidden states of the wanted places, (rows, d), in the order of `work`."""
         tokens: list[int] = []
-        rows: list[int] = []
+        places: list[int] = []
         positions: list[int] = []
         singles: list[int] = []
         lengths: list[int] = []
@@ -140,8 +142,9 @@ class Branch:
             piece, row, first = pieces[i], lanes[pieces[i].lane][k], len(tokens)
             num = len(piece.tokens)
             tokens += piece.tokens
-            rows += [row] * num
             positions += range(piece.start, piece.start + num)
+            begin = row * self.slots.row_tokens + piece.start
+            places += range(begin, begin + num)
             if num == 1:
                 singles.append(first)
                 single_rows.append(row)
@@ -157,19 +160,16 @@ class Branch:
             )
             for i, found in several.items()
         ]
-        place = self._index(positions)
         layout = Layout(
             self.slots,
-            self._index(rows),
-            place,
+            self._index(places),
+            singles_of(single_rows, lengths, self._device) if singles else None,
             self._index(singles) if segments else None,
-            lengths,
-            single_rows,
             segments,
         )
         inputs = {
             "input_ids": self._index(tokens)[None],
-            "position_ids": place[None],
+            "position_ids": self._index(positions)[None],
             # transformers hands a mask of four dimensions through as it is; here it keeps it from building one
             "attention_mask": torch.empty(1, 1, 1, 1, device=self._device),
             "use_cache": False,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,13 @@ from transformers import PreTrainedModel
 
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.lora_file import LoraFile, read_lora
+from mpo_ray.policies.one_input import groups_with_one_input, replace_by_one, side_by_side
 from mpo_ray.records import REFERENCE
 
 #: A (r, in) and B (out, r) of one adapter's layer, the scaling folded into B.
 Factors = tuple[Tensor, Tensor]
 
 _BASE = -1
-#: Layers that are given the same tensor wherever a module has them.
-_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +33,10 @@ class _Groups:
     """The groups of the forward pass that this thread (or task) is in: of which adapter each is, `_BASE` for none.
 
     sizes: rows of each group where they differ, else None
-    computed: the input and the outputs of layers that are one, where some of them are still to be called
     """
 
     adapters: tuple[int, ...] = (_BASE,)
     sizes: tuple[int, ...] | None = None
-    computed: dict[nn.Module, tuple[Tensor, Sequence[Tensor]]] = field(default_factory=dict)
 
     @property
     def first(self) -> int:
@@ -65,14 +62,10 @@ class AdapterStack(nn.Module):
         self._places = {REFERENCE: _BASE} | {name: index for index, name in enumerate(adapters)}
         _check_fit(base, files)
         adapted = {name for file in files for name in file.factors}
-        for names in _with_one_input(base, adapted):
-            layer = StackedLinear(
-                [base.get_submodule(name) for name in names],
-                [[file.factors.get(name) for name in names] for file in files],
-            )
-            for number, name in enumerate(names):
-                parent, _, leaf = name.rpartition(".")
-                setattr(base.get_submodule(parent), leaf, layer if len(names) == 1 else _Part(layer, number))
+        for names in groups_with_one_input(base, adapted):
+            layers = [base.get_submodule(name) for name in names]
+            stacked = StackedLinear(layers, [[file.factors.get(name) for name in names] for file in files])
+            replace_by_one(base, names, stacked, [layer.out_features for layer in layers])
         self.base = base.requires_grad_(False)
 
     @property
@@ -108,16 +101,15 @@ class StackedLinear(nn.Module):
     """y_g = W x_g + b + B_g A_g x_g for every group g of rows, the scaling folded into B_g.
 
     Several layers that are given the same x are one, their outputs side by side, with one W and one A_g; each has its
-    own B_g. Few large products take less time than many small ones. Ranks are padded with zeros to the largest; an
-    adapter that leaves a layer alone is all zeros there.
+    own B_g. Ranks are padded with zeros to the largest; an adapter that leaves a layer alone is all zeros there.
     """
 
     def __init__(self, layers: Sequence[nn.Linear], factors: Sequence[Sequence[tuple[Tensor, Tensor] | None]]) -> None:
         """factors: per adapter and layer A (r, in) and B (out, r), or None."""
         super().__init__()
-        self.linear = layers[0] if len(layers) == 1 else _side_by_side(layers)
-        self.sizes = [layer.out_features for layer in layers]
-        self.factors = StackedFactors(*stacked_factors(self.sizes, layers[0].in_features, factors, self.linear.weight))
+        self.linear = side_by_side(layers)
+        sizes = [layer.out_features for layer in layers]
+        self.factors = StackedFactors(*stacked_factors(sizes, layers[0].in_features, factors, self.linear.weight))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs: (rows, …, in), the rows a multiple of the number of groups; or (1, tokens, in), likewise.
@@ -178,57 +170,12 @@ def add_products(outputs: Tensor, inner: Tensor, ups: Sequence[Tensor]) -> None:
     if len(ups) == 1:
         outputs.baddbmm_(inner, ups[0])
         return
-    place = rank = 0
-    for up in ups:
-        _, width, size = up.shape
-        outputs[..., place : place + size].baddbmm_(inner[..., rank : rank + width], up)
-        place, rank = place + size, rank + width
-
-
-class _Part(nn.Module):
-    """One of the layers that are one, in its place in the model. The first that is called computes them all.
-
-    What it computed is the others' if their input is the very same tensor; the last layer lets go of it.
-    """
-
-    def __init__(self, whole: StackedLinear, number: int) -> None:
-        super().__init__()
-        self.whole, self._number = whole, number
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        whole, computed = self.whole, _GROUPS.get().computed
-        found = computed.get(whole)
-        if found is None or found[0] is not inputs:
-            found = computed[whole] = (inputs, whole(inputs).split(whole.sizes, dim=-1))
-        if self._number == len(whole.sizes) - 1:
-            computed.pop(whole, None)
-        return found[1][self._number]
-
-
-def _with_one_input(base: nn.Module, adapted: set[str]) -> list[list[str]]:
-    """The names of the adapted layers, those that are given the same input together."""
-    together = []
-    for parent, _ in base.named_modules():
-        for siblings in _SIBLINGS:
-            names = [f"{parent}.{leaf}" for leaf in siblings if f"{parent}.{leaf}" in adapted]
-            if len(names) > 1:
-                together.append(names)
-    alone = adapted - {name for names in together for name in names}
-    return together + [[name] for name in sorted(alone)]
-
-
-def _side_by_side(layers: Sequence[nn.Linear]) -> nn.Linear:
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    whole = nn.Linear(
-        weight.shape[1], weight.shape[0], bias=any(layer.bias is not None for layer in layers), device="meta"
-    )
-    whole.weight = nn.Parameter(weight, requires_grad=False)
-    if whole.bias is not None:
-        biases = [
-            weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers
-        ]
-        whole.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
-    return whole
+    parts = outputs.split_with_sizes([up.shape[2] for up in ups], -1)
+    for part, projected, up in zip(parts, inner.split_with_sizes([up.shape[1] for up in ups], -1), ups, strict=True):
+        if part.is_cpu:  # there the products of a batch go one by one unless their results lie end to end
+            part.add_(torch.bmm(projected, up))
+        else:
+            part.baddbmm_(projected, up)
 
 
 class StackedFactors(nn.Module):

@@ -1,13 +1,19 @@
-"""Linear layers whose weights lie as a CPU multiplies few rows fastest: twice the speed of a plain layer, and more.
+"""Linear layers whose weights lie as a CPU multiplies few rows fastest.
 
-A step of decoding multiplies a few rows by every weight. oneDNN reorders a weight once, to blocks, and then takes about
-as long for eight rows as for one; the plain product of torch takes two to three times that (benchmarks/decoding.py).
+A step of decoding multiplies a few rows by every weight. A weight that is laid out once for that, by MKL where torch
+has it and by oneDNN elsewhere, takes less time from a few rows on than the plain product, which `generate` uses
+(benchmarks/decoding.py, 16 requests).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from mpo_ray.policies.one_input import join_linears
+
+#: MKL lays a weight out for so many rows. Told of few it takes longer for many, but not the other way.
+MKL_ROWS = 256
 
 
 class PackedLinear(nn.Module):
@@ -16,28 +22,45 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        weight = linear.weight.detach()
+        self._by_mkl = _has_mkl()
+        if self._by_mkl:
+            self._packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), MKL_ROWS)
+            # asked for its size alone, as long as the number of rows that is named is that of the input
+            self._size = weight.new_empty(1).expand(weight.shape)
+        else:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self.bias = linear.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self.bias, "none", [], "")
+        result: Tensor
+        if self._by_mkl:
+            num_rows = inputs.numel() // self.in_features
+            result = torch.ops.mkl._mkl_linear(inputs, self._packed, self._size, self.bias, num_rows)
+        else:
+            result = torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self.bias, "none", [], "")
         return result
 
 
 def can_pack(model: nn.Module) -> bool:
     """Whether this machine packs, and the model is one that can be: float32 on the CPU."""
     first = next(model.parameters())
-    return (
-        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and first.device.type == "cpu"
-        and first.dtype == torch.float32
-    )
+    return (_has_mkl() or _has_onednn()) and first.device.type == "cpu" and first.dtype == torch.float32
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace every `nn.Linear` in the model. A weight that is shared with the embeddings stays there as well."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, PackedLinear(child))
+    """Replace every `nn.Linear` in the model; those with one input are packed as one.
+
+    A weight that is shared with the embeddings stays there as well.
+    """
+    join_linears(model, PackedLinear)
+
+
+def _has_mkl() -> bool:
+    available: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    return available and hasattr(torch.ops.mkl, "_mkl_linear")
+
+
+def _has_onednn() -> bool:
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")

@@ -8,10 +8,11 @@ again needs no clearing: what lies behind a position is never read before it is 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,18 +24,13 @@ from transformers.masking_utils import sdpa_mask
 NAME = "mpo_ray_slots"
 #: Rows of single tokens are read in one piece if it holds at most this many times as many rows as are wanted.
 MOST_SPAN = 1.5
-#: Tokens: keys of so many in float32 are one line of the processor's cache.
-_LINE = 16
-#: Up to so many queries of a row and key head, two plain products are faster than torch's fused attention.
-_FEW_QUERIES = 16
 
 
 class Slots:
     """`num_rows` rows of `row_tokens` tokens for every layer of one model.
 
-    A layer's room is made when the layer is first used, so that its sizes are the model's own. Keys lie transposed,
-    which a product with one query reads in a row; their lines are an odd number of `_LINE`s, so that they do not fall
-    into the same places of the processor's cache.
+    A layer's room is made when the layer is first used, so that its sizes are the model's own. What a token adds to a
+    row lies together, all heads of it.
     """
 
     def __init__(self, num_rows: int, row_tokens: int) -> None:
@@ -60,19 +56,15 @@ class Slots:
     def copy(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
         """Let the second row of each pair hold the first `length` tokens of the first; a row may be both."""
         given, changed = (torch.tensor(rows) for rows in zip(*pairs, strict=True))
-        for keys, values in self._layers.values():
-            to, source = changed.to(keys.device), given.to(keys.device)
-            keys[to, :, :, :length] = keys[source, :, :, :length]
-            values[to, :, :length] = values[source, :, :length]
+        for room in (room for pair in self._layers.values() for room in pair):
+            room[changed.to(room.device), :length] = room[given.to(room.device), :length]
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (rows, heads, d, tokens) and values (rows, heads, tokens, d) of a layer. like: (1, heads, N, d)."""
+        """Keys and values of a layer, (rows, tokens, heads, d) each. like: (1, heads, N, d)."""
         if index not in self._layers:
             _, heads, _, size = like.shape
-            width = (-(-self.row_tokens // _LINE) | 1) * _LINE
-            keys = like.new_zeros(self.num_rows, heads, size, width)  # 0 · nothing must not be NaN
-            values = like.new_zeros(self.num_rows, heads, self.row_tokens, size)
-            self._layers[index] = (keys, values)
+            keys, values = (like.new_zeros(self.num_rows, self.row_tokens, heads, size) for _ in range(2))
+            self._layers[index] = (keys, values)  # zeros, since 0 · nothing must not be NaN
         return self._layers[index]
 
 
@@ -85,30 +77,63 @@ class Segment:
     start: int
 
 
+@dataclass(frozen=True, slots=True)
+class Singles:
+    """Single new tokens of S rows, and how the cache is read for them: R rows of it, up to the longest.
+
+    read: these rows, in the order of the cache
+    given: (R,) the token whose query each of them is asked, or any where it is no single's; taken: (S,) where in the
+    answers each token's is. None for both where tokens and rows lie in one order.
+    lengths: (R,) tokens that each row holds
+    """
+
+    read: slice | Tensor
+    given: Tensor | None
+    taken: Tensor | None
+    lengths: Tensor
+    shortest: int
+    longest: int
+
+
+def singles_of(rows: Sequence[int], lengths: Sequence[int], device: torch.device) -> Singles:
+    """Single new tokens in these rows, which hold as many tokens with them.
+
+    Rows that lie close together are read where they are, with those between them; others are copied first.
+    """
+    low, high = min(rows), max(rows) + 1
+    if high - low > MOST_SPAN * len(rows):
+        read: slice | Tensor = torch.tensor(rows, device=device)
+        return Singles(read, None, None, torch.tensor(lengths, device=device), min(lengths), max(lengths))
+    given, held = [0] * (high - low), [1] * (high - low)  # rows in between read one token of their own
+    for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        given[row - low], held[row - low] = number, length
+    in_order = len(given) == len(rows) and given == sorted(given)
+    return Singles(
+        slice(low, high),
+        None if in_order else torch.tensor(given, device=device),
+        None if in_order else torch.tensor([row - low for row in rows], device=device),
+        torch.tensor(held, device=device),
+        min(held),
+        max(held),
+    )
+
+
 @dataclass(slots=True)
 class Layout:
     """Where each of the N tokens of a pass belongs.
 
-    rows, positions: (N,) of the cache
-    singles: (S,) the tokens that are the only new one of their row, or None for all of them
-    lengths: tokens that each single's row holds, its own included
+    places: (N,) of the cache: row · row_tokens + position
+    singles: the tokens that are the only new one of their row; single_tokens: (S,) which they are, None for all
     """
 
     slots: Slots
-    rows: Tensor
-    positions: Tensor
-    singles: Tensor | None
-    lengths: Sequence[int]
-    single_rows: Sequence[int]
+    places: Tensor
+    singles: Singles | None
+    single_tokens: Tensor | None
     segments: Sequence[Segment]
-    _masks: dict[Any, Any] = field(default_factory=dict)
+    _masks: dict[Any, Tensor | None] = field(default_factory=dict)
 
-    def span(self) -> tuple[int, int] | None:
-        """The rows from … to that hold the singles, if few others lie between."""
-        low, high = min(self.single_rows), max(self.single_rows) + 1
-        return (low, high) if high - low <= MOST_SPAN * len(self.single_rows) else None
-
-    def once(self, key: Any, make: Any) -> Any:
+    def mask(self, key: Any, make: Callable[[], Tensor | None]) -> Tensor | None:
         """What `make` gives, made by the first layer that asks."""
         if key not in self._masks:
             self._masks[key] = make()
@@ -147,28 +172,33 @@ def _slot_attention(
     if layout is None:
         raise RuntimeError(f"the attention {NAME} was called outside `reading`")
     keys, values = layout.slots.layer(module.layer_idx, key)
-    keys[layout.rows, :, :, layout.positions] = key[0].transpose(0, 1)
-    values[layout.rows, :, layout.positions] = value[0].transpose(0, 1)
+    for room, new in ((keys, key), (values, value)):
+        room.flatten(0, 1).index_copy_(0, layout.places, new[0].transpose(0, 1))
     queries = query[0].transpose(0, 1)  # (N, heads, d)
-    heads = key.shape[1]
     attend = _Attend(scaling, softcap)
     parts: list[tuple[Tensor | None, Tensor]] = []
-    if layout.single_rows:
-        chosen = queries if layout.singles is None else queries[layout.singles]
-        parts.append((layout.singles, _attend_singles(layout, chosen, keys, values, sliding_window, attend)))
+    if layout.singles is not None:
+        chosen = queries if layout.single_tokens is None else queries[layout.single_tokens]
+        parts.append(
+            (
+                layout.single_tokens,
+                _attend_singles(layout, layout.singles, chosen, keys, values, sliding_window, attend),
+            )
+        )
     for number, segment in enumerate(layout.segments):
         num, length = segment.tokens.shape
         end = segment.start + length
-        mask = layout.once(
-            (number, sliding_window),
-            lambda s=segment, e=end, n=length: _causal(s.start, n, e, sliding_window, query),
+        mask = layout.mask(
+            (number, sliding_window), partial(_causal, segment.start, length, end, sliding_window, query)
         )
+        assert mask is not None
+        heads = key.shape[1]
         grouped = queries[segment.tokens].view(num, length, heads, -1, queries.shape[-1]).permute(0, 2, 3, 1, 4)
         group = grouped.shape[2]
         rows = attend(
             grouped.reshape(num, heads, group * length, -1),
-            keys[segment.rows, :, :, :end],
-            values[segment.rows, :, :end],
+            keys[segment.rows, :end].transpose(1, 2),
+            values[segment.rows, :end].transpose(1, 2),
             mask.repeat(group, 1),
         )
         flat = rows.view(num, heads, group, length, -1).permute(0, 3, 1, 2, 4).reshape(num * length, -1, rows.shape[-1])
@@ -182,49 +212,34 @@ def _slot_attention(
 
 
 def _attend_singles(
-    layout: Layout, queries: Tensor, keys: Tensor, values: Tensor, window: int | None, attend: _Attend
+    layout: Layout,
+    singles: Singles,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    window: int | None,
+    attend: _Attend,
 ) -> Tensor:
     """One token of each of S rows. queries: (S, heads, d). Returns (S, heads, d).
 
-    The heads that share a key head are rows of one query, so that no key is repeated. Rows that lie close together are
-    read where they are, with those between them; what the latter give is not used.
+    The heads that share a key head are rows of one query, so that no key is repeated.
     """
-    longest = max(layout.lengths)
-    span = layout.once("span", layout.span)
-    if span is None:
-        rows = layout.once("rows", lambda: torch.tensor(layout.single_rows, device=queries.device))
-        keys, values = keys[rows, :, :, :longest], values[rows, :, :longest]
-        order = None
-    else:
-        low, high = span
-        keys, values = keys[low:high, :, :, :longest], values[low:high, :, :longest]
-        in_order = list(layout.single_rows) == list(range(low, high))
-        order = (
-            None
-            if in_order
-            else layout.once("order", lambda: torch.tensor(layout.single_rows, device=queries.device) - low)
-        )
-    if order is not None:
-        queries = queries.new_zeros(keys.shape[0], *queries.shape[1:]).index_copy(0, order, queries)
-    mask = layout.once(("singles", window), lambda: _row_mask(layout, order, keys.shape[0], longest, window, queries))
-    grouped = queries.view(queries.shape[0], keys.shape[1], -1, queries.shape[-1])
-    found = attend(grouped, keys, values, mask).reshape(queries.shape)
-    return found if order is None else found[order]
+    keys, values = (room[singles.read, : singles.longest].transpose(1, 2) for room in (keys, values))
+    mask = layout.mask(("singles", window), lambda: _row_mask(singles, window, queries))
+    asked = queries if singles.given is None else queries.index_select(0, singles.given)
+    found = attend(asked.reshape(asked.shape[0], keys.shape[1], -1, asked.shape[-1]), keys, values, mask)
+    answers = found.reshape(asked.shape)
+    return answers if singles.taken is None else answers.index_select(0, singles.taken)
 
 
-def _row_mask(
-    layout: Layout, order: Tensor | None, num_rows: int, longest: int, window: int | None, like: Tensor
-) -> Tensor | None:
+def _row_mask(singles: Singles, window: int | None, like: Tensor) -> Tensor | None:
     """What each row may read, (rows, 1, 1, longest), added to the scores; None where all may read everything."""
-    if order is None and min(layout.lengths) == longest and (window is None or longest <= window):
+    if singles.shortest == singles.longest and (window is None or singles.longest <= window):
         return None
-    lengths = torch.ones(num_rows, dtype=torch.long, device=like.device)  # rows in between read one token of their own
-    given = torch.tensor(layout.lengths, device=like.device)
-    lengths = given if order is None else lengths.index_copy(0, order, given)
-    places = torch.arange(longest, device=like.device)
-    allowed = places < lengths[:, None]
+    places = torch.arange(singles.longest, device=like.device)
+    allowed = places < singles.lengths[:, None]
     if window is not None:
-        allowed &= places >= lengths[:, None] - window
+        allowed &= places >= singles.lengths[:, None] - window
     return _additive(allowed, like)[:, None, None]
 
 
@@ -246,19 +261,19 @@ def _additive(allowed: Tensor, like: Tensor) -> Tensor:
 class _Attend:
     """softmax(cap(Q K · scaling) + mask) V, where cap(s) = softcap · tanh(s / softcap).
 
-    queries (rows, heads, N, d), keys (rows, heads, d, T), values (rows, heads, T, d)
+    queries (rows, heads, N, d); keys, values (rows, heads, T, d)
     """
 
     scaling: float | None
     softcap: float | None
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        if self.softcap is None and queries.shape[2] > _FEW_QUERIES:
-            keys = keys.transpose(-1, -2).contiguous()
+        if self.softcap is None:
             return scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scaling)
-        scores = (queries @ keys).mul_(queries.shape[-1] ** -0.5 if self.scaling is None else self.scaling)
-        if self.softcap is not None:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
+        scores = (queries @ keys.transpose(-1, -2)).mul_(
+            queries.shape[-1] ** -0.5 if self.scaling is None else self.scaling
+        )
+        scores = torch.tanh(scores / self.softcap) * self.softcap
         if mask is not None:
             scores += mask
         return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
