@@ -102,3 +102,19 @@ def test_draws_invert_the_cumulative_distribution() -> None:
     counts = draw_tokens(probabilities.log().expand(4000, -1), half, temperature=0.5).bincount(minlength=6)
     squares = probabilities**2 / (probabilities**2).sum()
     torch.testing.assert_close(counts / 4000, squares, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("num_tokens", [129, 300, 1024])
+def test_draws_invert_it_across_many_tokens(num_tokens: int) -> None:
+    """Where tokens are looked up in two steps: P(<v) ≤ u < P(≤v) to rounding, at both ends too, and π(v) > 0."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(num_tokens, generator=generator)
+    logits[torch.rand(num_tokens, generator=generator) < 0.5] = float("-inf")
+    logits[batch.CHUNK - 3 : batch.CHUNK + 3] = float("-inf")
+    probabilities = logits.double().softmax(-1)
+    upper = probabilities.cumsum(-1)
+    uniforms = torch.linspace(0, 1, 2000, dtype=torch.float64).clamp(max=batch.LARGEST_UNIFORM)
+    drawn = draw_tokens(logits.expand(2000, -1), uniforms, temperature=1.0)
+    assert (probabilities[drawn] > 0).all()
+    assert (uniforms <= upper[drawn] + 1e-6).all()
+    assert (uniforms >= upper[drawn] - probabilities[drawn] - 1e-6).all()
