@@ -16,19 +16,24 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
+    UnquantizedLinearMethod,
 )
 
 from mpo_ray.policies.adapters import Factors, StackedFactors, add_products, stacked_factors
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.lora_file import read_lora
+from mpo_ray.policies.packed_linear import PackedLinear, can_pack
 
 
 class StackedAttention(nn.Module):
     """The same attention layer of several policies: the rows of the first, then those of the next, …"""
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[Any], *, compiled: bool) -> None:
+        """compiled: whether a compiler wants to see attention as one operator; without it, a plain call is shorter."""
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        for layer in layers:
+            layer.use_direct_call = layer.use_direct_call or not compiled
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         num = len(self.layers)
@@ -56,6 +61,20 @@ class AdaptedLinear(nn.Module):
             projected = tensor_model_parallel_all_reduce(projected)
         add_products(outputs.view(num, -1, outputs.shape[-1]), projected, ups)
         return outputs, bias
+
+
+class PackedMethod(UnquantizedLinearMethod):  # type: ignore[misc]
+    """Products of a weight that is packed for the rows of several policies, in the place of vLLM's own on a CPU."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        whole = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], bias=False, device="meta")
+        whole.weight = layer.weight
+        layer.packed = PackedLinear(whole)
+        layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        product: Tensor = layer.packed(x)
+        return product if bias is None else product + bias
 
 
 def add_adapters(base: nn.Module, paths: Sequence[Path]) -> None:
@@ -102,4 +121,6 @@ def _adapted(name: str, linear: LinearBase, factors: Sequence[Sequence[Factors |
             for number, up in enumerate(ups):
                 among = linear.tp_size // copies if number > 0 else linear.tp_size
                 ups[number] = up.chunk(among, dim=2)[rank // copies if number > 0 else rank].contiguous()
+    if can_pack(linear):
+        linear.quant_method = PackedMethod()
     return AdaptedLinear(linear, down, ups)

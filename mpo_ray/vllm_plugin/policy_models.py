@@ -61,7 +61,7 @@ class PolicyModels(nn.Module):
         if self.base is not None:
             with torch.device("meta"):  # for their attention layers alone
                 others = [build(name, self._reference) for name in adapted[1:]]
-            _stack_attention(self.base, others)
+            _stack_attention(self.base, others, compiled=not model_config.enforce_eager)
         self.full = nn.ModuleDict({f"policy_{name}": build(name, policy_path(self._directory, name)) for name in full})
         self.order = [*adapted, *full]
         self.sizes = [self.model_of(name).config.get_text_config().hidden_size for name in self.order]
@@ -93,14 +93,14 @@ class PolicyModels(nn.Module):
         return {name for name, _ in self.named_parameters()}
 
 
-def _stack_attention(base: nn.Module, others: Sequence[nn.Module]) -> None:
+def _stack_attention(base: nn.Module, others: Sequence[nn.Module], *, compiled: bool) -> None:
     """Let every attention layer of the base be that of all policies: each with its own cache."""
     layers = {name: module for name, module in base.named_modules() if isinstance(module, Attention)}
     for name, layer in layers.items():
         device = next(base.parameters()).device
         each = [layer, *(other.get_submodule(name).to_empty(device=device) for other in others)]
         parent, _, leaf = name.rpartition(".")
-        setattr(base.get_submodule(parent), leaf, StackedAttention(each))
+        setattr(base.get_submodule(parent), leaf, StackedAttention(each, compiled=compiled))
 
 
 def _load(model: Any, directory: Path) -> None:
