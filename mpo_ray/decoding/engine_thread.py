@@ -1,6 +1,7 @@
 """The engine in a thread of its own, behind the protocol: whoever awaits a token never waits for a step to end.
 
-Requests and aborts are handed over between steps; what a step adds goes at once to the event loops that wait.
+Requests and aborts are handed over between steps, the requests of one turn of an event loop together; what a step adds
+goes at once to the event loops that wait.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 
 from mpo_ray.decoding.engine import Event, MixtureEngine
-from mpo_ray.decoding.protocol import Delta, EngineError, GenerationRequest, QueueFullError, Statistics
+from mpo_ray.decoding.pace import Pace
+from mpo_ray.decoding.protocol import (
+    Delta,
+    EngineError,
+    GenerationRequest,
+    QueueFullError,
+    Statistics,
+    every_token,
+)
 
 #: Seconds that a step may take before the engine counts as stuck.
 STUCK_AFTER = 120.0
@@ -28,6 +37,16 @@ class _Stream:
 
     loop: asyncio.AbstractEventLoop
     queue: asyncio.Queue[Delta | Exception | None]
+    pace: Pace
+
+    def ending(self, error: Exception) -> list[_Item]:
+        """What was held, then the error."""
+        rest = self.pace.rest()
+        return [*([] if rest is None else [(self, rest)]), (self, error)]
+
+
+#: A delta or an error on its way to a stream.
+_Item = tuple[_Stream, Delta | Exception | None]
 
 
 class EngineThread:
@@ -37,7 +56,8 @@ class EngineThread:
         self.objectives = engine.objectives
         self._engine, self._stuck_after = engine, stuck_after
         self._commands: deque[Callable[[], None]] = deque()
-        self._num_submitted = 0  # requests among the commands
+        self._gathered: defaultdict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = defaultdict(list)
+        self._num_submitted = 0  # requests that the engine has not been given yet
         self._streams: dict[str, _Stream] = {}
         self._changed = threading.Condition()
         self._closed = False
@@ -46,15 +66,18 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="mixture-engine", daemon=True)
         self._thread.start()
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
-        """Yield what is added, as it comes; leaving the iterator aborts the request. Raises as the protocol says."""
+    async def generate(
+        self, request: GenerationRequest, tokens_per_delta: Callable[[], float] = every_token
+    ) -> AsyncIterator[Delta]:
+        """Yield what is added; leaving the iterator aborts the request. Raises as the protocol says."""
         if self._failure is not None:
             raise EngineError(self._failure)
         if self._engine.num_waiting + self._num_submitted >= self._engine.max_waiting:
             raise QueueFullError(f"{self._engine.max_waiting} requests are waiting already.")
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue(), Pace(tokens_per_delta))
         self._num_submitted += 1
-        self._command(lambda: self._submit(request, stream))
+        self._gathered[stream.loop].append(lambda: self._submit(request, stream))
+        stream.loop.call_soon(self._hand_in, stream.loop)  # with what else comes in this turn: it begins in one step
         finished = False
         try:
             while not finished:
@@ -69,10 +92,10 @@ class EngineThread:
                     yield item
         finally:
             if not finished:
-                self._command(lambda: self._abort(request.id, stream))
+                self._command(stream.loop, lambda: self._abort(request.id, stream))
 
     async def abort(self, request_id: str) -> None:
-        self._command(lambda: self._abort(request_id, None))
+        self._command(asyncio.get_running_loop(), lambda: self._abort(request_id, None))
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
         self._engine.set_weights(weights)
@@ -95,9 +118,14 @@ class EngineThread:
             self._changed.notify()
         self._thread.join()
 
-    def _command(self, command: Callable[[], None]) -> None:
+    def _command(self, loop: asyncio.AbstractEventLoop, command: Callable[[], None]) -> None:
+        """Have it done before the next step, after what was gathered in this loop."""
+        self._gathered[loop].append(command)
+        self._hand_in(loop)
+
+    def _hand_in(self, loop: asyncio.AbstractEventLoop) -> None:
         with self._changed:
-            self._commands.append(command)
+            self._commands += self._gathered.pop(loop, ())
             self._changed.notify()
 
     def _submit(self, request: GenerationRequest, stream: _Stream) -> None:
@@ -140,13 +168,16 @@ class EngineThread:
         return not closed
 
     def _deliver(self, events: list[Event]) -> None:
-        """Hand every loop its items of this step in one call."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Delta | Exception | None]]] = defaultdict(list)
+        """Hand every loop its items of this step in one call: loops that are woken take time from the next step."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Item]] = defaultdict(list)
         for request_id, item in events:
             stream = self._streams.get(request_id)
             if stream is None:  # given up while this step took too long
                 continue
-            by_loop[stream.loop].append((stream, item))
+            if isinstance(item, Exception):
+                by_loop[stream.loop] += stream.ending(item)
+            elif (told := stream.pace.add(item)) is not None:
+                by_loop[stream.loop].append((stream, told))
             if isinstance(item, Exception) or item.finish_reason is not None:
                 self._streams.pop(request_id, None)
         for loop, items in by_loop.items():
@@ -156,10 +187,10 @@ class EngineThread:
         self._failure = reason
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            _hand_over(stream.loop, [(stream, EngineError(reason))])
+            _hand_over(stream.loop, stream.ending(EngineError(reason)))
 
 
-def _hand_over(loop: asyncio.AbstractEventLoop, items: list[tuple[_Stream, Delta | Exception | None]]) -> None:
+def _hand_over(loop: asyncio.AbstractEventLoop, items: list[_Item]) -> None:
     def put() -> None:
         for stream, item in items:
             stream.queue.put_nowait(item)

@@ -6,7 +6,7 @@ Our own engine stands behind it, and another (vLLM) can. It knows neither HTTP n
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -177,14 +177,22 @@ class Statistics:
     queue_seconds: float = 0.0
 
 
+def every_token() -> float:
+    """Tokens are told as they come, one in a delta."""
+    return 1.0
+
+
 class Engine(Protocol):
     """Decodes completions side by side."""
 
     objectives: tuple[str, ...]
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
-        """Yield what is added, as it comes; leaving the iterator aborts the request.
+    def generate(
+        self, request: GenerationRequest, tokens_per_delta: Callable[[], float] = every_token
+    ) -> AsyncIterator[Delta]:
+        """Yield what is added; leaving the iterator aborts the request.
 
+        tokens_per_delta: how many tokens a delta holds at least, asked after each, perhaps in another thread (`Pace`)
         Raises RequestError, QueueFullError before the first delta; NothingAcceptedError, EngineError.
         """
 

@@ -51,7 +51,7 @@ class Replica:
         self._num_streams += 1
         try:
             async with aclosing(
-                side_by_side(self._engine, requests, tokens_per_batch=self._tokens_per_message)
+                side_by_side(self._engine, requests, tokens_per_delta=self._tokens_per_message)
             ) as batches:
                 async for batch in batches:
                     yield pack_batch(batch, self._name, self._engine.statistics())
@@ -71,7 +71,7 @@ class Replica:
         self._engine.check_health()
 
     def _tokens_per_message(self) -> float:
-        """Of each completion, such that all streams together send no more messages in a step than is allowed."""
+        """Of each completion: then streams of one completion together send no more messages in a step than allowed."""
         return self._num_streams / self._messages_per_step
 
 

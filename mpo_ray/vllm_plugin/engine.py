@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 
 from mpo_ray.config import ConfigError
 from mpo_ray.decoding.drafts import Rules
+from mpo_ray.decoding.pace import Pace
 from mpo_ray.decoding.protocol import (
     Delta,
     EngineError,
@@ -28,6 +29,7 @@ from mpo_ray.decoding.protocol import (
     QueueFullError,
     RequestError,
     Statistics,
+    every_token,
 )
 from mpo_ray.decoding.request_check import check_ends, check_request
 from mpo_ray.policies.artefact import check_artefact
@@ -63,6 +65,7 @@ class _Flight:
     """A request on its way. tell: hands an item to whoever waits for it; None ends the wait."""
 
     tell: Callable[[Delta | Exception | None], None]
+    pace: Pace
     future: Future[None] | None = None
     ended: bool = False
 
@@ -129,8 +132,10 @@ class VllmEngine:
             raise
         self._count(rows=int(self._source.llm.vllm_config.cache_config.num_gpu_blocks or 0))
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
-        """Yield what is added, as it comes; leaving the iterator aborts the request. Raises as the protocol says."""
+    async def generate(
+        self, request: GenerationRequest, tokens_per_delta: Callable[[], float] = every_token
+    ) -> AsyncIterator[Delta]:
+        """Yield what is added; leaving the iterator aborts the request. Raises as the protocol says."""
         from mpo_ray.vllm_plugin.completions import complete, refuse
 
         if self._failure is not None:
@@ -145,7 +150,7 @@ class VllmEngine:
         if len(self._flights) >= self._num_lanes + self._max_waiting:
             raise QueueFullError(f"{self._max_waiting} requests are waiting already.")
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Delta | Exception | None]()
-        flight = _Flight(lambda item: _hand_over(loop, queue, item))
+        flight = _Flight(lambda item: _hand_over(loop, queue, item), Pace(tokens_per_delta))
         if not self._flights:
             self._moved = time.monotonic()
         self._flights[request.id] = flight
@@ -224,7 +229,8 @@ class VllmEngine:
                     self._count(generated_tokens=len(delta.tokens))
                     if delta.finish_reason is not None:
                         self._end(request_id, flight, "finished")
-                    flight.tell(delta)
+                    if (told := flight.pace.add(delta)) is not None:
+                        flight.tell(told)
             return
         except (RequestError, NothingAcceptedError, EngineError) as error:
             failure: Exception = error
@@ -234,6 +240,8 @@ class VllmEngine:
             logger.exception("a request failed")
             failure = EngineError(f"{type(error).__name__} while decoding")
         self._end(request_id, flight, "failed")
+        if (told := flight.pace.rest()) is not None:
+            flight.tell(told)
         flight.tell(failure)
 
     def _end(self, request_id: str, flight: _Flight, how: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mpo_ray.decoding.engine import Event
 from mpo_ray.decoding.engine_thread import EngineThread
 from mpo_ray.decoding.protocol import Delta, EngineError, GenerationRequest, QueueFullError, RequestError
 from tests.decoding.mixtures import PROMPTS, completed, engine_of, request, tokens
@@ -51,6 +52,48 @@ def test_what_comes_through_the_thread_is_what_the_engine_gives(artefacts: dict[
         thread.join()
     engine.close()
     assert [tokens(found[one.id]) for one in asked] == [tokens(deltas) for deltas in expected]
+
+
+def test_tokens_are_told_several_at_a_time_where_that_is_wanted(artefacts: dict[str, Path]) -> None:
+    """The first at once, then seven by seven, and the last with what is left: the same tokens and text."""
+
+    async def work(engine: EngineThread) -> None:
+        each = await everything(engine.generate(long_request(0)))
+        some = await everything(engine.generate(long_request(0), lambda: 7.0))
+        assert [len(delta.tokens) for delta in some] == [1, *[7] * 7]
+        assert tokens(some) == tokens(each)
+        assert "".join(delta.text for delta in some) == "".join(delta.text for delta in each)
+        assert some[-1].diagnostics == each[-1].diagnostics
+
+    with_thread(artefacts["lora"], work)
+
+
+def test_requests_of_one_turn_of_the_loop_begin_in_one_step(artefacts: dict[str, Path]) -> None:
+    """Though the thread has time for many steps between them: so a request's completions are computed together."""
+    engine = engine_of(artefacts["lora"])
+    running: list[int] = []
+    step = engine.step
+
+    def watched() -> list[Event]:
+        events = step()
+        running.append(len({id for id, _ in events}))
+        return events
+
+    engine.step = watched  # type: ignore[method-assign]
+    thread = EngineThread(engine)
+
+    async def dawdle() -> None:
+        time.sleep(0.2)  # holds the loop, not the engine
+
+    async def work() -> None:
+        first, second = (everything(thread.generate(long_request(number))) for number in range(2))
+        await asyncio.gather(first, dawdle(), second)
+
+    try:
+        asyncio.run(work())
+    finally:
+        thread.close()
+    assert [number for number in running if number] == [2] * 50
 
 
 def test_the_event_loop_is_free_while_tokens_are_decoded(artefacts: dict[str, Path]) -> None:
@@ -124,6 +167,31 @@ def test_an_engine_that_breaks_tells_everyone_who_waits_and_takes_nobody_new(art
                 await everything(engine.generate(long_request(number)))
         with pytest.raises(EngineError, match="ended after an error"):
             engine.check_health()
+
+    with_thread(artefacts["lora"], work)
+
+
+def test_what_was_held_comes_before_the_error(artefacts: dict[str, Path]) -> None:
+    async def work(engine: EngineThread) -> None:
+        step, steps = engine._engine.step, 0
+
+        def breaking() -> list[Any]:
+            nonlocal steps
+            steps += 1
+            if steps > 5:
+                raise MemoryError("no room")
+            return step()
+
+        engine._engine.step = breaking  # type: ignore[method-assign]
+        found: list[int] = []
+
+        async def hear() -> None:
+            async for delta in engine.generate(long_request(0), lambda: 10.0):
+                found.extend(delta.tokens)
+
+        with pytest.raises(EngineError, match="ended after an error"):
+            await hear()
+        assert len(found) == 5
 
     with_thread(artefacts["lora"], work)
 

@@ -113,7 +113,7 @@ def test_200_requests_are_left_and_the_next_is_answered_at_once(live: Live, url:
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_takes_too_long_ends_and_frees_its_rows(live: Live, witness: Witness, stream: bool) -> None:
     with serving(live.app(observer=witness, timeout_s=0.03)) as url:
-        answer = httpx.post(f"{url}/v1/completions", json=LONG | {"stream": stream})
+        answer = httpx.post(f"{url}/v1/completions", json=LONG | {"stream": stream}, timeout=60)
     assert "request_timeout" in answer.text
     assert answer.status_code == 408 or stream
     assert "[DONE]" not in answer.text
@@ -129,7 +129,9 @@ def test_a_request_that_fails_fails_alone(live: Live, url: str, witness: Witness
     alone = live.post("/v1/completions", good).json()["choices"][0]["text"]
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         answers = list(
-            pool.map(lambda body: httpx.post(f"{url}/v1/completions", json=body), [good, refused, used_up] * 4)
+            pool.map(
+                lambda body: httpx.post(f"{url}/v1/completions", json=body, timeout=60), [good, refused, used_up] * 4
+            )
         )
     assert [answer.status_code for answer in answers] == [200, 400, 422] * 4
     assert {answer.json()["choices"][0]["text"] for answer in answers[::3]} == {alone}
@@ -141,7 +143,7 @@ def test_a_request_that_fails_fails_alone(live: Live, url: str, witness: Witness
 def test_an_observer_hears_of_every_completion_once(url: str, witness: Witness) -> None:
     """Admitted, first token, tokens, the end; what is refused before the engine is a rejection."""
     body = {"model": NAME, "prompt": ["the", "a film"], "n": 2, "max_tokens": 3, "ignore_eos": True}
-    assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+    assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
     assert httpx.post(f"{url}/v1/completions", json=body | {"model": "other"}).status_code == 404
     assert httpx.post(f"{url}/v1/completions", json=body | {"n": -1}).status_code == 400
     assert httpx.post(f"{url}/v1/completions", content=b"").status_code == 415

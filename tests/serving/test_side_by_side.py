@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
+from mpo_ray.decoding.pace import Pace
 from mpo_ray.decoding.protocol import (
     Delta,
     Diagnostics,
@@ -19,6 +20,7 @@ from mpo_ray.decoding.protocol import (
     Sampling,
     Statistics,
     TokenLogprob,
+    every_token,
 )
 from mpo_ray.serving.side_by_side import Batch, side_by_side
 from mpo_ray.serving.wire import OtherArtefactError, pack_batch, pack_error, unpack
@@ -27,30 +29,36 @@ STANDING = Statistics(running=1, waiting=2, rows=6, rows_used=3, admitted=4, que
 
 
 class Ticking:
-    """An engine that says one token after the other, `step` seconds apart; `wrong` fails after three."""
+    """An engine that makes one token after the other, `step` seconds apart; `wrong` fails after three."""
 
     def __init__(self, step: float, num_tokens: int) -> None:
         self._step, self._num_tokens = step, num_tokens
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
+    async def generate(
+        self, request: GenerationRequest, tokens_per_delta: Callable[[], float] = every_token
+    ) -> AsyncIterator[Delta]:
+        pace = Pace(tokens_per_delta)
         for token in range(self._num_tokens):
             if request.id == "wrong" and token == 3:
+                if (rest := pace.rest()) is not None:
+                    yield rest
                 raise EngineError("broken")
             last = token == self._num_tokens - 1
-            yield Delta((token,), f"{token} ", finish_reason="length" if last else None)
+            if (told := pace.add(Delta((token,), f"{token} ", finish_reason="length" if last else None))) is not None:
+                yield told
             await asyncio.sleep(self._step)
 
 
 async def batches_of(engine: Any, ids: list[str], tokens: float) -> tuple[list[Batch], list[float]]:
     requests = [GenerationRequest(one, (1,), Sampling(max_tokens=9)) for one in ids]
     found, times, began = [], [], time.monotonic()
-    async for batch in side_by_side(engine, requests, tokens_per_batch=lambda: tokens):
+    async for batch in side_by_side(engine, requests, tokens_per_delta=lambda: tokens):
         found.append(batch)
         times.append(time.monotonic() - began)
     return found, times
 
 
-def test_more_tokens_per_batch_make_fewer_batches_of_the_same_text_and_delay_neither_first_nor_last() -> None:
+def test_more_tokens_per_delta_make_fewer_batches_of_the_same_text_and_delay_neither_first_nor_last() -> None:
     every, _ = asyncio.run(batches_of(Ticking(0.02, 20), ["a", "b"], 1.0))
     few, times = asyncio.run(batches_of(Ticking(0.02, 20), ["a", "b"], 7.0))
     for found in (every, few):
@@ -69,7 +77,7 @@ def test_what_came_before_an_error_comes_before_it() -> None:
         found = []
         request = GenerationRequest("wrong", (1,), Sampling(max_tokens=9))
         try:
-            async for batch in side_by_side(Ticking(0.0, 9), [request], tokens_per_batch=lambda: 10.0):
+            async for batch in side_by_side(Ticking(0.0, 9), [request], tokens_per_delta=lambda: 10.0):
                 found += [token for _, delta in batch for token in delta.tokens]
         except EngineError:
             found.append(-1)
