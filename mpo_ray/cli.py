@@ -71,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps({"error": text}))
         print(f"mpo-ray {options.verb}: {text}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"mpo-ray {options.verb}: interrupted; what was complete is kept.", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -220,6 +223,10 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    from mpo_ray.serving.haproxy import haproxy_environment
+
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.update(haproxy_environment())
     from mpo_ray.serving.service import serve_endpoint
 
     artefact, name, serve = _artefact(options.directory)

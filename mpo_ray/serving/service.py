@@ -7,9 +7,9 @@ import ipaddress
 import json
 import os
 import signal
-import socket
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from mpo_ray.policies.artefact import check_artefact
 from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.serving.ingress import Endpoint
 from mpo_ray.serving.interface import artefact_digest
+from mpo_ray.serving.ports import free_port
 from mpo_ray.serving.replica import Replica
 
 #: Requests that the ingress has open at a time, at most; Serve's own proxy lets the others wait.
@@ -90,6 +91,7 @@ def build_app(artefact: str, serve: Serve, name: str) -> ray_serve.Application:
 def serve_endpoint(artefact: str, serve: Serve, name: str, *, blocking: bool) -> str:
     """Start the endpoint on `host:port` and return its URL; with `blocking`, serve until SIGINT or SIGTERM.
 
+    Either of them before it serves ends it too, with KeyboardInterrupt.
     Port 0 takes a free port. Joins the Ray cluster that was initialised, else the one at RAY_ADDRESS, else starts one.
     Refuses a damaged artefact (ModelError) and replicas that no node could hold (PlacementError) before it starts any.
     """
@@ -105,21 +107,30 @@ def serve_endpoint(artefact: str, serve: Serve, name: str, *, blocking: bool) ->
     check_open(serve)
     app = build_app(artefact, serve, name)
     if not ray.is_initialized():
-        ray.init()
+        ray.init(address=os.environ.get("RAY_ADDRESS") or "local")
     check_serving(serve)
-    port = serve.port or _free_port(serve.host)
+    port = serve.port or free_port(serve.host)
     ray_serve.start(proxy_location="HeadOnly", http_options={"host": serve.host, "port": port})
     url = f"http://{serve.host}:{port}"
+    if not blocking:
+        _run(app, name, url)
+        return url
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        _run(app, name, url)
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
+    finally:
+        ray_serve.delete(name)
+        if not ray_serve.status().applications:  # on a shared cluster others may be served
+            ray_serve.shutdown()
+    return url
+
+
+def _run(app: ray_serve.Application, name: str, url: str) -> None:
     ray_serve.run(app, name=name, route_prefix="/")
     print(f"Serving {name} at {url}/v1 (models: {url}/v1/models). Stop with Ctrl-C.", flush=True)
-    if blocking:
-        try:
-            _wait_for_signal()
-        finally:
-            ray_serve.delete(name)
-            if not ray_serve.status().applications:  # on a shared cluster others may be served
-                ray_serve.shutdown()
-    return url
 
 
 def _particles_of_fit(artefact: Path) -> int:
@@ -127,19 +138,6 @@ def _particles_of_fit(artefact: Path) -> int:
     path = artefact / "fit.json"
     fit = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return int((fit.get("decoded") or {}).get("particles", 1))
-
-
-def _wait_for_signal() -> None:
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    stop.wait()
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 def key_digests(serve: Serve) -> tuple[str, ...]:

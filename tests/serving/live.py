@@ -127,10 +127,17 @@ class Live:
 
 
 def chunks_of(text: str) -> list[dict[str, Any]]:
-    *events, done = text.removesuffix("\n\n").split("\n\n")
-    assert done == "data: [DONE]", done
+    """Of a stream that came to its end."""
+    *events, done = events_of(text)
+    assert done == "[DONE]", done
+    return [json.loads(event) for event in events]
+
+
+def events_of(text: str) -> list[str]:
+    """The data of server-sent events."""
+    events = text.removesuffix("\n\n").split("\n\n")
     assert all(event.startswith("data: ") for event in events)
-    return [json.loads(event.removeprefix("data: ")) for event in events]
+    return [event.removeprefix("data: ") for event in events]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
+import ray
 import yaml
 from ray import serve as ray_serve
 
@@ -216,6 +218,20 @@ def test_a_disconnected_client_is_not_decoded_for(client: openai.OpenAI, url: st
     while left() and time.monotonic() < end:
         time.sleep(0.05)
     assert left() == 0
+
+
+def test_what_it_measures_is_on_rays_own_page(client: openai.OpenAI) -> None:
+    """Of the ingress and of the engine, each from its own process."""
+    client.completions.create(model=NAME, prompt=PROMPT, max_tokens=12)
+    (node,) = ray.nodes()
+    page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    wanted = {
+        f"ray_mpo_ray_{name}" for name in ("generated_tokens_total", "finished_total", "kv_rows", "admitted_total")
+    }
+    end = time.monotonic() + 40  # each process reports every 10 s
+    while wanted - (shown := set(re.findall(r"(?m)^(\w+)\{.*\} [1-9]", httpx.get(page).text))):
+        assert time.monotonic() < end, wanted - shown
+        time.sleep(0.5)
 
 
 def test_overload_is_refused_with_429_in_json(url: str) -> None:
