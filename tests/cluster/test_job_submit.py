@@ -17,6 +17,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
+from mpo_ray.serving.ports import free_port
 from tests.tiny_run import ROOT, environment, overrides, without
 
 pytestmark = pytest.mark.slow
@@ -43,21 +44,15 @@ class Head(NamedTuple):
     metrics: str
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """A head of its own, on free ports; its processes are ended by their ids."""
-    dashboard, metrics = _free_port(), _free_port()
+    dashboard, metrics = free_port(), free_port()
     arguments = [
         *(RAY, "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1"),
-        *(f"--port={_free_port()}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
+        *(f"--port={free_port()}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
         f"--metrics-export-port={metrics}",
-        *(f"--dashboard-agent-listen-port={_free_port()}", f"--ray-client-server-port={_free_port()}"),
+        *(f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"),
         *("--object-store-memory=200000000", f"--temp-dir={tmp_path_factory.mktemp('ray')}"),
     ]
     log = (tmp_path_factory.mktemp("head") / "log").open("w")

@@ -15,11 +15,11 @@ from tests.serving.live import WEIGHTS
 from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
 
 
-def write_mixture(root: Path, *, seed: int = 1, weights: Mapping[str, float] = WEIGHTS) -> Path:
+def write_mixture(root: Path, *, seed: int = 1, weights: Mapping[str, float] = WEIGHTS, context: int = 64) -> Path:
     """An artefact of two random adapters on one base; another seed gives other adapters on the same base."""
     reference = root / "reference"
     if not reference.is_dir():
-        tiny_llama(reference, tiny_tokenizer(), seed=0)
+        tiny_llama(reference, tiny_tokenizer(), seed=0, max_position_embeddings=context)
     policies = {name: tiny_lora(root / f"{name}{seed}", reference, seed + k) for k, name in enumerate(WEIGHTS)}
     target = root / f"mixture{seed}"
     write_artefact(target, objectives=policies, reference=reference, copy_reference=True, weights=weights, fit={})
@@ -36,12 +36,12 @@ def generated(artefact: Path, prompt: str, weights: dict[str, float] | None = No
 
 
 class Load:
-    """Users who ask one after the other until they are told to stop; every answer's status and text is kept."""
+    """Users who ask one after the other until they are told to stop; every answer's status and body is kept."""
 
     def __init__(self, url: str, num_users: int, body: Mapping[str, Any]) -> None:
         self._url, self._num_users, self._body = url, num_users, dict(body)
         self._stop = asyncio.Event()
-        self.answers: list[tuple[int, dict[str, Any]]] = []
+        self.answers: list[tuple[int, Any]] = []
 
     async def during(self, work: Callable[[], Awaitable[None]]) -> None:
         """Ask while `work` lasts."""

@@ -27,6 +27,8 @@ from tests.tiny import tiny_tokenizer
 KEY = "a-key-for-tests"
 DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
 EVERYBODY = ["reference", *WEIGHTS, "mixture"]
+PATIENCE_MS = 30_000  # a browser beside other tests; only what fails takes as long
+expect.set_options(timeout=PATIENCE_MS)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ class Tab:
 @pytest.fixture
 def tab(browser: Browser) -> Iterator[Tab]:
     here = Tab(browser)
-    here.page.set_default_timeout(20_000)
+    here.page.set_default_timeout(PATIENCE_MS)
     yield here
     here.context.close()
     assert {re.match(r"http://127\.0\.0\.1:\d+/", url) is not None for url in here.asked} == {True}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from ray import serve as ray_serve
 
 from mpo_ray.config import ConfigError
 from mpo_ray.config_serving import Serve
+from mpo_ray.serving.ports import free_port
 from mpo_ray.serving.service import serve_endpoint
 from tests.serving.live import NAME, write_tiny
 from tests.serving.served import generated
@@ -37,12 +37,6 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def greedy(client: openai.OpenAI, **extra: Any) -> str:
     made = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=12, temperature=0, extra_body=extra)
     return made.choices[0].text.strip()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_vllm_serve(artefact: Path) -> None:
