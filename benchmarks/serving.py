@@ -9,6 +9,8 @@ its own. Both decode the same prompts with the same seeds, so the same tokens, w
 tokens per second, 1 for the time to the first token. They take turns, block by block; the figures are medians of the
 blocks' ratios (tokens per second) and of all requests (time to the first token).
 
+As for `mpo-ray serve`, Ray's HAProxy stands before the endpoint; with RAY_SERVE_ENABLE_HA_PROXY=0, Ray's own proxy.
+
 Last, a full queue: users who ask again and again keep as many requests running and waiting as may; how soon is one
 more refused?
 """
@@ -33,6 +35,10 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # what Ray gives a replica with one CPU
+
+from mpo_ray.serving.haproxy import haproxy_environment
+
+os.environ.update(haproxy_environment())
 
 import httpx
 import psutil
@@ -78,13 +84,8 @@ def main() -> int:
         tokenizer = load_tokenizer(str(testbed / "base"))
         shaped = random_model("cpu", root / "base", vocab_size=len(tokenizer))
         tokenizer.save_pretrained(shaped)
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-        try:
-            bases = {"testbed": testbed / "base", "12 layers, d = 576, random weights": shaped}
-            failed = [measure(title, base, root, prompts, options) for title, base in bases.items()]
-        finally:
-            ray.shutdown()
-    return max(failed)
+        bases = {"testbed": testbed / "base", "12 layers, d = 576, random weights": shaped}
+        return max([measure(title, base, root, prompts, options) for title, base in bases.items()])
 
 
 def measure(title: str, base: Path, root: Path, prompts: list[str], options: argparse.Namespace) -> int:
@@ -101,6 +102,7 @@ def measure(title: str, base: Path, root: Path, prompts: list[str], options: arg
         max_tokens=options.max_tokens,
         messages_per_step=options.messages_per_step,
     )
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         url = serve_endpoint(str(artefact), serve, "mixture", blocking=False)
         engine = EngineThread(open_engine(str(artefact), num_lanes=STREAMS))
@@ -125,6 +127,7 @@ def measure(title: str, base: Path, root: Path, prompts: list[str], options: arg
         engine.close()
     finally:
         ray_serve.shutdown()
+        ray.shutdown()
     return report(loaded, single, refused)
 
 
