@@ -124,15 +124,22 @@ class EngineThread:
         self._hand_in(loop)
 
     def _hand_in(self, loop: asyncio.AbstractEventLoop) -> None:
+        commands = self._gathered.pop(loop, [])
         with self._changed:
-            self._commands += self._gathered.pop(loop, ())
-            self._changed.notify()
+            if self._failure is None:
+                self._commands += commands
+                self._changed.notify()
+                return
+        for command in commands:  # which find that the engine has ended
+            command()
 
     def _submit(self, request: GenerationRequest, stream: _Stream) -> None:
         self._num_submitted -= 1
         try:
+            if self._failure is not None:
+                raise EngineError(self._failure)
             self._engine.submit(request)
-        except (ValueError, QueueFullError) as error:
+        except (ValueError, QueueFullError, EngineError) as error:
             _hand_over(stream.loop, [(stream, error)])
         else:
             self._streams[request.id] = stream
@@ -162,9 +169,8 @@ class EngineThread:
             self._changed.wait_for(lambda: self._commands or self._engine.has_work or self._closed)
             commands, self._commands = self._commands, deque()
             closed = self._closed
-        if not closed:
-            for command in commands:
-                command()
+        for command in commands:
+            command()
         return not closed
 
     def _deliver(self, events: list[Event]) -> None:
@@ -184,10 +190,14 @@ class EngineThread:
             _hand_over(loop, items)
 
     def _end(self, reason: str) -> None:
-        self._failure = reason
-        streams, self._streams = self._streams, {}
+        with self._changed:
+            self._failure = reason
+            streams, self._streams = self._streams, {}
+            commands, self._commands = self._commands, deque()
         for stream in streams.values():
             _hand_over(stream.loop, stream.ending(EngineError(reason)))
+        for command in commands:
+            command()
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, items: list[_Item]) -> None:

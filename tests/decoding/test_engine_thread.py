@@ -206,3 +206,14 @@ def test_closing_ends_what_is_decoded(artefacts: dict[str, Path]) -> None:
             await running
 
     with_thread(artefacts["lora"], work)
+
+
+def test_closing_ends_what_was_not_handed_in_yet(artefacts: dict[str, Path]) -> None:
+    async def work(engine: EngineThread) -> None:
+        asked = asyncio.create_task(everything(engine.generate(long_request(0))))
+        await asyncio.sleep(0)  # it is handed in when this turn of the loop ends
+        engine.close()
+        with pytest.raises(EngineError, match="closed"):
+            await asyncio.wait_for(asked, 10)
+
+    with_thread(artefacts["lora"], work)

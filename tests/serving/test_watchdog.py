@@ -26,23 +26,24 @@ def test_a_stuck_step_makes_the_engine_unhealthy_and_ends_what_waits_for_it(tmp_
 
     engine.step = stopping  # type: ignore[method-assign]
     thread = EngineThread(engine, stuck_after=0.2)
-    request = GenerationRequest("one", (1, 7), Sampling(max_tokens=4))
 
-    async def ask() -> None:
-        async for _ in thread.generate(request):
+    async def ask(name: str) -> None:
+        async for _ in thread.generate(GenerationRequest(name, (1, 7), Sampling(max_tokens=4))):
             pass
 
     async def watch() -> None:
-        waiting = asyncio.create_task(ask())
+        waiting = asyncio.create_task(ask("in the step"))
         await asyncio.to_thread(stuck.wait, 10)
+        later = asyncio.create_task(ask("for the next step"))
         thread.check_health()  # not yet
         await asyncio.sleep(0.3)
         with pytest.raises(EngineError, match="in one step for 0 s"):
             thread.check_health()
+        for task in (waiting, later):
+            with pytest.raises(EngineError, match="in one step"):
+                await asyncio.wait_for(task, 5)
         with pytest.raises(EngineError, match="in one step"):
-            await asyncio.wait_for(waiting, 5)
-        with pytest.raises(EngineError, match="in one step"):
-            await ask()
+            await ask("too late")
 
     asyncio.run(watch())
     go_on.set()
