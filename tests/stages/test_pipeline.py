@@ -131,7 +131,6 @@ def test_a_stage_whose_inputs_are_missing_names_the_one_to_run_first(
     assert "'fit' needs 'embedded', which is not complete" in capsys.readouterr().err
 
 
-@pytest.mark.timeout(900)
 def test_a_run_killed_in_training_and_evaluation_ends_with_the_weights_of_an_unbroken_one(
     finished_run: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,6 @@ from tests import tiny_run
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_mpos_worst_objective_is_above_every_single_policys_outside_the_intervals(tmp_path: Path) -> None:
     """min_k win rate of the mixture: the lower end of its interval lies above the upper end of every policy's."""
     arguments = [sys.executable, "-m", "mpo_ray", "run", str(tiny_run.CONFIG), "--json", "--set", f"storage={tmp_path}"]
