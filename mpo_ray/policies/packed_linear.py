@@ -1,11 +1,13 @@
 """Linear layers whose weights lie as a CPU multiplies few rows fastest.
 
-A step of decoding multiplies a few rows by every weight. A weight that is laid out once for that, by MKL where torch
-has it and by oneDNN elsewhere, takes less time from a few rows on than the plain product, which `generate` uses
-(benchmarks/decoding.py, 16 requests).
+A step of decoding multiplies a few rows by every weight. A weight that is laid out once for that, by MKL on Intel's
+processors and by oneDNN on others, where MKL takes up to twice as long, takes less time from a few rows on than the
+plain product, which `generate` uses (benchmarks/decoding.py, 16 requests).
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach()
-        self._by_mkl = _has_mkl()
+        self._by_mkl = _has_mkl() and (_is_intel() or not _has_onednn())
         if self._by_mkl:
             self._packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), MKL_ROWS)
             # asked for its size alone, as long as the number of rows that is named is that of the input
@@ -64,3 +66,8 @@ def _has_mkl() -> bool:
 def _has_onednn() -> bool:
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return available and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+def _is_intel() -> bool:
+    processor = Path("/proc/cpuinfo")
+    return processor.is_file() and "GenuineIntel" in processor.read_text(encoding="utf-8")

@@ -14,16 +14,18 @@ from tests.tiny import TINY_SIZES
 
 @pytest.mark.parametrize("rows", [1, 2, 7, packed_linear.MKL_ROWS, packed_linear.MKL_ROWS + 3])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("has_mkl", [True, False], ids=["MKL", "oneDNN"])
-def test_a_packed_layer_is_the_layer(rows: int, bias: bool, has_mkl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if has_mkl and not packed_linear._has_mkl():
+@pytest.mark.parametrize("intel", [True, False], ids=["MKL", "oneDNN"])
+def test_a_packed_layer_is_the_layer(rows: int, bias: bool, intel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if intel and not packed_linear._has_mkl():
         pytest.skip("this build of torch has no MKL")
-    monkeypatch.setattr(packed_linear, "_has_mkl", lambda: has_mkl)
+    monkeypatch.setattr(packed_linear, "_is_intel", lambda: intel)
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(24, 40, bias=bias)
     inputs = torch.randn(1, rows, 24, generator=generator)
+    packed = PackedLinear(layer)
+    assert packed._by_mkl == intel
     with torch.no_grad():
-        torch.testing.assert_close(PackedLinear(layer)(inputs), layer(inputs), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(packed(inputs), layer(inputs), atol=1e-5, rtol=1e-5)
 
 
 def test_layers_with_one_input_are_one_product() -> None:
