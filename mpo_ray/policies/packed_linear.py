@@ -25,7 +25,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach()
-        self._by_mkl = _has_mkl() and (_is_intel() or not _has_onednn())
+        self._by_mkl = packs_by_mkl()
         if self._by_mkl:
             self._packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), MKL_ROWS)
             # asked for its size alone, as long as the number of rows that is named is that of the input
@@ -48,6 +48,11 @@ def can_pack(model: nn.Module) -> bool:
     """Whether this machine packs, and the model is one that can be: float32 on the CPU."""
     first = next(model.parameters())
     return (_has_mkl() or _has_onednn()) and first.device.type == "cpu" and first.dtype == torch.float32
+
+
+def packs_by_mkl() -> bool:
+    """Whether it is MKL that packs on this machine, and not oneDNN."""
+    return _has_mkl() and (_is_intel() or not _has_onednn())
 
 
 def pack_linears(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.linear import (
 from mpo_ray.policies.adapters import Factors, StackedFactors, add_products, stacked_factors
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.lora_file import read_lora
-from mpo_ray.policies.packed_linear import PackedLinear, can_pack
+from mpo_ray.policies.packed_linear import PackedLinear, can_pack, packs_by_mkl
 
 
 class StackedAttention(nn.Module):
@@ -64,7 +64,7 @@ class AdaptedLinear(nn.Module):
 
 
 class PackedMethod(UnquantizedLinearMethod):  # type: ignore[misc]
-    """Products of a weight that is packed for the rows of several policies, in the place of vLLM's own on a CPU."""
+    """Products of a weight that MKL packs for the rows of several policies, in the place of vLLM's own, by oneDNN."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
         whole = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], bias=False, device="meta")
@@ -121,6 +121,6 @@ def _adapted(name: str, linear: LinearBase, factors: Sequence[Sequence[Factors |
             for number, up in enumerate(ups):
                 among = linear.tp_size // copies if number > 0 else linear.tp_size
                 ups[number] = up.chunk(among, dim=2)[rank // copies if number > 0 else rank].contiguous()
-    if can_pack(linear):
+    if can_pack(linear) and packs_by_mkl():
         linear.quant_method = PackedMethod()
     return AdaptedLinear(linear, down, ups)
