@@ -191,7 +191,7 @@ class EngineThread:
 
     def _end(self, reason: str) -> None:
         with self._changed:
-            self._failure = reason
+            reason = self._failure = self._failure or reason  # the first is the cause
             streams, self._streams = self._streams, {}
             commands, self._commands = self._commands, deque()
         for stream in streams.values():

@@ -179,7 +179,7 @@ def test_a_rolling_update_under_load_fails_nothing_and_mixes_nothing(url: str, a
         await asyncio.to_thread(deploy, artefacts[1], WEIGHTS)
         await asyncio.sleep(2)
 
-    load = Load(url, 2, {**GREEDY, "n": 2})
+    load = Load(url, 6, {**GREEDY, "n": 2})
     asyncio.run(load.during(roll))
     new = generated(artefacts[1], PROMPT, WEIGHTS)
     texts = texts_of(load)

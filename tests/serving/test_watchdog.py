@@ -48,5 +48,5 @@ def test_a_stuck_step_makes_the_engine_unhealthy_and_ends_what_waits_for_it(tmp_
     asyncio.run(watch())
     go_on.set()
     thread.close()
-    with pytest.raises(EngineError):
+    with pytest.raises(EngineError, match="in one step"):
         thread.check_health()

@@ -53,6 +53,28 @@ def test_greedy_tokens_and_log_probabilities_are_the_products(
     check_greedy(open_llm(artefact), artefact, 200 if family == "llama" else 40)
 
 
+@pytest.mark.parametrize("by_mkl", [True, False], ids=["MKL", "oneDNN"])
+def test_either_library_multiplies_the_same(
+    by_mkl: bool, tmp_path: Path, open_llm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of them it is depends on the processor; with biases."""
+    from mpo_ray.policies import packed_linear
+    from mpo_ray.vllm_plugin import adapted
+
+    if by_mkl and not packed_linear._has_mkl():
+        pytest.skip("this build of torch has no MKL")
+    for module in (packed_linear, adapted):
+        monkeypatch.setattr(module, "packs_by_mkl", lambda: by_mkl)
+    artefact = write_mixture(tmp_path, "qwen2", "aaa")
+    llm = open_llm(artefact)
+    check_greedy(llm, artefact, 40)
+    assert bool(llm.apply_model(count_packed)[0]) == by_mkl
+
+
+def count_packed(model: Any) -> int:
+    return sum(hasattr(module, "packed") for module in model.modules())
+
+
 def test_a_mixture_divided_among_two_processes_is_the_same(tmp_path: Path, open_llm: Callable[..., Any]) -> None:
     """Tensor parallelism, of adapters and of full weights, with biases, and one key-value head that both need.
 
