@@ -63,7 +63,11 @@ def write_mixture(root: Path, family: str, kinds: str, **sizes: int) -> Path:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             config = AutoConfig.for_model(family, **{**SIZES, **FURTHER.get(family, {}), **sizes})
-            return AutoModelForCausalLM.from_config(config).eval()
+            made = AutoModelForCausalLM.from_config(config).eval()
+            for name, bias in made.named_parameters():
+                if name.endswith("proj.bias"):
+                    bias.data.normal_()  # transformers begins with zeros, which nobody would miss
+        return made
 
     model(0).save_pretrained(root / "reference")
     TOKENIZER.save_pretrained(root / "reference")
