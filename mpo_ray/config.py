@@ -31,6 +31,9 @@ class Objective(Strict):
 
     preferences: Source
     label: str | None = Field(None, description="label or rating column; the objective's name if absent")
+    label_means: dict[str | bool | int | float, Literal["first", "second", "tie", "missing"]] | None = Field(
+        None, description="label → the response it prefers, where the label column does not say it"
+    )
     reward: str = Field(
         "implicit",
         description="`module:function` or `file.py:function`, a sequence classifier (directory or hub id), or "

@@ -19,9 +19,11 @@ class Source(Strict):
     path: str | list[str] | None = Field(
         None, description="files, globs or fsspec URLs (JSONL, JSON, CSV, Parquet; .gz)"
     )
-    hub: str | None = Field(None, description="a Hugging Face data set id")
+    hub: str | None = Field(None, description="a Hugging Face data set id, or a local directory in the hub's layout")
     split: str = "train"
+    config: str | None = Field(None, description="the name of one of the hub data set's configurations")
     data_dir: str | None = None
+    revision: str | None = Field(None, description="branch, tag or commit of the hub data set")
     embedded: Literal["pairs", "corpus", "prompts"] | None = Field(None, description="made by the project itself")
     rename: dict[str, str] = Field({}, description="column in the file → column of the row form")
 
@@ -30,6 +32,9 @@ class Source(Strict):
         given = [name for name in ("path", "hub", "embedded") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of path, hub, embedded; got {given or 'none'}")
+        of_hub = [name for name in ("config", "data_dir", "revision") if getattr(self, name) is not None]
+        if of_hub and self.hub is None:
+            raise ValueError(f"{of_hub[0]} belongs to a hub data set, and the source has {given[0]}; remove it")
         return self
 
 

@@ -119,6 +119,31 @@ class TestCheck:
         assert "problem  run name and storage" in out
         assert "cannot be written" in out
 
+    def test_how_labels_were_read_is_told_in_words_before_anything_is_paid_for(
+        self, run_file: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A preference that is turned round is seen there. Lines are not wrapped, on a narrow screen either."""
+        rows = [
+            {"prompt": f"{row['prompt']}", "response_0": row["rejected"], "response_1": row["chosen"], "better_id": 1}
+            for row in PAIRS
+        ]
+        path = run_file.parent / "labels.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = f"{{path: {path}, rename: {{better_id: good}}}}"
+        assert main(["check", str(run_file), "--set", f"objectives.good.preferences={source}"]) == 0
+        told = capsys.readouterr().err
+        first = PAIRS[0]
+        example = f'after "{first["prompt"]}", "{first["chosen"]}" is preferred to "{first["rejected"]}"'
+        assert (
+            "good is read from the column 'better_id'; the number is that of the response that is preferred: "
+            f"1 → response_1 is preferred.\n  for example {path}:1, labelled 1: {example}\n"
+        ) in told
+        assert main(["check", str(run_file), "--set", f"objectives.good.preferences={source}", "--json"]) == 0
+        reading = json.loads(capsys.readouterr().out)["counts"]["good"]["reading"]
+        assert reading["column"] == "better_id"
+        assert reading["means"] == {"1": "response_1 is preferred"}
+        assert reading["example"].endswith(example)
+
     def test_the_conflict_report_is_printed(self, run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         other = f"objectives.bad={{preferences: {{path: {run_file.parent}/pairs.jsonl}}}}"
         status = main(["check", str(run_file), "--set", other, "--json"])

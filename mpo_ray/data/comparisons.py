@@ -5,19 +5,34 @@ Refuses to know files and hub data sets (`sources`) and what one row says (`row_
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from mpo_ray.config_training import Source
 from mpo_ray.data.fields import BadFieldError, Values
-from mpo_ray.data.row_forms import FORMS, TIES, Pair, Rated, find_form, pair_reader, rated_reader
+from mpo_ray.data.labels import BOTH, AmbiguousError, Label, LabelColumn, Meaning, read_labels
+from mpo_ray.data.row_forms import (
+    FORMS,
+    RESPONSE_COLUMNS,
+    TIES,
+    Pair,
+    Rated,
+    find_form,
+    labelled_reader,
+    pair_reader,
+    rated_reader,
+    response_columns,
+)
 from mpo_ray.data.sources import DataError, Refusal, Row, describe, read_table
 from mpo_ray.records import Comparison, digest, encode_prompt
 
 #: Besides ties and missing labels, what the form `ratings` skips: a response with no other left to be paired with.
 UNPAIRED = "unpaired responses"
+#: What to do where labels allow two readings.
+REMEDY = "Say under the objective what each label means, such as `label_means: {0: first, 1: second, 2: tie}`."
 #: How many bad rows an error shows.
 NUM_SHOWN = 5
 
@@ -34,27 +49,107 @@ class Parsed:
     skipped: dict[str, int]
     form: str
     num_rows: int
+    reading: Told | None = None
 
 
-def read_comparisons(source: Source, objective: str, label: str | None = None) -> Parsed:
+@dataclass(frozen=True, slots=True)
+class Told:
+    """How the label or rating column of an objective was read, for a person to agree with.
+
+    column: as the file names it; rule: in words; means: each label → the response's column, `a tie` or `no label`;
+    example: the first comparison in words, empty where there is none
+    """
+
+    column: str
+    rule: str
+    means: dict[str, str]
+    example: str
+
+    def as_text(self, objective: str) -> str:
+        meanings = ", ".join(f"{label} → {meaning}" for label, meaning in self.means.items())
+        rule = f"{self.rule}: {meanings}" if meanings else self.rule
+        example = f"\n  for example {self.example}" if self.example else ""
+        return f"{objective} is read from the column {self.column!r}; {rule}.{example}"
+
+
+def read_comparisons(
+    source: Source, objective: str, label: str | None = None, label_means: Mapping[Label, Meaning] | None = None
+) -> Parsed:
     """Read what a source says about `objective`; `label` names its label or rating column, by default `objective`.
 
-    Raises DataError if the rows fit no form, or none has the label column. Bad rows are returned, not raised.
+    label_means: what labels mean, where the column does not say it
+    Raises DataError if the rows fit no form, none has the label column, or its labels allow two readings. Bad rows are
+    returned, not raised.
     """
     columns, rows = read_table(source)
     form = find_form(columns, source, label)
     column = label or objective
     tally = _Tally()
+    told = None
     if form == "ratings":
-        comparisons = _pair_by_rating(tally.read(rows, rated_reader(column)), tally)
+        comparisons, told = _read_ratings(source, rows, column, tally)
+    elif form == "labels":
+        comparisons, told = _read_labels(source, list(rows), columns, column, label_means, tally)
     else:
-        comparisons = _with_ids(pair for _, pair in tally.read(rows, pair_reader(form, columns, column)))
+        comparisons = _with_ids(pair for _, pair in tally.read(rows, pair_reader(form)))
     if form in ("labels", "ratings") and column not in tally.columns:
         raise DataError(
             f"{describe(source)}: the form is {FORMS[form]!r}, but no row has the column {column!r} for objective "
             f"{objective!r}; the columns are {', '.join(tally.columns)}. Set the objective's `label:` to one of them."
         )
-    return Parsed(comparisons, tally.refused, dict(tally.skipped), form, tally.num_rows)
+    return Parsed(comparisons, tally.refused, dict(tally.skipped), form, tally.num_rows, told)
+
+
+def _read_labels(
+    source: Source,
+    rows: Sequence[Row | Refusal],
+    columns: list[str],
+    column: str,
+    label_means: Mapping[Label, Meaning] | None,
+    tally: _Tally,
+) -> tuple[list[Comparison], Told]:
+    """All labels are looked at before one is read, as they together say what each of them means."""
+    own = {new: old for old, new in source.rename.items()}
+    names = response_columns(columns) or RESPONSE_COLUMNS[0]
+    described = LabelColumn(
+        name=own.get(column, column),
+        responses=(own.get(names[0], names[0]), own.get(names[1], names[1])),
+        renamed=names,
+        others=[own.get(other, other) for other in columns],
+    )
+    labels = {row.where: row.values.get(column) for row in rows if isinstance(row, Row)}
+    try:
+        reading = read_labels(labels.values(), described, label_means)
+    except AmbiguousError as error:
+        raise AmbiguousError(f"{describe(source)}: {error}. {REMEDY}") from None
+    found = list(tally.read(rows, labelled_reader(column, names, reading)))
+    comparisons = _with_ids(pair for _, pair in found)
+    example = "".join(f"{where}, labelled {labels[where]!r}: {_in_words(comparisons[0])}" for where, _ in found[:1])
+    said = {"tie": "a tie", "missing": "no label"}
+    said |= {meaning: f"{name} is preferred" for meaning, name in zip(BOTH, described.responses, strict=True)}
+    means = {label: said[meaning] for label, meaning in sorted(reading.means.items())}
+    return comparisons, Told(described.name, reading.rule, means, example)
+
+
+def _read_ratings(
+    source: Source, rows: Iterable[Row | Refusal], column: str, tally: _Tally
+) -> tuple[list[Comparison], Told]:
+    own = {new: old for old, new in source.rename.items()}.get(column, column)
+    is_rank = own.lower().endswith(("rank", "ranking"))
+    comparisons = _pair_by_rating(tally.read(rows, rated_reader(column, is_rank=is_rank)), tally)
+    rule = "the lower rank is the better one" if is_rank else "the higher number is the better one"
+    return comparisons, Told(own, rule, {}, _in_words(comparisons[0]) if comparisons else "")
+
+
+def _in_words(comparison: Comparison) -> str:
+    prompt, chosen, rejected = map(_excerpt, (comparison.prompt, comparison.chosen, comparison.rejected))
+    return f"after {prompt}, {chosen} is preferred to {rejected}"
+
+
+def _excerpt(text: object, width: int = 60) -> str:
+    """The beginning of a text, or of the last message of a chat, in quotes."""
+    shown = " ".join(str(text[-1].get("content") if isinstance(text, tuple) else text).split())
+    return json.dumps(shown if len(shown) <= width else shown[: width - 1] + "…", ensure_ascii=False)
 
 
 def check_refused(parsed: Parsed, *, objective: str, allow: float) -> None:

@@ -97,10 +97,15 @@ def read_number(values: Values, name: str) -> float | None:
 
 
 def read_id(values: Values) -> str | None:
-    """The field `id`, a text or a whole number, as text; None where there is none."""
+    """The field `id`, a text or a whole number, as text; None where there is none.
+
+    A whole number may be stored as a float, as pandas does where some rows have none.
+    """
     value = values.get("id")
     if is_missing(value):
         return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return _check_text(value, "field 'id'")

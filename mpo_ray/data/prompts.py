@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from mpo_ray.config_training import Source
 from mpo_ray.data.comparisons import check_share
-from mpo_ray.data.fields import BadFieldError, Values, is_missing, read_prompt, read_reply, read_transcripts
+from mpo_ray.data.fields import BadFieldError, Values, read_id, read_prompt, read_reply, read_transcripts
+from mpo_ray.data.files import DataError, Refusal, decoded_lines, opened
 from mpo_ray.data.row_forms import RESPONSE_COLUMNS
-from mpo_ray.data.sources import DataError, Refusal, decoded_lines, describe, opened, read_table
+from mpo_ray.data.sources import describe, read_table
 from mpo_ray.records import Prompt, digest, prompt_id
 
 REPLIES = ("chosen", "response", *(first for first, _ in RESPONSE_COLUMNS))
@@ -50,8 +51,7 @@ def read_prompt_rows(source: Source) -> list[PlacedPrompt]:
             continue
         try:
             prompt = _prompt_of(row.values) if "prompt" in columns else read_transcripts(row.values)[0]
-            given = row.values.get("id")
-            found.append(PlacedPrompt(row.where, prompt, None if is_missing(given) else str(given)))
+            found.append(PlacedPrompt(row.where, prompt, read_id(row.values)))
         except BadFieldError as error:
             refused.append(Refusal(row.where, str(error)))
     remedy = "Correct them or take them out of the file."

@@ -10,13 +10,13 @@ from mpo_ray.config_training import Source
 from mpo_ray.data.fields import (
     BadFieldError,
     Values,
-    is_missing,
     read_id,
     read_number,
     read_prompt,
     read_reply,
     read_transcripts,
 )
+from mpo_ray.data.labels import Reading
 from mpo_ray.data.sources import DataError, describe
 from mpo_ray.records import Prompt
 
@@ -63,7 +63,7 @@ def find_form(columns: list[str], source: Source, label: str | None) -> str:
     fits = {
         "pairs": has({"prompt", "chosen", "rejected"}),
         "transcripts": has({"chosen", "rejected"}),
-        "labels": has({"prompt"}) and _response_columns(columns) is not None,
+        "labels": has({"prompt"}) and response_columns(columns) is not None,
         "ratings": has({"prompt", "response"}),
     }
     forms = [form for form, fit in fits.items() if fit and (label is None or form in ("labels", "ratings"))]
@@ -77,22 +77,25 @@ def find_form(columns: list[str], source: Source, label: str | None) -> str:
     )
 
 
-def pair_reader(form: str, columns: list[str], column: str) -> Callable[[Values], Pair | str]:
-    """How to read a row of a form other than `ratings`: the pair, or the reason to skip the row.
-
-    `column` holds the labels. Raises BadFieldError for a bad row.
-    """
-    if form == "labels":
-        return partial(_read_labelled, column, _response_columns(columns) or RESPONSE_COLUMNS[0])
+def pair_reader(form: str) -> Callable[[Values], Pair | str]:
+    """How to read a row of the form `pairs` or `transcripts`. Raises BadFieldError for a bad row."""
     return _read_pair if form == "pairs" else _read_transcript_pair
 
 
-def rated_reader(column: str) -> Callable[[Values], Rated | str]:
-    """How to read a row of the form `ratings`, as `pair_reader`."""
-    return partial(_read_rated, column)
+def labelled_reader(column: str, names: tuple[str, str], reading: Reading) -> Callable[[Values], Pair | str]:
+    """How to read a row of the form `labels`: the pair, or the reason to skip the row. Raises BadFieldError.
+
+    column, names: of the labels and of the two responses, as they are after `rename:`
+    """
+    return partial(_read_labelled, column, names, reading)
 
 
-def _response_columns(columns: list[str]) -> tuple[str, str] | None:
+def rated_reader(column: str, *, is_rank: bool) -> Callable[[Values], Rated | str]:
+    """How to read a row of the form `ratings`, as `labelled_reader`. Of ranks the lowest is the best."""
+    return partial(_read_rated, column, -1.0 if is_rank else 1.0)
+
+
+def response_columns(columns: list[str]) -> tuple[str, str] | None:
     return next((pair for pair in RESPONSE_COLUMNS if set(pair) <= set(columns)), None)
 
 
@@ -129,44 +132,26 @@ def _read_transcript_pair(values: Values) -> Pair:
     return _make_pair(*read_transcripts(values), values)
 
 
-def _read_labelled(column: str, names: tuple[str, str], values: Values) -> Pair | str:
+def _read_labelled(column: str, names: tuple[str, str], reading: Reading, values: Values) -> Pair | str:
     """The pair in the order that the label says."""
     label = values.get(column)
-    if is_missing(label):
-        return MISSING
-    share = _preference(label, names, holds_index=column.endswith("_id"))
-    if share is None:
+    meaning = reading.of(label)
+    if meaning is None:
         raise BadFieldError(
-            f"unknown label: {label!r} in column {column!r}; known are 1, 0, 0.5, a, b, tie, true, false"
+            f"unknown label: {label!r} in column {column!r}; known are 1, 0, 0.5, a, b, tie, true, false and the names "
+            "of the responses, unless `label_means:` says what labels mean"
         )
-    if share == 0.5:
+    if meaning == "missing":
+        return MISSING
+    if meaning == "tie":
         return TIES
-    chosen, rejected = names if share == 1.0 else names[::-1]
+    chosen, rejected = names if meaning == "first" else names[::-1]
     return _make_pair(*_read_replies(values, chosen, rejected), values)
 
 
-def _preference(label: object, names: tuple[str, str], *, holds_index: bool) -> float | None:
-    """1 if the label prefers the first response, 0 if the second, 0.5 for a tie, None if it says none of these.
-
-    Where the label column holds an index (`better_response_id`), the number is that in the preferred column's name.
-    """
-    word = str(label).strip().lower()
-    if word in names:
-        return 1.0 - names.index(word)
-    try:
-        number = float(word)
-    except ValueError:
-        return {"a": 1.0, "true": 1.0, "b": 0.0, "false": 0.0, "tie": 0.5}.get(word)
-    if holds_index:
-        return {name.rpartition("_")[2]: value for name, value in zip(names, (1.0, 0.0), strict=True)}.get(
-            f"{number:g}"
-        )
-    return number if number in (0.0, 0.5, 1.0) else None
-
-
-def _read_rated(column: str, values: Values) -> Rated | str:
+def _read_rated(column: str, sign: float, values: Values) -> Rated | str:
     rating = read_number(values, column)
     if rating is None:
         return MISSING
     prompt, response = read_reply(values, "response", read_prompt(values))
-    return Rated(prompt, response, rating, _read_weight(values), read_id(values))
+    return Rated(prompt, response, sign * rating, _read_weight(values), read_id(values))

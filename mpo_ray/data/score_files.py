@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mpo_ray.config_training import Source
-from mpo_ray.data.sources import NUM_HEAD_ROWS, DataError, Row, decoded_lines, ending, list_files, opened, read_rows
+from mpo_ray.data.files import DataError, Row, decoded_lines, ending, list_files, opened
+from mpo_ray.data.sources import NUM_HEAD_ROWS, read_rows
 
 ENDINGS = (".parquet", ".csv", ".jsonl")
 #: Rows that are worked on together; bytes of text that Arrow parses together, more than the longest row.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -64,6 +65,9 @@ def prepare_data(context: Context) -> dict[str, Any]:
     )
     context.run.write_json("comparisons/counts.json", counts)
     context.run.write_json("comparisons/conflict.json", conflict.as_json())
+    for name, item in parsed.items():
+        if item.reading is not None:
+            context.console.print(item.reading.as_text(name), markup=False, soft_wrap=True)
     context.console.print(conflict.as_text())
     _write_prompts(context, parsed, tokenizer, limits)
     if config.reference.sft is not None:
@@ -74,7 +78,7 @@ def prepare_data(context: Context) -> dict[str, Any]:
 def read_objective(context: Context, name: str, tokenizer: Any, limits: Limits) -> Parsed:
     """One objective's comparisons, checked against the rules of its form and the lengths the model can take."""
     data, objective = context.config.data, context.config.objectives[name]
-    parsed = read_comparisons(context.resolve(objective.preferences), name, objective.label)
+    parsed = read_comparisons(context.resolve(objective.preferences), name, objective.label, objective.label_means)
     check_refused(parsed, objective=name, allow=data.allow_bad_rows)
     return check_lengths(parsed, tokenizer, limits, objective=name, overlong=data.overlong)
 
@@ -112,6 +116,7 @@ def _write_comparisons(context: Context, name: str, parsed: Parsed) -> dict[str,
     reasons = Counter(refusal.reason.partition(":")[0] for refusal in parsed.refused)
     return {
         "form": parsed.form,
+        "reading": None if parsed.reading is None else asdict(parsed.reading),
         "rows": parsed.num_rows,
         "train": len(sides["train"]),
         "heldout": len(sides["heldout"]),
@@ -209,7 +214,7 @@ def _depends_on(context: Context) -> Any:
     return [
         config.seed,
         config.data.model_dump(),
-        {name: [source_content(o.preferences), o.label] for name, o in config.objectives.items()},
+        {name: [source_content(o.preferences), o.label, o.label_means] for name, o in config.objectives.items()},
         config.reference.sft and source_content(config.reference.sft.source),
         [
             (use.prompts and source_content(use.prompts), use.num_prompts, use.max_new_tokens)

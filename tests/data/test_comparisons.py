@@ -114,6 +114,21 @@ def test_a_row_without_a_field_is_refused(read: Any) -> None:
     assert reasons(read(GOOD, {"prompt": "p", "chosen": "c"})) == ["field 'rejected' is missing"]
 
 
+@pytest.mark.parametrize(("written", "read_as"), [(7.0, "7"), ("7.0", "7.0"), (2.0**40, "1099511627776")])
+def test_an_id_that_is_a_whole_number_is_read_as_one_however_it_is_stored(
+    read: Any, written: object, read_as: str
+) -> None:
+    assert read(GOOD | {"id": written}, GOOD | {"id": None}).comparisons[0].id == read_as
+
+
+def test_float_ids_of_parquet_files_are_read(shared: Path) -> None:
+    """As pandas writes integers of which some are missing."""
+    source = Source(path=str(shared / "cases/data/float_id.parquet"))
+    parsed = read_comparisons(source, "kind")
+    assert [c.id for c in parsed.comparisons[:2]] == ["1", "2"]
+    assert {reason.partition(":")[0] for reason in reasons(parsed)} <= {"duplicate id"}, "the file repeats its ids"
+
+
 def test_a_duplicate_id_is_refused_and_the_first_row_with_it_kept(read: Any, tmp_path: Path) -> None:
     parsed = read(GOOD | {"id": 1}, GOOD | {"id": "1", "chosen": "x"}, GOOD | {"id": ""})
     assert parsed.refused == [
@@ -177,7 +192,7 @@ def test_a_bad_transcript_is_refused_by_reason(read: Any, row: dict[str, Any], r
 # ---- labels
 
 
-@pytest.mark.parametrize("names", [("a", "b"), ("response_a", "response_b"), ("response_0", "response_1")])
+@pytest.mark.parametrize("names", [("a", "b"), ("response_a", "response_b")])
 @pytest.mark.parametrize(
     ("label", "preferred"),
     [(1, 0), (1.0, 0), ("1", 0), ("a", 0), ("A", 0), (True, 0), ("true", 0), (0, 1), ("0.0", 1), ("b", 1), (False, 1)],
@@ -215,12 +230,15 @@ def test_one_table_serves_several_objectives_with_ties_and_missing_labels_counte
         {"prompt": "p", "a": "3", "b": "4", "kind": 0.5, "short": None},
         {"prompt": "p", "a": "5", "b": "6", "kind": "tie", "short": ""},
         {"prompt": "p", "a": "7", "b": "8", "short": float("nan")},
-        {"prompt": "p", "a": "9", "b": "10", "kind": 2, "short": "1"},
+        {"prompt": "p", "a": "9", "b": "10", "kind": 0.7, "short": "1"},
     ]
     kind, short = read(*rows), read(*rows, objective="short")
     assert texts(kind) == [("p", "1", "2")]
     assert kind.skipped == {"ties": 2, "missing labels": 1}
-    assert reasons(kind) == ["unknown label: 2 in column 'kind'; known are 1, 0, 0.5, a, b, tie, true, false"]
+    assert reasons(kind) == [
+        "unknown label: 0.7 in column 'kind'; known are 1, 0, 0.5, a, b, tie, true, false and the names of the "
+        "responses, unless `label_means:` says what labels mean"
+    ]
     assert texts(short) == [("p", "2", "1"), ("p", "9", "10")]
     assert short.skipped == {"missing labels": 3}
     assert texts(read(*rows, label="short")) == texts(short)
@@ -235,6 +253,48 @@ def test_labels_are_read_from_csv(tmp_path: Path) -> None:
     parsed = read_comparisons(Source(path=str(path)), "kind")
     assert texts(parsed) == [("p", "y", "x")]
     assert parsed.skipped == {"missing labels": 1}
+
+
+@pytest.mark.parametrize("objective", ["helpful", "kind"])
+def test_classes_that_parquet_declares_are_read_by_their_names(shared: Path, objective: str) -> None:
+    """Stored as 0, `response_a` means that the first response is preferred: as a number it would mean the second."""
+    parsed = read_comparisons(Source(path=str(shared / "cases/data/classlabel2.parquet")), objective)
+    assert texts(parsed)[:2] == [("P0", "a", "b"), ("P1", "b", "a")]
+    assert parsed.reading is not None
+    assert parsed.reading.means == {"response_a": "response_a is preferred", "response_b": "response_b is preferred"}
+    assert parsed.reading.example.endswith(
+        'classlabel2.parquet row 1, labelled \'response_a\': after "P0", "a" is preferred to "b"'
+    )
+
+
+def test_the_name_that_a_column_has_in_the_file_decides_after_a_rename(tmp_path: Path) -> None:
+    """PKU's `better_response_id: 0` prefers response_0, whatever the column and the responses are called here."""
+    path = tmp_path / "pku.jsonl"
+    row = {"prompt": "p", "response_0": "x", "response_1": "y", "better_response_id": 0, "safer_response_id": 1}
+    path.write_text(json.dumps(row) + "\n")
+    rename = {"better_response_id": "helpful", "safer_response_id": "harmless"}
+    for more in ({}, {"response_0": "a", "response_1": "b"}, {"response_0": "response_1", "response_1": "response_2"}):
+        source = Source(path=str(path), rename=rename | more)
+        assert texts(read_comparisons(source, "helpful")) == [("p", "x", "y")]
+        harmless = read_comparisons(source, "harmless")
+        assert texts(harmless) == [("p", "y", "x")]
+        assert harmless.reading is not None
+        assert harmless.reading.as_text("harmless") == (
+            "harmless is read from the column 'safer_response_id'; the number is that of the response that is "
+            "preferred: 1 → response_1 is preferred.\n"
+            f'  for example {path}:1, labelled 1: after "p", "y" is preferred to "x"'
+        )
+
+
+def test_labels_of_two_readings_are_refused_unless_the_run_file_says_what_they_mean(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "p", "a": "x", "b": str(label), "kind": label} for label in (-1, 0, 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"rows.jsonl: the column 'kind' holds -1, 0, 1, where -1 .* `label_means: "):
+        read_comparisons(Source(path=str(path)), "kind")
+    parsed = read_comparisons(Source(path=str(path)), "kind", label_means={"-1": "second", 0: "tie", 1: "first"})
+    assert texts(parsed) == [("p", "-1", "x"), ("p", "x", "1")]
+    assert parsed.skipped == {"ties": 1}
 
 
 # ---- ratings
@@ -284,6 +344,22 @@ def test_a_pair_from_ratings_has_the_mean_weight_and_both_ids(read: Any) -> None
     first, second = rated("p", a=1, b=2)
     (pair,) = read(first | {"id": "x", "weight": 1}, second | {"id": "y", "weight": 2}).comparisons
     assert (pair.id, pair.weight) == ("y/x", 1.5)
+
+
+def test_of_ranks_the_lowest_is_the_best(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "p", "response": f"r{rank}", "rank": rank} for rank in (2, 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for source, objective in (
+        (Source(path=str(path)), "rank"),
+        (Source(path=str(path), rename={"rank": "kind"}), "kind"),
+    ):
+        parsed = read_comparisons(source, objective)
+        assert [(c.chosen, c.margin) for c in parsed.comparisons] == [("r1", 1.0)]
+        assert parsed.reading is not None
+        assert parsed.reading.as_text(objective).startswith(
+            f"{objective} is read from the column 'rank'; the lower rank"
+        )
 
 
 # ---- forms and shares

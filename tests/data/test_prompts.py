@@ -37,7 +37,7 @@ def test_prompts_are_read_once_each_in_order(tmp_path: Path) -> None:
 
 
 def test_a_prompt_s_row_keeps_its_place_and_id_and_is_there_as_often_as_in_the_file(tmp_path: Path) -> None:
-    source = write(tmp_path / "p.jsonl", {"prompt": "a", "id": 7}, {"prompt": "a", "id": "x"}, {"prompt": [USER]})
+    source = write(tmp_path / "p.jsonl", {"prompt": "a", "id": 7.0}, {"prompt": "a", "id": "x"}, {"prompt": [USER]})
     path = source.path
     assert read_prompt_rows(source) == [
         PlacedPrompt(f"{path}:1", "a", "7"),

@@ -241,37 +241,31 @@ def test_errors_survive_pickling() -> None:
     assert str(pickle.loads(pickle.dumps(DataError("what, where, what to do")))) == "what, where, what to do"
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data set in the hub's layout, on disk: `load_dataset` takes a directory as it takes an id."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
-    root = tmp_path / "hub"
-    for part, name in (("harmless-base", "train"), ("harmless-base", "test"), ("helpful-base", "train")):
-        (root / part).mkdir(parents=True, exist_ok=True)
-        rows = [{"chosen": f"{part} {name} {number}", "rejected": None} for number in range(3)]
-        (root / part / f"{name}.jsonl").write_bytes(as_jsonl(rows))
-    return root
-
-
-def test_a_hub_data_set_is_read_by_data_dir_and_split(hub: Path) -> None:
-    source = Source(hub=str(hub), data_dir="harmless-base", split="test", rename={"chosen": "text"})
-    rows = list(read_rows(source))
-    assert rows[1] == Row(f"{hub}/harmless-base/test row 2", {"text": "harmless-base test 1", "rejected": None})
-    assert len(rows) == 3
-    other = Source(hub=str(hub), data_dir="helpful-base")
-    assert values(other)[0]["chosen"] == "helpful-base train 0"
-    before = fingerprint(other)
-    assert before != fingerprint(source)
-    (hub / "helpful-base" / "train.jsonl").write_bytes(as_jsonl([{"chosen": "new", "rejected": None}]))
-    assert fingerprint(other) != before
+@pytest.mark.parametrize("name", ["a[1].jsonl", "b?.jsonl", "c*.jsonl", "d{1,2}.jsonl", "e[!x]/f.jsonl", "~g.jsonl"])
+def test_a_file_that_is_there_is_that_file_whatever_signs_its_name_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As a pattern, `a[1].jsonl` means a1.jsonl, which is there as well."""
+    for number, file in enumerate([name, name.translate({ord(sign): None for sign in "[]?*{}!~"})]):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(f'{{"x": {number}}}\n')
+    assert values(Source(path=str(tmp_path / name))) == [{"x": 0}]
+    monkeypatch.chdir(tmp_path)
+    if not name.startswith("~"):
+        assert values(Source(path=name)) == [{"x": 0}]
 
 
-def test_a_hub_data_set_that_does_not_load_is_named(hub: Path) -> None:
-    unknown_split = error_of(Source(hub=str(hub), data_dir="harmless-base", split="nope"))
-    assert f"hub data set {str(hub)!r} (split 'nope', data_dir 'harmless-base') does not load" in unknown_split
-    unknown_id = error_of(Source(hub="nobody-xyz/no-such-data-set"))
-    assert "hub data set 'nobody-xyz/no-such-data-set'" in unknown_id
-    assert "download the files and name them under `path:`" in unknown_id
+def test_a_glob_may_stand_below_a_directory_whose_name_has_its_signs(tmp_path: Path) -> None:
+    for directory in ("runs[1]", "runs1"):
+        (tmp_path / directory / "sub").mkdir(parents=True)
+        (tmp_path / directory / "sub" / "a.jsonl").write_text(f'{{"x": "{directory}"}}\n')
+    for pattern in ("runs[1]/*/*.jsonl", "runs[1]/sub/*.jsonl", "runs[1]/sub", "runs[1]/**/*.jsonl"):
+        assert values(Source(path=str(tmp_path / pattern))) == [{"x": "runs[1]"}], pattern
+
+
+def test_a_tilde_stands_for_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_text('{"x": 1}\n')
+    for path in ("~/a.jsonl", "~/*.jsonl", "~"):
+        assert values(Source(path=path)) == [{"x": 1}]
+        assert fingerprint(Source(path=path)) == fingerprint(Source(path=str(tmp_path / "a.jsonl")))
