@@ -23,11 +23,11 @@ import pyarrow.compute as pc
 
 from mpo_ray.data.scores import scores_from_table
 from mpo_ray.evaluation.completions import resample
-from mpo_ray.evaluation.estimates import Estimate
+from mpo_ray.evaluation.estimates import Estimate, written
 from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.evaluation.verdict import baselines
 from mpo_ray.fitting.trade_off import predict_trade_off
-from mpo_ray.maths.statistics import minimum_win_rate
+from mpo_ray.maths.bounded_means import BoundedMeans
 from mpo_ray.records import FIT_PREFIX, MPO, REFERENCE, SOUP_UNIFORM, UNIFORM
 from mpo_ray.run import Run
 
@@ -89,19 +89,17 @@ def over_seeds(runs: Sequence[Run], tokens: Mapping[str, Run] = MappingProxyType
     for (objectives, beta), group in settings.items():
         tables = [beside(run, tokens.get(run.name)) for run in group]
         wins = [resample(t, objectives, draws=draws, seed=0).wins for t in tables]
-        best = [max(objectives, key=lambda o, w=w: minimum_win_rate(w[o][0])) for w in wins]  # type: ignore[misc]
+        best = [max(objectives, key=lambda o, w=w: w[o].mean.min()) for w in wins]  # type: ignore[misc]
         names = ["best policy", *(c for c in wins[0] if c not in (*objectives, REFERENCE))]
-        found = [
-            {c: [minimum_win_rate(v) for v in w[top if c == "best policy" else c]] for c in names}
-            for w, top in zip(wins, best, strict=True)
-        ]
-        means = {c: np.array([float(f[c][0]) for f in found]) for c in names}
-        drawn = {c: np.mean([f[c][1] for f in found], axis=0) for c in names}
+        found = [{c: w[top if c == "best policy" else c] for c in names} for w, top in zip(wins, best, strict=True)]
+        means = {c: np.array([f[c].mean.min() for f in found]) for c in names}
+        low = {c: np.mean([f[c].low.min(axis=1) for f in found], axis=0) for c in names}
+        high = {c: np.mean([f[c].high.min(axis=1) for f in found], axis=0) for c in names}
         setting = f"K = {len(objectives)}, β = {beta:g} ({len(group)} seeds)"
         for name in names:
-            mean = Estimate.over(means[name].mean(), drawn[name], 0.95)
+            mean = _estimate(means[name].mean(), low[name], high[name])
             minima.setdefault(name, {})[setting] = shown(mean)
-            gap = Estimate.over((means[MPO] - means[name]).mean(), drawn[MPO] - drawn[name], 0.95)
+            gap = _estimate((means[MPO] - means[name]).mean(), low[MPO] - high[name], high[MPO] - low[name])
             held = int((means[MPO] >= means[name]).sum())
             gaps.setdefault(name, {})[setting] = f"{interval(gap)}, {held} of {len(group)}"
     del gaps[MPO]
@@ -194,11 +192,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
+def _estimate(value: float, low: Any, high: Any) -> Estimate:
+    """A mean over seeds, and its interval from draws below and above it (`bounded_means`)."""
+    return Estimate.of_each(BoundedMeans(np.array([value]), low[:, None], high[:, None]), 0.95)[0]
+
+
 def shown(estimate: Any) -> str:
-    return f"{estimate.value:.3f} ±{estimate.half_width:.3f}"
+    return written(estimate, 3)
 
 
 def interval(estimate: Any) -> str:
+    """A difference with its signs; without brackets where both are the same completions."""
+    if estimate.low is None:
+        return f"{estimate.value:+.3f}"
     return f"{estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
 
 

@@ -57,6 +57,13 @@ class Candidate:
         return Candidate(self.kind, weights, particles=self.particles)
 
     @property
+    def rows_per_token(self) -> int:
+        """How many model rows a token of a completion needs: K for K policies with weight, times the particles."""
+        same = self.distribution
+        policies = sum(weight > 0 for weight in same.weights or ()) if same.kind == "mixture" else 1
+        return policies * same.particles
+
+    @property
     def is_proper_mixture(self) -> bool:
         """Whether it multiplies distributions: a mixture of two policies or more."""
         return self.kind == "mixture" and sum(weight > 0 for weight in self.distribution.weights or ()) > 1

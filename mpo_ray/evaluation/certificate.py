@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from mpo_ray.evaluation.completions import read_cells
 from mpo_ray.evaluation.estimates import Estimate, written
-from mpo_ray.maths.statistics import bootstrap_means
+from mpo_ray.maths.bounded_means import bounded_means
 from mpo_ray.maths.win_probability import Link
 from mpo_ray.records import REFERENCE
 
@@ -33,15 +33,15 @@ def certify(
 
     completions: an evaluation's table; bounds: objective → b; link: of the win probabilities that were bounded
     A bound is `met` where the whole interval is at least b, `not met` where all of it is below, else `undecided`.
-    Intervals are percentiles of bootstrap means over prompts, one at a time: not simultaneous over the bounds.
+    Intervals are those of `bounded_means`, one at a time: not simultaneous over the bounds.
     """
     names = [primary, *bounds]
     cells, prompts = read_cells(completions, names)
     ours, reference = cells[candidate].rewards, cells[REFERENCE].rewards
     wins = [link(ours[n][:, :, None] - reference[n][:, None, :]).mean(axis=(1, 2)) for n in names]
     values = np.stack(wins, axis=1)
-    drawn = bootstrap_means(values, draws, np.random.default_rng(seed))
-    found = {name: Estimate.over(float(values[:, k].mean()), drawn[:, k], confidence) for k, name in enumerate(names)}
+    drawn = bounded_means(values, draws, np.random.default_rng(seed))
+    found = dict(zip(names, Estimate.of_each(drawn, confidence), strict=True))
     return {
         "primary": {primary: asdict(found[primary])},
         "bounds": {n: {"bound": b, **asdict(found[n]), "verdict": _verdict(found[n], b)} for n, b in bounds.items()},

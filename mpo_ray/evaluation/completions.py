@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from mpo_ray.maths.bounded_means import BoundedMeans, bounded_means
 from mpo_ray.maths.statistics import bootstrap_means, win_probabilities
 from mpo_ray.records import MPO, REFERENCE, UNIFORM
 
@@ -35,19 +36,29 @@ class Cells:
     num_tokens: Floats
     finished: Floats
 
+    def are_those_of(self, other: Cells) -> bool:
+        """Whether these are the very completions of the other candidate, as of one distribution under two names."""
+        numbers = zip(
+            [*self.rewards.values(), self.kl, self.log_z, self.num_tokens],
+            [*other.rewards.values(), other.kl, other.log_z, other.num_tokens],
+            strict=True,
+        )
+        return all(np.array_equal(ours, theirs) for ours, theirs in numbers)
+
 
 @dataclass(frozen=True, slots=True)
 class Resampled:
     """Every candidate's means over prompts, and the same means over D resampled sets of prompts, equal for all.
 
-    rewards, wins: candidate → (K,) and (D, K); kl, log_z: candidate → its mean and (D,)
+    rewards: candidate → (K,) and (D, K); kl, log_z: candidate → its mean and (D,)
+    wins: candidate → the means of its win rates with draws of their own, which hold at 0 and 1 (`bounded_means`)
     reference_std: (K,) and (D, K), standard deviation of the reference's rewards over its completions
     """
 
     cells: dict[str, Cells]
     prompts: NDArray[Any]
     rewards: dict[str, tuple[Floats, Floats]]
-    wins: dict[str, tuple[Floats, Floats]]
+    wins: dict[str, BoundedMeans]
     kl: dict[str, tuple[float, Floats]]
     log_z: dict[str, tuple[float, Floats]]
     reference_std: tuple[Floats, Floats]
@@ -67,6 +78,7 @@ def resample(table: pa.Table, objectives: Sequence[str], *, draws: int, seed: in
     columns = [_per_prompt(c, objectives) for c in cells.values()]
     values = np.hstack([*columns, np.square(reference - centre).mean(axis=1)])
     means, resampled = values.mean(axis=0), bootstrap_means(values, draws, np.random.default_rng(seed))
+    wins = bounded_means(np.hstack([c.wins for c in cells.values()]), draws, np.random.default_rng(seed))
     num, width = len(objectives), columns[0].shape[1]
 
     def of(start: int, stop: int) -> dict[str, tuple[Floats, Floats]]:
@@ -86,9 +98,9 @@ def resample(table: pa.Table, objectives: Sequence[str], *, draws: int, seed: in
         cells=cells,
         prompts=prompts,
         rewards=rewards,
-        wins=of(num, 2 * num),
-        kl=alone(2 * num),
-        log_z=alone(2 * num + 1),
+        wins={name: wins.columns(c * num, (c + 1) * num) for c, name in enumerate(cells)},
+        kl=alone(num),
+        log_z=alone(num + 1),
         reference_std=(std, drawn_std),
     )
 
@@ -164,9 +176,9 @@ def _arrays(candidate: str, rows: dict[str, NDArray[Any]], prompts: NDArray[Any]
 
 
 def _per_prompt(cells: Cells, objectives: Sequence[str]) -> Floats:
-    """(P, 2K + 2): mean reward and win probability of each objective, then the mean KL and the mean Σ log Z."""
+    """(P, K + 2): mean reward of each objective, then the mean KL and the mean Σ log Z."""
     rewards = [cells.rewards[name].mean(axis=1) for name in objectives]
-    return np.stack([*rewards, *cells.wins.T, cells.kl.mean(axis=1), cells.log_z.mean(axis=1)], axis=1)
+    return np.stack([*rewards, cells.kl.mean(axis=1), cells.log_z.mean(axis=1)], axis=1)
 
 
 def _first(names: NDArray[Any]) -> str:

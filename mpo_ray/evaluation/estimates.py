@@ -1,4 +1,4 @@
-"""A number with its bootstrap interval, and how it is written for a reader."""
+"""A number with its interval, and how it is written for a reader."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpo_ray.maths.bounded_means import BoundedMeans, Difference, mean_bounds, minimum_bounds
 from mpo_ray.maths.statistics import interval
 
 Floats = NDArray[np.float64]
@@ -16,7 +17,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over prompts with its bootstrap interval; no interval where the value holds by definition."""
+    """A mean over prompts with its interval.
+
+    No interval where the value holds by definition, and for a mean without bounds where all prompts have one value: of
+    its spread nothing is known.
+    """
 
     value: float
     low: float | None = None
@@ -24,13 +29,30 @@ class Estimate:
 
     @classmethod
     def over(cls, value: float, draws: Floats, confidence: float) -> Estimate:
-        """The value, and the percentile interval of its draws (D,)."""
-        return cls(float(value), *interval(draws, confidence))
+        """The value, and the percentile interval of its draws (D,); none where all draws are equal."""
+        return cls(float(value), *(interval(draws, confidence) if np.ptp(draws) > 0.0 else ()))
+
+    @classmethod
+    def of_each(cls, means: BoundedMeans, confidence: float) -> list[Estimate]:
+        """The means of values in [0, 1], each with its interval."""
+        bounds = mean_bounds(means, confidence)
+        return [
+            cls(float(value), float(low), float(high)) for value, (low, high) in zip(means.mean, bounds, strict=True)
+        ]
+
+    @classmethod
+    def of_minimum(cls, means: BoundedMeans, confidence: float) -> Estimate:
+        """The worst objective's mean with its interval."""
+        return cls(float(means.mean.min()), *minimum_bounds(means, confidence))
+
+    @classmethod
+    def of_difference(cls, difference: Difference) -> Estimate:
+        return cls(difference.value, difference.low, difference.high)
 
     @property
-    def half_width(self) -> float:
-        """Half of the interval's width; 0 without an interval."""
-        return 0.0 if self.low is None or self.high is None else (self.high - self.low) / 2.0
+    def holds_zero(self) -> bool:
+        """Whether the interval holds 0."""
+        return self.low is not None and self.high is not None and self.low <= 0.0 <= self.high
 
 
 def estimates_from_json(values: Mapping[str, Any]) -> dict[str, Estimate]:

@@ -18,6 +18,7 @@ from mpo_ray.drawing import COLOURS, FIXED, MARKERS, legend, pair_panels, single
 from mpo_ray.evaluation.estimates import Estimate
 from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.evaluation.pareto import Pareto, nondominated
+from mpo_ray.evaluation.verdict import SHORT, verdict
 from mpo_ray.records import GRID_PREFIX, MOPO_PREFIX, MPO, REFERENCE, SOUP_MPO, SOUP_UNIFORM
 
 Floats = NDArray[np.float64]
@@ -50,9 +51,10 @@ def style(candidate: str, objectives: Sequence[str], others: Sequence[str] = ())
 
 
 def win_rate_figure(metrics: Metrics) -> Figure:
-    """Win rates against the reference with intervals, grouped by objective, and the minimum as a group of its own."""
+    """Win rates against the reference with intervals, grouped by objective; last the minimum, with the verdict."""
     names = [name for name in shown(metrics) if name != REFERENCE]
-    groups = [*metrics.objectives, "minimum"]
+    found = verdict(metrics)
+    groups = [*metrics.objectives, "minimum" if found is None else f"minimum\n({SHORT[found.kind]})"]
     figure, axes = single_axes(max(7.2, (0.6 + 0.22 * len(names)) * len(groups)), 3.9)
     width = 0.8 / len(names)
     axes.axvspan(len(groups) - 1.5, len(groups) - 0.5, color="#F1EEE8", zorder=0)

@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mpo_ray.evaluation.estimates import Estimate
-from mpo_ray.maths.statistics import bootstrap_means, difference_of_minima, interval, minimum_win_rate
+from mpo_ray.maths.bounded_means import bounded_means, difference_of_minima, prompts_to_decide
 from mpo_ray.records import MPO
 
 #: What one order of a comparison gave. `unparsed`: no verdict in the answer; `refused`: the server refuses the
@@ -23,8 +22,6 @@ Kind = Literal["win", "loss", "tie", "first", "second", "identical", "unparsed",
 
 VERDICT = re.compile(r"[*_`\s]*verdict\s*:[*_`\s]*(A|B|tie)[*_`\s.]*", re.IGNORECASE)
 WORST_FIRST: tuple[Literal["missing", "refused", "unparsed"], ...] = ("missing", "refused", "unparsed")
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +63,7 @@ class JudgedCandidate:
     win_rates: dict[str, Estimate | None]
     minimum_win_rate: Estimate | None
     mpo_minus_this: Estimate | None  # paired difference of the minima; None for MPO itself or without MPO
+    prompts_to_decide: int | None  # where that interval holds 0, as in `CandidateMetrics`
     tallies: dict[str, Tally]
 
     def as_json(self) -> dict[str, Any]:
@@ -111,54 +109,35 @@ def tally(outcomes: Sequence[Outcome]) -> Tally:
 def judged_candidates(
     outcomes: Mapping[str, Mapping[str, Sequence[Outcome]]], *, draws: int, confidence: float, seed: int
 ) -> dict[str, JudgedCandidate]:
-    """Win rates with bootstrap intervals over prompts: W_k = mean of the scores of the comparisons that were read.
+    """Win rates with intervals over prompts: W_k = mean of the scores of the comparisons that were read.
 
     outcomes: candidate → objective → one outcome per prompt, over the same P prompts in the same order
-    A draw resamples prompts, the same for all candidates, and averages what was read of them; a draw in which nothing
-    of a candidate was read does not count for its interval. Comparisons without two verdicts are left out, not ties.
+    Intervals are those of `bounded_means`, paired over candidates. Comparisons without two verdicts are left out, not
+    ties; an objective of which nothing was read has no estimate, nor has then the minimum.
     """
     names = list(outcomes)
     scores = np.array(  # (P, C, K), NaN where an order has no verdict
         [[[np.nan if o.score is None else o.score for o in row] for row in by.values()] for by in outcomes.values()],
         dtype=np.float64,
     ).transpose(2, 0, 1)
-    read = np.isfinite(scores)
-    resampled = _resampled_means(scores, read, draws, seed)
-    mpo = names.index(MPO) if MPO in names else None
-
-    def estimate(value: float, over_draws: Floats) -> Estimate | None:
-        if not np.isfinite(value):
-            return None
-        usable = over_draws[np.isfinite(over_draws)]
-        return Estimate(float(value), *(interval(usable, confidence) if usable.size > 1 else ()))
-
-    means = np.array([[_mean(scores[read[:, c, k], c, k]) for k in range(scores.shape[2])] for c in range(len(names))])
+    num_prompts, _, size = scores.shape
+    flat = scores.reshape(num_prompts, -1)
+    drawn = bounded_means(flat, draws, np.random.default_rng(seed), read=np.isfinite(flat))
+    means = {name: drawn.columns(c * size, (c + 1) * size) for c, name in enumerate(names)}
     result = {}
-    for c, (name, by_objective) in enumerate(outcomes.items()):
-        difference = None
-        if mpo is not None and mpo != c:
-            gap = difference_of_minima(resampled[:, mpo], resampled[:, c])
-            difference = estimate(means[mpo].min() - means[c].min(), gap)
+    for name, by_objective in outcomes.items():
+        own, difference, needed = means[name], None, None
+        known = bool(np.isfinite(own.mean).all())
+        if MPO in means and name != MPO and known and np.isfinite(means[MPO].mean).all():
+            gap = difference_of_minima(means[MPO], own, confidence)
+            difference = Estimate.of_difference(gap)
+            needed = prompts_to_decide(gap, num_prompts=num_prompts, num_objectives=size, confidence=confidence)
+        found = dict(zip(by_objective, Estimate.of_each(own, confidence), strict=True))
         result[name] = JudgedCandidate(
-            win_rates={o: estimate(means[c, k], resampled[:, c, k]) for k, o in enumerate(by_objective)},
-            minimum_win_rate=estimate(means[c].min(), minimum_win_rate(resampled[:, c])),
+            win_rates={o: e if np.isfinite(e.value) else None for o, e in found.items()},
+            minimum_win_rate=Estimate.of_minimum(own, confidence) if known else None,
             mpo_minus_this=difference,
+            prompts_to_decide=needed,
             tallies={o: tally(row) for o, row in by_objective.items()},
         )
     return result
-
-
-def _resampled_means(scores: Floats, read: NDArray[np.bool_], draws: int, seed: int) -> Floats:
-    """(D, C, K) means of what was read in each draw, NaN where that is nothing; no draws from a single prompt."""
-    num_prompts = scores.shape[0]
-    if num_prompts < 2:
-        return np.empty((0, *scores.shape[1:]))
-    sums_and_counts = np.stack([np.where(read, scores, 0.0), read.astype(np.float64)], axis=1)
-    flat = bootstrap_means(sums_and_counts.reshape(num_prompts, -1), draws, np.random.default_rng(seed))
-    sums, counts = np.moveaxis(flat.reshape(draws, *sums_and_counts.shape[1:]), 1, 0)
-    present = counts > 0.5 / num_prompts  # a count is a multiple of 1/P, up to rounding
-    return np.where(present, sums / np.where(present, counts, 1.0), np.nan)
-
-
-def _mean(values: Floats) -> float:
-    return float(values.mean()) if values.size else float("nan")

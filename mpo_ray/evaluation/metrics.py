@@ -6,7 +6,7 @@ All candidates are compared on the same prompts, and all intervals come from the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from mpo_ray.evaluation.completions import Resampled, resample
 from mpo_ray.evaluation.estimates import Estimate, estimates_from_json
 from mpo_ray.evaluation.pareto import Pareto
-from mpo_ray.maths.statistics import SignTest, difference_of_minima, minimum_win_rate, sign_test
+from mpo_ray.maths.bounded_means import difference_of_minima, fixed_means, prompts_to_decide
+from mpo_ray.maths.statistics import SignTest, sign_test
 from mpo_ray.records import FIT_PREFIX, MOPO_PREFIX, MPO, MPO_TOKENWISE, REFERENCE, SOUP_MPO, SOUP_UNIFORM, UNIFORM
 
 Floats = NDArray[np.float64]
@@ -38,7 +39,12 @@ class CandidateMetrics:
     normalized_rewards: (mean − the reference's mean) / standard deviation of the reference's rewards; without an
         objective whose rewards are all equal for the reference
     mpo_minus_this, sign_tests: MPO against this one on the same prompts: difference of the minima, and for each
-        objective on how many prompts MPO's mean reward is the higher. None for MPO itself, or without MPO.
+        objective on how many prompts MPO's mean reward is the higher. None for MPO itself, or without MPO. The
+        difference has no interval where both have the same completions.
+    prompts_to_decide: where that difference's interval holds 0, the number of prompts that would decide
+        (`bounded_means.prompts_to_decide`); None if no practical number would
+    rows_per_token: cost; how many model rows a decoded token needs, 1 for a policy, K for a mixture of K; None if
+        unknown
     log_z: nats per completion; 0 for a model. Of a mixture that was decoded token by token Σ_t log Z_t, what that drops
         (equation 7); of one that was drawn with particles log Ẑ
     """
@@ -53,6 +59,13 @@ class CandidateMetrics:
     log_z: Estimate
     num_tokens: float
     finished_share: float
+    prompts_to_decide: int | None = None
+    rows_per_token: int | None = None
+
+    @property
+    def cut_share(self) -> float:
+        """Share of the completions that were cut at the limit."""
+        return 1.0 - self.finished_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +101,26 @@ class Metrics:
 
 
 def evaluate_completions(
-    table: pa.Table, objectives: Sequence[str], *, draws: int, confidence: float, seed: int, particles: int = 1
+    table: pa.Table,
+    objectives: Sequence[str],
+    *,
+    draws: int,
+    confidence: float,
+    seed: int,
+    particles: int = 1,
+    rows_per_token: Mapping[str, int] | None = None,
 ) -> Metrics:
     """Compare all candidates of a completions table with the reference, prompt by prompt.
 
     table: as `completions.resample` has it, which says what is wrong with one that cannot be compared
-    particles: that mixtures were decoded with
+    particles: that mixtures were decoded with; rows_per_token: candidate → its cost, where it is known
     """
     found = resample(table, objectives, draws=draws, seed=seed)
-    candidates = {name: _candidate(name, found, objectives, confidence) for name in found.cells}
+    costs = rows_per_token or {}
+    candidates = {
+        name: replace(_candidate(name, found, objectives, confidence), rows_per_token=costs.get(name))
+        for name in found.cells
+    }
     return Metrics(list(objectives), candidates, len(found.prompts), table.num_rows, confidence, draws, particles)
 
 
@@ -105,24 +129,27 @@ def _candidate(name: str, found: Resampled, objectives: Sequence[str], confidenc
         means, draws = values
         return {o: Estimate.over(means[k], draws[:, k], confidence) for k, o in enumerate(objectives)}
 
-    def minima(candidate: str) -> tuple[float, Floats]:
-        means, draws = found.wins[candidate]
-        return float(minimum_win_rate(means)), minimum_win_rate(draws)
-
     is_reference = name == REFERENCE  # its win rate against itself is ½ and its KL 0, whatever was sampled
-    difference = tests = None
+    difference = tests = needed = None
+    cells, wins = found.cells[name], found.wins[name]
+    wins = fixed_means(0.5, wins) if is_reference else wins
     if MPO in found.cells and name != MPO:
-        gap = difference_of_minima(found.wins[MPO][1], found.wins[name][1])
-        difference = Estimate.over(minima(MPO)[0] - minima(name)[0], gap, confidence)
-        ours, theirs = found.cells[MPO].rewards, found.cells[name].rewards
+        size = {"num_prompts": len(found.prompts), "num_objectives": len(objectives)}
+        gap = difference_of_minima(found.wins[MPO], wins, confidence)
+        same = found.cells[MPO].are_those_of(cells)
+        difference = Estimate(0.0) if same else Estimate.of_difference(gap)
+        needed = None if same else prompts_to_decide(gap, **size, confidence=confidence)
+        ours, theirs = found.cells[MPO].rewards, cells.rewards
         tests = {o: sign_test(ours[o].mean(axis=1) - theirs[o].mean(axis=1)) for o in objectives}
-    cells = found.cells[name]
     return CandidateMetrics(
         rewards=by_objective(found.rewards[name]),
         normalized_rewards=_normalized(name, found, objectives, confidence),
-        win_rates=dict.fromkeys(objectives, Estimate(0.5)) if is_reference else by_objective(found.wins[name]),
-        minimum_win_rate=Estimate(0.5) if is_reference else Estimate.over(*minima(name), confidence),
+        win_rates=dict.fromkeys(objectives, Estimate(0.5))
+        if is_reference
+        else dict(zip(objectives, Estimate.of_each(wins, confidence), strict=True)),
+        minimum_win_rate=Estimate(0.5) if is_reference else Estimate.of_minimum(wins, confidence),
         mpo_minus_this=difference,
+        prompts_to_decide=needed,
         sign_tests=tests,
         kl=Estimate(0.0) if is_reference else Estimate.over(*found.kl[name], confidence),
         log_z=Estimate.over(*found.log_z[name], confidence) if cells.log_z.any() else Estimate(0.0),
@@ -159,4 +186,6 @@ def _candidate_from_json(value: Mapping[str, Any]) -> CandidateMetrics:
         sign_tests=None if tests is None else {name: SignTest(**test) for name, test in tests.items()},
         num_tokens=value["num_tokens"],
         finished_share=value["finished_share"],
+        prompts_to_decide=value.get("prompts_to_decide"),
+        rows_per_token=value.get("rows_per_token"),
     )

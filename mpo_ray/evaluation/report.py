@@ -26,7 +26,7 @@ from mpo_ray.evaluation.estimates import number
 from mpo_ray.evaluation.fit_section import fit_pictures, fit_section
 from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.evaluation.mopo_section import mopo_section, sweep_figure
-from mpo_ray.evaluation.verdict import baseline_verdict, verdict
+from mpo_ray.evaluation.verdict import verdict
 from mpo_ray.records import GRID_PREFIX, MPO, decode_prompt
 
 #: Prompts whose completions are shown side by side, and the longest text that is shown whole.
@@ -89,12 +89,11 @@ def write_report(
         source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
         pictures[name] = {"source": source, "caption": caption}
     _write_json(directory / "metrics.json", metrics.as_json())
-    verdicts = [found for found in (verdict(metrics), baseline_verdict(metrics)) if found is not None]
     page = _template().render(
         run_name=run_name,
         metrics=metrics,
         mpo=MPO,
-        verdicts=verdicts,
+        verdict=verdict(metrics),
         pareto=metrics.pareto,
         front=_front(metrics),
         pictures=pictures,

@@ -64,31 +64,13 @@ def bootstrap_means(values: Floats, draws: int, rng: np.random.Generator) -> Flo
 def interval(draws: Floats, confidence: float) -> tuple[float, float]:
     """Percentile interval: the (1 ± confidence)/2 quantiles of the draws (D,).
 
-    Its coverage is nominal as the number of prompts grows; with few prompts it is somewhat too narrow.
+    Its coverage is nominal as the number of prompts grows; with few prompts it is somewhat too narrow. Of values in
+    [0, 1] that are all near an end it is far too narrow: see `bounded_means`.
     """
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"A confidence is between 0 and 1, such as 0.95; got {confidence}.")
     low, high = np.quantile(draws, [(1.0 - confidence) / 2.0, (1.0 + confidence) / 2.0])
     return float(low), float(high)
-
-
-def minimum_win_rate(win_rates: Floats) -> Floats:
-    """The worst objective's win rate, min_k W_k, inside each draw   (design 2.5; the paper's headline)
-
-    win_rates: (…, K)
-    Returns (…,). The minimum of estimates is biased low where several objectives are close, and so are its draws: an
-    interval of the minimum lies somewhat low for a balanced candidate, never high.
-    """
-    return np.asarray(win_rates.min(axis=-1), dtype=np.float64)
-
-
-def difference_of_minima(candidate: Floats, other: Floats) -> Floats:
-    """min_k W_k(candidate) − min_k W_k(other) inside each draw; the minimum may be at different objectives.
-
-    candidate, other: (…, K) win rates from the same draws, so that what the prompts share cancels
-    Returns (…,).
-    """
-    return minimum_win_rate(candidate) - minimum_win_rate(other)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,13 @@ def evaluate(context: Context) -> dict[str, Any]:
         parts[name] = _parts(context, candidate, first=first)
     _generate(context, list({part.target: part for own in parts.values() for part in own}.values()))
     table = _table(context, {name: parts[name] for name in named})
-    metrics = evaluate_completions(table, objectives, **_resampling(context), particles=config.decoding.particles)
+    metrics = evaluate_completions(
+        table,
+        objectives,
+        **_resampling(context),
+        particles=config.decoding.particles,
+        rows_per_token={name: candidate.rows_per_token for name, candidate in named.items()},
+    )
     run.write_table("evaluation/completions.parquet", table)
     points = table
     if grid:

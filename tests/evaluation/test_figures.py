@@ -18,6 +18,7 @@ from mpo_ray.evaluation import figures
 from mpo_ray.evaluation.candidates import Candidate
 from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.evaluation.pareto import compare_points
+from mpo_ray.evaluation.verdict import SHORT, verdict
 from tests.evaluation.world import (
     OBJECTIVES,
     WORLD,
@@ -74,7 +75,10 @@ def test_win_rate_bars_have_the_heights_and_intervals_of_the_metrics(metrics):
         np.testing.assert_allclose([patch.get_height() for patch in bar.patches], [e.value for e in estimates])
         ends = [segment[:, 1] for segment in bar.errorbar.lines[2][0].get_segments()]
         np.testing.assert_allclose(ends, [[e.low, e.high] for e in estimates])
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == [*OBJECTIVES, "minimum"]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == [
+        *OBJECTIVES,
+        f"minimum\n({SHORT[verdict(metrics).kind]})",
+    ]
 
 
 def test_bars_stand_in_the_group_of_their_objective(metrics):
@@ -176,7 +180,8 @@ def test_the_front_picture_has_every_point_of_the_grid_at_its_win_rates(full):
             x, y, horizontal, vertical = named[full.label(name)]
             first, second = (points[name].win_rates[objective] for objective in pair)
             assert (x, y) == (first.value, second.value)
-            np.testing.assert_allclose([*horizontal, *vertical], [first.low, first.high, second.low, second.high])
+            ends = [e.value if end is None else end for e in (first, second) for end in (e.low, e.high)]
+            np.testing.assert_allclose([*horizontal, *vertical], ends)
 
 
 def test_a_sweep_of_mopo_s_policies_is_one_family_and_a_single_one_a_candidate():

@@ -112,11 +112,11 @@ def test_a_point_of_the_grid_that_is_a_named_candidate_is_in_the_front_by_its_na
 
 
 def test_the_same_completions_under_both_kinds_have_the_same_volume_in_every_draw():
-    """Pairedness: a soup family that is a copy of the mixtures differs by 0 with an interval of width 0."""
+    """Pairedness: a soup family that is a copy of the mixtures differs by 0 in every draw: there is no interval."""
     world = {name: ALL_KINDS[name] for name in ("reference", *OBJECTIVES, "uniform", "mpo")}
     table = completions(num_prompts=20, world=world)
     named = {name: records()[name] for name in world} | {"soup-uniform": Candidate("soup", (0.3, 0.3, 0.4))}
     families = {"mixture": ["uniform", "mpo"], "soup": ["mpo", "uniform"]}
     found = compare_points(table, OBJECTIVES, named, families, draws=30, confidence=0.9, seed=0)
     difference = found.hypervolume.difference
-    assert (difference.value, difference.low, difference.high) == (0.0, 0.0, 0.0)
+    assert (difference.value, difference.low, difference.high) == (0.0, None, None)

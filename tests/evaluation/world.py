@@ -23,6 +23,8 @@ OBJECTIVES = ["positive", "concise", "detailed"]
 GOOD = ["a delight", "warm and funny", "superb", "moving", "well acted"]
 BAD = ["a mess", "dull", "far too long", "badly cast", "forgettable"]
 DETAILS = ["the camera lingers on the harbour", "the second act doubles back", "the score is all strings"]
+#: Rows per token of the candidates that every table has.
+COSTS = {"reference": 1, "positive": 1, "concise": 1, "detailed": 1, "uniform": 3, "mpo": 3}
 FIELDS = ("good", "clauses", "details", "kl")
 OPENINGS = ["I went with my sister and", "The film opens on a pier;", "Nobody told me that", "After two hours,"]
 
@@ -99,7 +101,7 @@ def completions(
 def evaluated(table: pa.Table | None = None) -> Metrics:
     """The metrics of a table (of the world's, if none is given), with few draws."""
     table = completions() if table is None else table
-    return evaluate_completions(table, OBJECTIVES, draws=400, confidence=0.95, seed=0)
+    return evaluate_completions(table, OBJECTIVES, draws=400, confidence=0.95, seed=0, rows_per_token=COSTS)
 
 
 def records(objectives: list[str] = OBJECTIVES) -> dict[str, Candidate]:

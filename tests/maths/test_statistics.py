@@ -14,9 +14,7 @@ from mpo_ray.maths.statistics import (
     binomial_tail,
     bootstrap_counts,
     bootstrap_means,
-    difference_of_minima,
     interval,
-    minimum_win_rate,
     sign_test,
     win_probabilities,
 )
@@ -99,32 +97,6 @@ def test_the_interval_covers_the_true_mean_at_about_the_nominal_rate(confidence)
         low, high = interval(bootstrap_means(wins, 400, rng)[:, 0], confidence)
         covered += low <= 0.6 <= high
     assert abs(covered / 600 - confidence) < 0.05  # standard error 0.016 and 0.009
-
-
-def test_the_interval_of_a_paired_difference_of_minima_covers_and_is_narrower_than_an_unpaired_one():
-    """Minima at different objectives, noise shared by prompt: coverage near 0.9, and pairing pays."""
-    rng = np.random.default_rng(10)
-    covered, paired_width, unpaired_width = 0, 0.0, 0.0
-    for _ in range(300):
-        shared = rng.normal(0.0, 0.3, size=(100, 1))
-        first = shared + np.array([0.7, 0.55]) + rng.normal(0.0, 0.1, size=(100, 2))
-        second = shared + np.array([0.4, 0.8]) + rng.normal(0.0, 0.1, size=(100, 2))
-        draws = bootstrap_means(np.hstack([first, second]), 300, rng)
-        low, high = interval(difference_of_minima(draws[:, :2], draws[:, 2:]), 0.9)
-        covered += low <= 0.15 <= high
-        paired_width += high - low
-        other = bootstrap_means(second, 300, rng)
-        low, high = interval(difference_of_minima(draws[:, :2], other), 0.9)
-        unpaired_width += high - low
-    assert abs(covered / 300 - 0.9) < 0.06  # standard error 0.017
-    assert paired_width < 0.5 * unpaired_width
-
-
-def test_the_minimum_is_taken_inside_each_draw():
-    """min_k of each draw, not the draws of the objective that is lowest on average."""
-    draws = np.array([[0.2, 0.9], [0.8, 0.3]])
-    np.testing.assert_array_equal(minimum_win_rate(draws), [0.2, 0.3])
-    np.testing.assert_allclose(difference_of_minima(draws, draws[:, ::-1] + 0.1), [-0.1, -0.1])
 
 
 @pytest.mark.parametrize(

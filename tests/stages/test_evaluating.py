@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from mpo_ray.config import RunConfig
+from mpo_ray.evaluation.estimates import Estimate
 from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.evaluation.verdict import baselines
 from mpo_ray.policies.artefact import write_artefact
@@ -104,7 +105,7 @@ def test_candidates_that_are_one_distribution_share_its_completions(storage: Pat
     assert responses(table, "fit-paper") == responses(table, "a") != responses(table, "b")
     assert responses(table, "fit-balanced") == responses(table, "mpo") != responses(table, "soup-mpo")
     metrics = Metrics.from_json(run.read_json("evaluation/metrics.json"))
-    assert metrics.candidates["fit-balanced"].mpo_minus_this.half_width == 0.0
+    assert metrics.candidates["fit-balanced"].mpo_minus_this == Estimate(0.0)
     assert metrics.num_prompts == 5
     assert not run.exists("evaluation/grid.parquet")
     assert metrics.pareto.hypervolume.num_points == 4
