@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mpo_ray.records import Message, Prompt
@@ -75,6 +77,56 @@ def read_transcripts(values: Values) -> tuple[Prompt, str, str]:
     for name, reply in replies.items():
         _check_text(reply, f"the reply in {name!r}")
     return chosen[:cut], replies["chosen"], replies["rejected"]
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """A conversation's turns of the assistant, each with all messages before it, and why others are not learned."""
+
+    learned: list[tuple[Prompt, str]]
+    left_out: list[str]
+
+
+def read_turns(values: Values) -> Turns:
+    """Every turn of the assistant in the field `messages`.
+
+    Left out are a turn that opens the conversation, as it replies to nothing, and one whose message has `weight` 0, as
+    fine-tuning files write it. Both stay in the prompts of later turns.
+    """
+    what = "field 'messages'"
+    given = values.get("messages")
+    if not isinstance(given, list):
+        raise BadFieldError(f"{what} is no list of chat messages: {_shorten(given)}")
+    messages = [dict(message) if isinstance(message, Mapping) else message for message in given]
+    weights = [message.pop("weight", None) if isinstance(message, dict) else None for message in messages]
+    roles = [message["role"] for message in _check_messages(messages, what)]
+    if ("assistant", "assistant") in itertools.pairwise(roles):
+        raise BadFieldError(f"{what} has two assistant messages in a row")
+    turns = Turns([], [])
+    for place, role in enumerate(roles):
+        if role != "assistant":
+            continue
+        if set(roles[:place]) <= {"system"}:
+            turns.left_out.append("assistant turns that open a conversation")
+        elif weights[place] is not None and read_number({"weight": weights[place]}, "weight") == 0:
+            turns.left_out.append("assistant turns of weight 0")
+        else:
+            turns.learned.append(_split_last(messages[: place + 1], what))
+    if not turns.learned:
+        raise BadFieldError(f"{what} has no turn of the assistant to learn")
+    return turns
+
+
+def read_opening(values: Values) -> Prompt:
+    """The prompt in the field `messages`: all of them, less the assistant's turn that ends them where one does."""
+    given = values.get("messages")
+    if not isinstance(given, list):
+        raise BadFieldError(f"field 'messages' is no list of chat messages: {_shorten(given)}")
+    messages = _check_messages(given, "field 'messages'")
+    prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise BadFieldError("field 'messages' has no prompt before the assistant's last message")
+    return prompt
 
 
 def _common_prefix(first: str, second: str) -> str:

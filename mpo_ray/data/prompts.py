@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mpo_ray.config_training import Source
 from mpo_ray.data.comparisons import check_share
-from mpo_ray.data.fields import BadFieldError, Values, read_id, read_prompt, read_reply, read_transcripts
+from mpo_ray.data.fields import BadFieldError, Values, read_id, read_opening, read_prompt, read_reply, read_transcripts
 from mpo_ray.data.files import DataError, Refusal, decoded_lines, opened
 from mpo_ray.data.row_forms import RESPONSE_COLUMNS
 from mpo_ray.data.sources import describe, read_table
@@ -26,7 +26,7 @@ class PlacedPrompt:
 
 
 def read_prompts(source: Source) -> list[Prompt]:
-    """The prompts of rows with `prompt`, or of preference rows in the form of transcripts: each once, in order.
+    """The prompts of rows with `prompt` or `messages`, or of transcripts of preferences: each once, in order.
 
     Other columns are not looked at. Raises DataError for rows without a prompt, as nothing here allows a share of them.
     """
@@ -36,11 +36,7 @@ def read_prompts(source: Source) -> list[Prompt]:
 def read_prompt_rows(source: Source) -> list[PlacedPrompt]:
     """The prompt of every row as in `read_prompts`, one that is there twice as often as it is there."""
     columns, rows = read_table(source)
-    if "prompt" not in columns and not {"chosen", "rejected"} <= set(columns):
-        raise DataError(
-            f"{describe(source)}: the columns {', '.join(columns)} hold no prompts. Rows need `prompt`, or `chosen` "
-            "and `rejected` as whole transcripts. Rename columns with `rename:`."
-        )
+    read = _find_form(columns, source)
     found: list[PlacedPrompt] = []
     refused: list[Refusal] = []
     num_rows = 0
@@ -50,7 +46,7 @@ def read_prompt_rows(source: Source) -> list[PlacedPrompt]:
             refused.append(row)
             continue
         try:
-            prompt = _prompt_of(row.values) if "prompt" in columns else read_transcripts(row.values)[0]
+            prompt = read(row.values)
             found.append(PlacedPrompt(row.where, prompt, read_id(row.values)))
         except BadFieldError as error:
             refused.append(Refusal(row.where, str(error)))
@@ -81,6 +77,19 @@ def select_prompts(prompts: Sequence[Prompt], num: int, seed: int) -> list[Promp
 def is_heldout(prompt_id: str, *, share: float, seed: int) -> bool:
     """Whether a prompt is held out: a seeded hash of its id, so that all objectives and files agree."""
     return int(digest(["heldout", seed, prompt_id])[:16], 16) < share * 2**64
+
+
+def _find_form(columns: Sequence[str], source: Source) -> Callable[[Values], Prompt]:
+    if "prompt" in columns:
+        return _prompt_of
+    if {"chosen", "rejected"} <= set(columns):
+        return lambda values: read_transcripts(values)[0]
+    if "messages" in columns:
+        return read_opening
+    raise DataError(
+        f"{describe(source)}: the columns {', '.join(columns)} hold no prompts. Rows need `prompt`, `messages`, or "
+        "`chosen` and `rejected` as whole transcripts. Rename columns with `rename:`."
+    )
 
 
 def _prompt_of(values: Values) -> Prompt:

@@ -1,35 +1,45 @@
-"""Texts for supervised fine-tuning: plain texts, replies to prompts, and the chosen side of preferences."""
+"""Texts for supervised fine-tuning: plain texts, replies to prompts, conversations, the chosen side of preferences."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from mpo_ray.config_training import Source
-from mpo_ray.data.fields import BadFieldError, Values, read_prompt, read_reply, read_text, read_transcripts
+from mpo_ray.data.fields import BadFieldError, Values, read_prompt, read_reply, read_text, read_transcripts, read_turns
 from mpo_ray.data.sources import DataError, Refusal, describe, read_table
 from mpo_ray.records import Prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What the model learns to write: `response`, after `prompt` where there is one."""
+    """What the model learns to write: `response`, after `prompt` where there is one.
+
+    opening: of the conversation that it is a turn of, None elsewhere; all turns of one are on one side of a split
+    """
 
     prompt: Prompt | None
     response: str
+    opening: Prompt | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedTexts:
-    """What a source holds: num_rows = texts + refused. `comparisons.check_share` says when that stops a run."""
+    """What a source holds. `comparisons.check_share` says when refused rows stop a run.
+
+    A row that is not refused gives one text, a conversation one for each turn of the assistant but those `left_out`.
+    """
 
     texts: list[Text]
     refused: list[Refusal]
     num_rows: int
+    left_out: dict[str, int]
 
 
 def read_texts(source: Source) -> ParsedTexts:
-    """Read rows with `text`, with `prompt` and `response`, or with preferences, whose chosen side counts.
+    """Read rows with `text`, with `prompt` and `response`, with preferences, whose chosen side counts, or `messages`.
 
     Raises DataError if the rows have other columns. Bad rows are returned, not raised.
     """
@@ -37,28 +47,50 @@ def read_texts(source: Source) -> ParsedTexts:
     read = _find_form(columns, source)
     texts: list[Text] = []
     refused: list[Refusal] = []
+    left_out: Counter[str] = Counter()
+    num_rows = 0
     for row in rows:
+        num_rows += 1
         if isinstance(row, Refusal):
             refused.append(row)
             continue
         try:
-            texts.append(read(row.values))
+            found, without = read(row.values)
         except BadFieldError as error:
             refused.append(Refusal(row.where, str(error)))
-    return ParsedTexts(texts, refused, len(texts) + len(refused))
+        else:
+            texts += found
+            left_out.update(without)
+    return ParsedTexts(texts, refused, num_rows, dict(left_out))
 
 
-def _find_form(columns: list[str], source: Source) -> Callable[[Values], Text]:
+#: A row's texts, and why turns of its conversation give none.
+_Read = Callable[[Values], tuple[list[Text], list[str]]]
+
+
+def _find_form(columns: list[str], source: Source) -> _Read:
     has = set(columns).issuperset
     if has({"text"}):
-        return lambda values: Text(None, read_text(values, "text"))
+        return lambda values: ([Text(None, read_text(values, "text"))], [])
     for response in ("response", "chosen"):
         if has({"prompt", response}):
-            return lambda values, name=response: Text(*read_reply(values, name, read_prompt(values)))  # type: ignore[misc]
+            return partial(_read_reply, response)
     if has({"chosen", "rejected"}):
-        return lambda values: Text(*read_transcripts(values)[:2])
+        return lambda values: ([Text(*read_transcripts(values)[:2])], [])
+    if has({"messages"}):
+        return _read_conversation
     raise DataError(
         f"{describe(source)}: the columns {', '.join(columns)} are no texts to learn from. Rows need `text`, `prompt` "
-        "and `response`, `prompt` and `chosen`, or `chosen` and `rejected` as whole transcripts. Rename columns with "
-        "`rename:`."
+        "and `response`, `prompt` and `chosen`, `chosen` and `rejected` as whole transcripts, or `messages`. Rename "
+        "columns with `rename:`."
     )
+
+
+def _read_reply(response: str, values: Values) -> tuple[list[Text], list[str]]:
+    return [Text(*read_reply(values, response, read_prompt(values)))], []
+
+
+def _read_conversation(values: Values) -> tuple[list[Text], list[str]]:
+    turns = read_turns(values)
+    opening = turns.learned[0][0]
+    return [Text(prompt, reply, opening) for prompt, reply in turns.learned], turns.left_out

@@ -171,12 +171,13 @@ def _write_texts(context: Context, tokenizer: Any, limits: Limits) -> dict[str, 
         if not limits.allow(len(prompt), len(response)):
             dropped += 1
             continue
-        # A text that stands alone is split by itself, one with a prompt by its prompt.
-        side = "heldout" if heldout(context.config, text.response if text.prompt is None else text.prompt) else "train"
+        # A text that stands alone is split by itself, one with a prompt by its prompt, a conversation by its opening.
+        split_by = text.response if text.prompt is None else text.opening or text.prompt
+        side = "heldout" if heldout(context.config, split_by) else "train"
         sides[side].append({"prompt_ids": prompt, "response_ids": response})
     if dropped and context.config.data.overlong == "error":
         raise DataError(
-            f"reference.sft.source: {dropped} of {parsed.num_rows} texts are longer than {limits}; raise the limits, "
+            f"reference.sft.source: {dropped} of {len(parsed.texts)} texts are longer than {limits}; raise the limits, "
             "or set data.overlong: drop."
         )
     if not sides["train"]:
@@ -184,7 +185,10 @@ def _write_texts(context: Context, tokenizer: Any, limits: Limits) -> dict[str, 
     context.run.remove("texts")
     for side, rows in sides.items():
         _write_parts(context, "texts", side, rows, 64 * ROWS_PER_PART)
-    return {name: len(rows) for name, rows in sides.items()} | {"refused": len(parsed.refused), "overlong": dropped}
+    for reason, number in parsed.left_out.items():
+        context.console.print(f"reference.sft.source: {number} {reason} are not learned", soft_wrap=True)
+    told = {"refused": len(parsed.refused), "overlong": dropped, "left_out": parsed.left_out}
+    return {name: len(rows) for name, rows in sides.items()} | told
 
 
 def _prompt_columns(prompt: Prompt) -> dict[str, Any]:

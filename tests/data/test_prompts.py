@@ -85,6 +85,19 @@ def test_a_preference_row_has_the_same_prompt_here_as_among_the_comparisons(
     assert read_prompts(source) == [comparison.prompt for comparison in read_comparisons(source, "kind").comparisons]
 
 
+def test_a_conversation_s_prompt_is_what_comes_before_its_last_reply(tmp_path: Path) -> None:
+    reply = {"role": "assistant", "content": "a"}
+    rows = [{"messages": turns} for turns in ([USER], [USER, reply], [USER, reply, USER], [USER, reply, USER, reply])]
+    assert [row.prompt for row in read_prompt_rows(write(tmp_path / "p.jsonl", *rows))] == [
+        (USER,),
+        (USER,),
+        (USER, reply, USER),
+        (USER, reply, USER),
+    ]
+    with pytest.raises(DataError, match=r"p\.jsonl:1: field 'messages' has no prompt before"):
+        read_prompts(write(tmp_path / "p.jsonl", {"messages": [reply]}))
+
+
 def test_rows_without_a_prompt_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"p\.jsonl: the columns text hold no prompts"):
         read_prompts(write(tmp_path / "p.jsonl", {"text": "x"}))
