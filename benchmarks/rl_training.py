@@ -40,7 +40,7 @@ from rl_objectives import Floats, WorstObjective, log_odds_per_unit, moments, pl
 
 from mpo_ray.config import RunConfig
 from mpo_ray.data.prompts import select_prompts
-from mpo_ray.data.tokens import prompt_token_ids, render_prompt
+from mpo_ray.data.rendering import Rendering
 from mpo_ray.decoding.batch import sample_completions
 from mpo_ray.evaluation.rewards import IMPLICIT, load_reward
 from mpo_ray.policies.loading import load_model, load_tokenizer
@@ -77,12 +77,12 @@ def training_prompts(run: Run, objectives: Sequence[str]) -> list[Prompt]:
 
 def worth_of_deviation(context: Context, tokenizer: Any, deviation: Floats, num_pairs: int) -> float:
     """c: the log-odds that a standard deviation is worth by the run's training pairs; mean over objectives."""
-    worths = []
+    worths, rendering = [], Rendering(tokenizer)
     for (name, spec), sigma in zip(context.rewards().items(), deviation, strict=True):
         reward = load_reward(spec, objective=name, batch_size=context.config.scoring.batch_size)
         part = next(p for p in context.run.parts(f"comparisons/{name}") if "/train-" in p)
         rows = context.run.read_table(part).slice(0, num_pairs).to_pylist()
-        prompts = [render_prompt(tokenizer, decode_prompt(row["prompt"], row["is_chat"])) for row in rows]
+        prompts = [rendering.prompt_text(decode_prompt(row["prompt"], row["is_chat"])) for row in rows]
         chosen, rejected = (reward(prompts, [row[side] for row in rows]) for side in ("chosen", "rejected"))
         worths.append(sigma * log_odds_per_unit(np.subtract(chosen, rejected)))
     return float(np.mean(worths))
@@ -97,9 +97,10 @@ def run_rewards(context: Context, tokenizer: Any) -> Rewards:
         )
     size = context.config.scoring.batch_size
     functions = [load_reward(spec, objective=name, batch_size=size) for name, spec in specs.items()]
+    rendering = Rendering(tokenizer)
 
     def rewards(prompts: Sequence[Prompt], responses: Sequence[str], ids: Sequence[Sequence[int]]) -> Floats:
-        texts = [render_prompt(tokenizer, prompt) for prompt in prompts]
+        texts = [rendering.prompt_text(prompt) for prompt in prompts]
         return np.stack([np.array(function(texts, list(responses))) for function in functions], axis=1)
 
     return rewards
@@ -116,7 +117,8 @@ def implicit(context: Context, tokenizer: Any) -> Rewards:
     policies = PolicySet(context.reference(), paths, precision=config.scoring.precision)
 
     def rewards(prompts: Sequence[Prompt], responses: Sequence[str], ids: Sequence[Sequence[int]]) -> Floats:
-        rows = [(prompt_token_ids(tokenizer, p), list(i)) for p, i in zip(prompts, ids, strict=True)]
+        rendering = Rendering(tokenizer)
+        rows = [(rendering.prompt_ids(p), list(i)) for p, i in zip(prompts, ids, strict=True)]
         how: dict[str, Any] = {"batch_size": config.scoring.batch_size, "pad_id": tokenizer.pad_token_id}
         found = policies.logprobs([REFERENCE, *paths], rows, **how)
         columns = {name: np.array(values) for name, values in found.items()}
@@ -129,13 +131,14 @@ def reference_rewards(
     rewards: Rewards, reference: str, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int, seed: int
 ) -> tuple[Floats, int]:
     """Rewards (N, K) of one completion of π_ref for every prompt, and how many tokens that took."""
+    rendering = Rendering(tokenizer)
     drawn = sample_completions(
         load_model(reference),
-        [prompt_token_ids(tokenizer, prompt) for prompt in prompts],
+        [rendering.prompt_ids(prompt) for prompt in prompts],
         num_completions=1,
         max_new_tokens=max_new_tokens,
         temperature=1.0,
-        eos_id=tokenizer.eos_token_id,
+        end_ids=rendering.ends,
         pad_id=tokenizer.pad_token_id,
         seed=seed,
     )

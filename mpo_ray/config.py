@@ -43,11 +43,24 @@ class Objective(Strict):
 
 class Data(Strict):
     heldout_share: Share = 0.1
-    allow_bad_rows: Share = Field(0.0, description="share of rows per objective that may be refused")
+    allow_bad_rows: Share = Field(0.0, description="share of rows of an objective, or a file, that may be refused")
     overlong: Literal["error", "drop"] = Field("error", description="what happens to rows longer than the context")
     max_prompt_tokens: PositiveInt = 512
     max_response_tokens: PositiveInt = 512
     max_pairs: PositiveInt | None = Field(None, description="per objective, the first ones after a seeded shuffle")
+    text: Literal["rendered", "plain"] = Field(
+        "rendered",
+        description="what prompts and responses that are texts, not messages, are: rendered already, so that special "
+        "tokens in them count, or plain words",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="variables of the chat template, such as enable_thinking, wherever messages are rendered"
+    )
+
+    @property
+    def rendering(self) -> dict[str, Any]:
+        """What `Rendering` is told of the run."""
+        return {"template_values": self.chat_template_kwargs, "text": self.text}
 
 
 class Decoding(Strict):

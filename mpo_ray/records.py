@@ -6,10 +6,24 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+#: A chat message: `role`, `content` and whatever else a chat template reads of it, as JSON values.
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChat:
+    """Chat messages, and the tools that the assistant may call, as JSON values."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...]
+
 
 #: A prompt is a plain string, used as it is, or chat messages, rendered with the tokenizer's chat template.
-Message = Mapping[str, str]
-Prompt = str | tuple[Message, ...]
+Prompt = str | tuple[Message, ...] | ToolChat
+#: A reply is its text, or the assistant's message where that says more than its content.
+Reply = str | Message
 
 #: The name that stands for π_ref among the proposals of a sample table and the candidates of an evaluation.
 REFERENCE = "reference"
@@ -32,8 +46,8 @@ class Comparison:
 
     id: str
     prompt: Prompt
-    chosen: str
-    rejected: str
+    chosen: Reply
+    rejected: Reply
     weight: float = 1.0
     margin: float | None = None
 
@@ -76,16 +90,53 @@ class Bound:
         return reference + self.value if self.relative else self.value
 
 
+def chat_of(prompt: tuple[Message, ...] | ToolChat) -> tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...]]:
+    """A prompt's messages, and the tools that go with them."""
+    return (prompt.messages, prompt.tools) if isinstance(prompt, ToolChat) else (prompt, ())
+
+
 def encode_prompt(prompt: Prompt) -> tuple[str, bool]:
     """Write a prompt as the two columns (`prompt`, `is_chat`) that every table of a run uses for it."""
     if isinstance(prompt, str):
         return prompt, False
-    return json.dumps([dict(message) for message in prompt], ensure_ascii=False, sort_keys=True), True
+    messages, tools = chat_of(prompt)
+    written = [dict(message) for message in messages]
+    return _json({"messages": written, "tools": list(tools)} if tools else written), True
 
 
 def decode_prompt(text: str, is_chat: bool) -> Prompt:
     """Read a prompt back from the columns `prompt` and `is_chat`."""
-    return tuple(json.loads(text)) if is_chat else text
+    if not is_chat:
+        return text
+    found = json.loads(text)
+    return ToolChat(tuple(found["messages"]), tuple(found["tools"])) if isinstance(found, dict) else tuple(found)
+
+
+def encode_reply(reply: Reply) -> tuple[str, bool]:
+    """Write a reply as a text, and whether that is a message in JSON."""
+    return (reply, False) if isinstance(reply, str) else (_json(dict(reply)), True)
+
+
+def decode_reply(text: str, is_message: bool) -> Reply:
+    """Read a reply back."""
+    return dict(json.loads(text)) if is_message else text
+
+
+def turns_of(prompt: Prompt) -> list[tuple[str, str]]:
+    """A prompt for a reader, as (role, text) turns; a plain text is one turn without a role."""
+    if isinstance(prompt, str):
+        return [("", prompt)]
+    messages, tools = chat_of(prompt)
+    shown = [("tools", _json(list(tools)))] if tools else []
+    for message in messages:
+        further = {key: value for key, value in message.items() if key not in ("role", "content")}
+        texts = [str(message.get("content") or ""), *([_json(further)] if further else [])]
+        shown.append((str(message.get("role", "")), "\n".join(filter(None, texts))))
+    return shown
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 def prompt_id(prompt: Prompt) -> str:

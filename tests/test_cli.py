@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mpo_ray.cli import main
-from mpo_ray.data.tokens import prompt_token_ids
+from mpo_ray.data.rendering import Rendering
 from mpo_ray.policies.loading import load_policy
 from tests import tiny_run
 from tests.evaluation.judge_server import JudgeServer
@@ -255,7 +255,7 @@ class TestMix:
         written = json.loads(capsys.readouterr().out)
         assert written == {"out": str(tmp_path / "mixed"), "weights": {"helpful": 0.3, "bounded": 0.7}}
         tokenizer = tiny_tokenizer()
-        ids = torch.tensor([prompt_token_ids(tokenizer, ({"role": "user", "content": "the film"},))])
+        ids = torch.tensor([Rendering(tokenizer).prompt_ids(({"role": "user", "content": "the film"},))])
         greedy = ["--prompt", "the film", "--temperature", "0", "--max-tokens", "6", "--json"]
         for name in ("helpful", "bounded"):
             assert main(["generate", written["out"], "--weights", f"{name}=1", *greedy]) == 0

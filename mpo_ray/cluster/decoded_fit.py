@@ -143,6 +143,7 @@ def _arguments(
         "rewards": dict(rewards),
         "beta": config.policies.beta,
         "actors": config.scoring.model_dump(),
+        "rendering": config.data.rendering,
         "num_completions": config.fit.decoded.completions_per_prompt,
         "max_new_tokens": config.samples.max_new_tokens,
         "particles": config.decoding.particles,

@@ -9,11 +9,12 @@ import pyarrow as pa
 
 from mpo_ray.cluster.score import draw, load_rewards, log_ratios, sequences, with_rewards
 from mpo_ray.config import Scoring
+from mpo_ray.data.end_tokens import model_ends
 from mpo_ray.evaluation.candidate_models import CandidateModels
 from mpo_ray.evaluation.candidates import Candidate
 from mpo_ray.evaluation.divergence import divergences, tilts
 from mpo_ray.evaluation.rewards import IMPLICIT
-from mpo_ray.policies.loading import load_tokenizer
+from mpo_ray.policies.loading import load_rendering
 from mpo_ray.policies.policy_set import PolicySet
 
 
@@ -28,12 +29,13 @@ class CandidateEvaluator:
         rewards: Mapping[str, str],
         beta: float,
         actors: dict[str, Any],
+        rendering: dict[str, Any],
         num_completions: int,
         max_new_tokens: int,
         temperature: float,
     ) -> None:
         self._actors = Scoring.model_validate(actors)
-        self._tokenizer = load_tokenizer(artefact)
+        self._rendering = load_rendering(reference, **rendering)
         self._models = CandidateModels(artefact, reference, policies, precision=self._actors.precision)
         self._rewards = load_rewards(rewards, self._actors)
         self._scored: PolicySet | None = None
@@ -52,10 +54,11 @@ class CandidateEvaluator:
         candidate = Candidate.from_json(str(values["candidate"]))
         table = table.slice(0, int(values["num_prompts"]))
         model = self._models.open(candidate)
+        ends = () if candidate.path is None else model_ends(candidate.path)  # of a model that is not the run's
         whole = candidate.particles > 1
         drawing = {**self._drawing, "particles": candidate.particles, "with_log_z": whole}
-        rows = draw(model, self._tokenizer, table, seed=int(values["seed"]), **drawing)
-        pad_id = self._tokenizer.pad_token_id
+        rows = draw(model, self._rendering, table, seed=int(values["seed"]), further_ends=ends, **drawing)
+        pad_id = self._rendering.tokenizer.pad_token_id
         kl = log_z = [0.0] * rows.num_rows
         how = {"batch_size": self._actors.batch_size, "pad_id": pad_id}
         if whole:
@@ -67,7 +70,7 @@ class CandidateEvaluator:
             kl, dropped = divergences(model, self._models.reference, sequences(rows), **how)
             log_z = dropped if candidate.is_proper_mixture else log_z
         ratios = {} if self._scored is None else log_ratios(self._scored, self._names, rows, self._actors, pad_id)
-        rows = with_rewards(rows, self._rewards, self._tokenizer, ratios, self._beta)
+        rows = with_rewards(rows, self._rewards, self._rendering, ratios, self._beta)
         lengths = [len(ids) for ids in rows["response_ids"].to_pylist()]
         return (
             rows.append_column("num_tokens", pa.array(lengths, pa.int32()))

@@ -25,13 +25,12 @@ from mpo_ray.cluster.preflight import check_actors, check_storage_everywhere
 from mpo_ray.config import Actors
 from mpo_ray.data.prompts import PlacedPrompt
 from mpo_ray.data.sources import DataError
-from mpo_ray.data.tokens import prompt_token_ids
 from mpo_ray.decoding.offline import Finished, Recipe, check_recipe, complete, lanes_for, row_seed
 from mpo_ray.decoding.open_engine import open_engine
 from mpo_ray.decoding.protocol import RequestError
-from mpo_ray.policies.loading import load_tokenizer
+from mpo_ray.policies.loading import load_rendering
 from mpo_ray.policies.mixture_config import MixtureConfig
-from mpo_ray.records import digest, encode_prompt
+from mpo_ray.records import chat_of, decode_prompt, digest, encode_prompt
 from mpo_ray.run import Run
 
 PROMPTS, COMPLETIONS, JSONL = "prompts", "completions", "jsonl"
@@ -154,21 +153,23 @@ def prompt_rows(artefact: str, prompts: Sequence[PlacedPrompt], recipe: Recipe) 
 
     Raises RequestError for a recipe that no prompt can be decoded with, DataError for prompts that it cannot.
     """
-    tokenizer, config = load_tokenizer(artefact), MixtureConfig.from_pretrained(artefact)
+    config = MixtureConfig.from_pretrained(artefact)
+    rendering = load_rendering(artefact, text=config.text)
     rows: list[dict[str, Any]] = []
     refused: list[str] = []
     for number, placed in enumerate(prompts):
         try:
-            ids = prompt_token_ids(tokenizer, placed.prompt)
+            prompt, _ = rendering.accept(placed.prompt)
+            ids = rendering.prompt_ids(prompt)
             check_recipe(recipe, config, ids)
         except RequestError as error:
             if error.param != "prompt":
                 raise
             refused.append(f"{placed.where}: {error}")
-        except ValueError as error:  # messages without a chat template
+        except ValueError as error:  # what the template or the tokenizer cannot render
             refused.append(f"{placed.where}: {error}")
         else:
-            text, is_chat = encode_prompt(placed.prompt)
+            text, is_chat = encode_prompt(prompt)
             rows.append({"row": number, "id": placed.id, "prompt": text, "is_chat": is_chat, "prompt_ids": ids})
     if refused:
         more = [f"… and {len(refused) - NUM_NAMED} more"] if len(refused) > NUM_NAMED else []
@@ -249,5 +250,9 @@ def _summary(run: Run, parts: Sequence[Part], *, jsonl: bool) -> Outcome:
 
 
 def _line(row: dict[str, Any]) -> dict[str, Any]:
-    prompt = [dict(message) for message in json.loads(row["prompt"])] if row["is_chat"] else row["prompt"]
-    return {k: v for k, v in row.items() if k not in ("prompt_ids", "is_chat")} | {"prompt": prompt}
+    prompt = decode_prompt(row["prompt"], row["is_chat"])
+    written: dict[str, Any] = {"prompt": prompt}
+    if not isinstance(prompt, str):
+        messages, tools = chat_of(prompt)
+        written = {"prompt": list(messages)} | ({"tools": list(tools)} if tools else {})
+    return {k: v for k, v in row.items() if k not in ("prompt_ids", "is_chat")} | written

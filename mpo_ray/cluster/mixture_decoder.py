@@ -13,7 +13,7 @@ import torch
 from mpo_ray.cluster.score import draw, load_rewards, log_ratios, with_rewards
 from mpo_ray.config import Scoring
 from mpo_ray.policies.artefact import write_artefact
-from mpo_ray.policies.loading import load_tokenizer
+from mpo_ray.policies.loading import load_rendering
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.policies.policy_set import PolicySet
 
@@ -32,6 +32,7 @@ class MixtureDecoder:
         rewards: Mapping[str, str],
         beta: float,
         actors: dict[str, Any],
+        rendering: dict[str, Any],
         num_completions: int,
         max_new_tokens: int,
         particles: int,
@@ -39,7 +40,7 @@ class MixtureDecoder:
     ) -> None:
         self._actors = Scoring.model_validate(actors)
         self._names, self._beta = list(policies), beta
-        self._tokenizer = load_tokenizer(reference)
+        self._rendering = load_rendering(reference, **rendering)
         self._rewards = load_rewards(rewards, self._actors)
         with tempfile.TemporaryDirectory(prefix="mpo-ray-mixture-") as directory:
             write_artefact(
@@ -68,12 +69,12 @@ class MixtureDecoder:
         """values: `weights`, λ in the order of the objectives; `seed`."""
         self._mixture.set_weights(dict(zip(self._names, values["weights"], strict=True)))
         seed = int(values["seed"])
-        rows = draw(self._mixture, self._tokenizer, table, seed=seed, with_log_z=True, **self._drawing)
+        rows = draw(self._mixture, self._rendering, table, seed=seed, with_log_z=True, **self._drawing)
         ratios: dict[str, list[float]] = {}
         if self._scored is not None:
-            ratios = log_ratios(self._scored, self._names, rows, self._actors, self._tokenizer.pad_token_id)
+            ratios = log_ratios(self._scored, self._names, rows, self._actors, self._rendering.tokenizer.pad_token_id)
             for name, column in ratios.items():
                 rows = rows.append_column(f"log_ratio_{name}", pa.array(column, pa.float64()))
-        rows = with_rewards(rows, self._rewards, self._tokenizer, ratios, self._beta)
+        rows = with_rewards(rows, self._rewards, self._rendering, ratios, self._beta)
         lengths = [len(ids) for ids in rows["response_ids"].to_pylist()]
         return rows.append_column("num_tokens", pa.array(lengths, pa.int32()))

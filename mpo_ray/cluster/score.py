@@ -5,38 +5,39 @@ Each class loads its models once; calling it turns one table of prompts or respo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
 
 from mpo_ray.config import Actors, Scoring
-from mpo_ray.data.tokens import prompt_token_ids, render_prompt, response_token_ids
+from mpo_ray.data.rendering import Rendering
 from mpo_ray.decoding.particles import sample_mixture
 from mpo_ray.evaluation.rewards import IMPLICIT, Reward, load_reward
-from mpo_ray.policies.loading import load_tokenizer
+from mpo_ray.policies.loading import load_rendering
 from mpo_ray.policies.policy_set import PolicySet, Sequences
-from mpo_ray.records import REFERENCE, decode_prompt
+from mpo_ray.records import REFERENCE, decode_prompt, decode_reply
 
 
 class PairReference:
     """Comparisons → token ids and log π_ref of both completions, so that training needs no second model."""
 
-    def __init__(self, reference: str, actors: dict[str, Any]) -> None:
+    def __init__(self, reference: str, actors: dict[str, Any], rendering: dict[str, Any]) -> None:
+        """rendering: settings of `Rendering`"""
         self._actors = Scoring.model_validate(actors)
-        self._tokenizer = load_tokenizer(reference)
+        self._rendering = load_rendering(reference, **rendering)
         self._policies = PolicySet(reference, {}, precision=self._actors.precision)
 
     def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
         rows = table.to_pylist()
-        prompts = [prompt_token_ids(self._tokenizer, decode_prompt(r["prompt"], r["is_chat"])) for r in rows]
-        columns: dict[str, list[Any]] = {"id": [r["id"] for r in rows], "prompt_ids": prompts}
+        prompts = [decode_prompt(row["prompt"], row["is_chat"]) for row in rows]
+        columns: dict[str, list[Any]] = {"id": [row["id"] for row in rows]}
         for side in ("chosen", "rejected"):
-            ids = [response_token_ids(self._tokenizer, r[side]) for r in rows]
-            columns[f"{side}_ids"] = ids
-            rows_of_side = list(zip(prompts, ids, strict=True))
+            replies = [decode_reply(row[side], row.get(f"{side}_is_message", False)) for row in rows]
+            ids = [self._rendering.ids(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
+            columns["prompt_ids"], columns[f"{side}_ids"] = (list(part) for part in zip(*ids, strict=True))
             columns[f"log_ref_{side}"] = logprobs(
-                self._policies, [REFERENCE], rows_of_side, self._actors, self._tokenizer.pad_token_id
+                self._policies, [REFERENCE], ids, self._actors, self._rendering.tokenizer.pad_token_id
             )[REFERENCE]
         columns["weight"] = [r["weight"] for r in rows]
         return pa.table(columns)
@@ -53,11 +54,12 @@ class Sampler:
         reference: str,
         policies: Mapping[str, str],
         actors: dict[str, Any],
+        rendering: dict[str, Any],
         num_samples: int,
         max_new_tokens: int,
     ) -> None:
         self._actors = Scoring.model_validate(actors)
-        self._tokenizer = load_tokenizer(reference)
+        self._rendering = load_rendering(reference, **rendering)
         self._policies = PolicySet(reference, policies, precision=self._actors.precision)
         self._num_samples, self._max_new_tokens = num_samples, max_new_tokens
 
@@ -66,14 +68,14 @@ class Sampler:
         with self._policies.model(values["proposal"]) as model:
             samples = draw(
                 model,
-                self._tokenizer,
+                self._rendering,
                 table,
                 num=self._num_samples,
                 max_new_tokens=self._max_new_tokens,
                 temperature=1.0,
                 seed=int(values["seed"]),
             )
-        pad_id = self._tokenizer.pad_token_id
+        pad_id = self._rendering.tokenizer.pad_token_id
         log_ref = logprobs(self._policies, [REFERENCE], sequences(samples), self._actors, pad_id)[REFERENCE]
         ids = [values["first_id"] + index for index in samples["sample_id"].to_pylist()]
         lengths = [len(response) for response in samples["response_ids"].to_pylist()]
@@ -106,9 +108,10 @@ class SampleScorer:
         rewards: Mapping[str, str],
         beta: float,
         actors: dict[str, Any],
+        rendering: dict[str, Any],
     ) -> None:
         self._actors = Scoring.model_validate(actors)
-        self._tokenizer = load_tokenizer(reference)
+        self._rendering = load_rendering(reference, **rendering)
         self._names = list(policies)
         self._policies = _open(reference, policies, self._actors)
         self._rewards = load_rewards(rewards, self._actors)
@@ -116,12 +119,12 @@ class SampleScorer:
 
     def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
         names = [name for name in self._names if f"log_ratio_{name}" not in table.column_names]
-        new = log_ratios(self._policies, names, table, self._actors, self._tokenizer.pad_token_id)
+        new = log_ratios(self._policies, names, table, self._actors, self._rendering.tokenizer.pad_token_id)
         for name, column in new.items():
             table = table.append_column(f"log_ratio_{name}", pa.array(column, pa.float64()))
         ratios = {name: table[f"log_ratio_{name}"].to_pylist() for name in self._names}
         rewards = {name: r for name, r in self._rewards.items() if f"reward_{name}" not in table.column_names}
-        return with_rewards(table, rewards, self._tokenizer, ratios, self._beta)
+        return with_rewards(table, rewards, self._rendering, ratios, self._beta)
 
 
 def _open(reference: str, policies: Mapping[str, str], scoring: Scoring) -> PolicyLogprobs:
@@ -140,7 +143,7 @@ def _open(reference: str, policies: Mapping[str, str], scoring: Scoring) -> Poli
 
 def draw(
     model: Any,
-    tokenizer: Any,
+    rendering: Rendering,
     prompts: pa.Table,
     *,
     num: int,
@@ -149,15 +152,18 @@ def draw(
     seed: int,
     particles: int = 1,
     with_log_z: bool = False,
+    further_ends: Collection[int] = (),
 ) -> pa.Table:
     """Sample `num` completions for every row of a prompt table; one row per completion.
 
+    further_ends: what ends a completion of this model beside the rendering's own end tokens
     particles: more than 1 draw from the sequence-level mixture, at temperature 1; the model is then a mixture
     with_log_z: add the column `log_z` in nats, log Ẑ of the completion's particles: with one, Σ_t log Z_t (design 2.3);
         the model is then a mixture
     """
     rows = prompts.to_pylist()
-    ids = [prompt_token_ids(tokenizer, decode_prompt(r["prompt"], r["is_chat"])) for r in rows]
+    ids = [rendering.prompt_ids(decode_prompt(r["prompt"], r["is_chat"])) for r in rows]
+    ends = sorted({*rendering.ends, *further_ends})
     drawn = sample_mixture(
         model,
         ids,
@@ -165,13 +171,14 @@ def draw(
         temperature=temperature,
         num_completions=num,
         max_new_tokens=max_new_tokens,
-        tokenizer=tokenizer,
+        end_ids=ends,
+        pad_id=rendering.tokenizer.pad_token_id,
         seed=seed,
     )
     columns: dict[str, list[Any]] = {name: [] for name in _SAMPLE_SCHEMA.names}
     for row, prompt_ids, completions in zip(rows, ids, drawn, strict=True):
         for index, completion in enumerate(completions):
-            response = tokenizer.decode(completion.ids, skip_special_tokens=True)
+            response = rendering.reply_text(completion.ids[:-1] if completion.finished else completion.ids)
             cells = (
                 row["prompt_id"],
                 index,
@@ -237,13 +244,13 @@ def load_rewards(specs: Mapping[str, str], actors: Actors) -> dict[str, Reward |
 def with_rewards(
     table: pa.Table,
     rewards: Mapping[str, Reward | None],
-    tokenizer: Any,
+    rendering: Rendering,
     ratios: Mapping[str, list[float]],
     beta: float,
 ) -> pa.Table:
     """Append a column `reward_<objective>` for every objective; the implicit reward is β ℓ_k (design 2.1)."""
     prompts = [
-        render_prompt(tokenizer, decode_prompt(prompt, is_chat))
+        rendering.prompt_text(decode_prompt(prompt, is_chat))
         for prompt, is_chat in zip(table["prompt"].to_pylist(), table["is_chat"].to_pylist(), strict=True)
     ]
     responses = table["response"].to_pylist()

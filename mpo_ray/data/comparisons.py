@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from mpo_ray.config_training import Source
-from mpo_ray.data.fields import BadFieldError, Values
+from mpo_ray.data.fields import Accept, BadFieldError, Values, accept_all
 from mpo_ray.data.labels import BOTH, AmbiguousError, Label, LabelColumn, Meaning, read_labels
 from mpo_ray.data.row_forms import (
     FORMS,
@@ -27,7 +27,7 @@ from mpo_ray.data.row_forms import (
     response_columns,
 )
 from mpo_ray.data.sources import DataError, Refusal, Row, describe, read_table
-from mpo_ray.records import Comparison, digest, encode_prompt
+from mpo_ray.records import Comparison, Prompt, Reply, digest, encode_prompt, encode_reply, turns_of
 
 #: Besides ties and missing labels, what the form `ratings` skips: a response with no other left to be paired with.
 UNPAIRED = "unpaired responses"
@@ -73,18 +73,24 @@ class Told:
 
 
 def read_comparisons(
-    source: Source, objective: str, label: str | None = None, label_means: Mapping[Label, Meaning] | None = None
+    source: Source,
+    objective: str,
+    label: str | None = None,
+    label_means: Mapping[Label, Meaning] | None = None,
+    *,
+    accept: Accept = accept_all,
 ) -> Parsed:
     """Read what a source says about `objective`; `label` names its label or rating column, by default `objective`.
 
     label_means: what labels mean, where the column does not say it
+    accept: looks at the prompt and the replies of every row (`Rendering.accept`)
     Raises DataError if the rows fit no form, none has the label column, or its labels allow two readings. Bad rows are
     returned, not raised.
     """
     columns, rows = read_table(source)
     form = find_form(columns, source, label)
     column = label or objective
-    tally = _Tally()
+    tally = _Tally(accept)
     told = None
     if form == "ratings":
         comparisons, told = _read_ratings(source, rows, column, tally)
@@ -146,9 +152,10 @@ def _in_words(comparison: Comparison) -> str:
     return f"after {prompt}, {chosen} is preferred to {rejected}"
 
 
-def _excerpt(text: object, width: int = 60) -> str:
-    """The beginning of a text, or of the last message of a chat, in quotes."""
-    shown = " ".join(str(text[-1].get("content") if isinstance(text, tuple) else text).split())
+def _excerpt(said: Prompt | Reply, width: int = 60) -> str:
+    """The beginning of a text, of a message, or of the last message of a chat, in quotes."""
+    _, text = turns_of((said,) if isinstance(said, Mapping) else said)[-1]
+    shown = " ".join(text.split())
     return json.dumps(shown if len(shown) <= width else shown[: width - 1] + "…", ensure_ascii=False)
 
 
@@ -197,6 +204,7 @@ Item = TypeVar("Item", Pair, Rated)
 class _Tally:
     """Counts every row once, as read, refused or skipped."""
 
+    accept: Accept
     refused: list[Refusal] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     num_rows: int = 0
@@ -213,6 +221,7 @@ class _Tally:
             self.columns.update(dict.fromkeys(row.values))
             try:
                 item = read(row.values)
+                item = item if isinstance(item, str) else _accepted(item, self.accept)
             except BadFieldError as error:
                 self.refused.append(Refusal(row.where, str(error)))
                 continue
@@ -224,6 +233,14 @@ class _Tally:
                 if item.id is not None:
                     places[item.id] = row.where
                 yield row.where, item
+
+
+def _accepted(item: Item, accept: Accept) -> Item:
+    if isinstance(item, Pair):
+        prompt, (chosen, rejected) = accept(item.prompt, item.chosen, item.rejected)
+        return replace(item, prompt=prompt, chosen=chosen, rejected=rejected)
+    prompt, (response,) = accept(item.prompt, item.response)
+    return replace(item, prompt=prompt, response=response)
 
 
 def _with_ids(pairs: Iterable[Pair]) -> list[Comparison]:
@@ -250,13 +267,14 @@ def _pair_by_rating(rated: Iterable[tuple[str, Rated]], tally: _Tally) -> list[C
     by_prompt: dict[tuple[str, bool], dict[str, Rated]] = {}
     for where, item in rated:
         responses = by_prompt.setdefault(encode_prompt(item.prompt), {})
-        if item.response in responses:
+        text = encode_reply(item.response)[0]
+        if text in responses:
             tally.refused.append(Refusal(where, "the same response to the same prompt came before"))
         else:
-            responses[item.response] = item
+            responses[text] = item
     pairs = []
     for responses in by_prompt.values():
-        ranked = sorted(responses.values(), key=lambda item: (item.rating, item.response))
+        ranked = sorted(responses.values(), key=lambda item: (item.rating, encode_reply(item.response)[0]))
         if len(ranked) % 2:
             tally.skipped[UNPAIRED] += 1
         for worse, better in zip(ranked[: len(ranked) // 2], reversed(ranked), strict=False):

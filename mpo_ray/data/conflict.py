@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_ray.records import Comparison, encode_prompt
+from mpo_ray.records import Comparison, encode_prompt, encode_reply
 
 #: (prompts as text, responses) → one reward each.
 Reward = Callable[[list[str], list[str]], Sequence[float]]
@@ -109,7 +109,7 @@ def _average_ranks(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _key(comparison: Comparison) -> ResponsePair:
-    low, high = sorted((comparison.chosen, comparison.rejected))
+    low, high = sorted(encode_reply(reply)[0] for reply in (comparison.chosen, comparison.rejected))
     return encode_prompt(comparison.prompt), low, high
 
 
@@ -126,7 +126,7 @@ def _read_labels(comparisons: Sequence[Comparison]) -> _Labels:
     margins: Preferences = defaultdict(float)
     for comparison in comparisons:
         key = _key(comparison)
-        signed = comparison.weight if comparison.chosen == key[1] else -comparison.weight
+        signed = comparison.weight if encode_reply(comparison.chosen)[0] == key[1] else -comparison.weight
         signs[key] += signed
         margins[key] += signed * (comparison.margin or 0.0)
     has_margins = all(comparison.margin is not None for comparison in comparisons)

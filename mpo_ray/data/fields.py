@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpo_ray.records import Message, Prompt
+from mpo_ray.records import Message, Prompt, Reply, ToolChat, chat_of
 
 #: What opens the assistant's turn in a transcript that is one string (the form of HH-RLHF), and what opens the human's.
 ASSISTANT_TURN = "\n\nAssistant:"
 HUMAN_TURN = "\n\nHuman:"
 
+#: What a message of the assistant says beside its content.
+SAYING = frozenset(("tool_calls", "reasoning_content", "reasoning", "thinking"))
+
 Values = Mapping[str, Any]
+
+
+#: What makes of a row's prompt and replies what is kept of them. Raises BadFieldError where they cannot be used.
+Accept = Callable[..., tuple[Prompt, list[Reply]]]
 
 
 class BadFieldError(ValueError):
     """A row is bad; the message is the `reason` of its Refusal."""
+
+
+def accept_all(prompt: Prompt, *replies: Reply) -> tuple[Prompt, list[Reply]]:
+    return prompt, list(replies)
 
 
 def read_text(values: Values, name: str) -> str:
@@ -27,31 +39,31 @@ def read_text(values: Values, name: str) -> str:
 
 
 def read_prompt(values: Values) -> Prompt:
-    """The field `prompt`: a text, or chat messages of which the last is not the assistant's."""
+    """The field `prompt`: a text, or chat messages of which the last is not the assistant's, with the row's `tools`."""
     if not isinstance(values.get("prompt"), list):
         return read_text(values, "prompt")
     messages = _check_messages(values["prompt"], "field 'prompt'")
     if messages[-1]["role"] == "assistant":
         raise BadFieldError("field 'prompt' ends with an assistant message")
-    return messages
+    return with_tools(messages, values)
 
 
-def read_reply(values: Values, name: str, prompt: Prompt) -> tuple[Prompt, str]:
+def read_reply(values: Values, name: str, prompt: Prompt) -> tuple[Prompt, Reply]:
     """A reply to `prompt`: a text, or chat messages that end with the assistant's.
 
     Messages before the last must repeat the prompt; they then are the prompt, as it may be given as bare text.
     """
     if not isinstance(values.get(name), list):
-        return prompt, read_text(values, name)
+        return with_tools(prompt, values), read_text(values, name)
     before, reply = _split_last(values[name], f"field {name!r}")
-    if not before or before == prompt:
-        return prompt, reply
+    if not before or (not isinstance(prompt, str) and before == chat_of(prompt)[0]):
+        return with_tools(prompt, values), reply
     if isinstance(prompt, str) and before[-1]["content"] == prompt:
-        return before, reply
+        return with_tools(before, values), reply
     raise BadFieldError(f"field {name!r} begins with messages that are not the prompt")
 
 
-def read_transcripts(values: Values) -> tuple[Prompt, str, str]:
+def read_transcripts(values: Values) -> tuple[Prompt, Reply, Reply]:
     """The fields `chosen` and `rejected` as whole transcripts: their common prompt and the two last replies.
 
     Strings are cut after the last turn marker of their common prefix; what follows it, its leading space too, is the
@@ -65,7 +77,7 @@ def read_transcripts(values: Values) -> tuple[Prompt, str, str]:
             raise BadFieldError("a transcript without a prompt: its only message is the reply")
         if before != other:
             raise BadFieldError("the transcripts part before their last turn")
-        return before, chosen_reply, rejected_reply
+        return with_tools(before, values), chosen_reply, rejected_reply
     chosen, rejected = read_text(values, "chosen"), read_text(values, "rejected")
     marker = _common_prefix(chosen, rejected).rfind(ASSISTANT_TURN)
     if marker < 0:
@@ -83,7 +95,7 @@ def read_transcripts(values: Values) -> tuple[Prompt, str, str]:
 class Turns:
     """A conversation's turns of the assistant, each with all messages before it, and why others are not learned."""
 
-    learned: list[tuple[Prompt, str]]
+    learned: list[tuple[Prompt, Reply]]
     left_out: list[str]
 
 
@@ -111,7 +123,8 @@ def read_turns(values: Values) -> Turns:
         elif weights[place] is not None and read_number({"weight": weights[place]}, "weight") == 0:
             turns.left_out.append("assistant turns of weight 0")
         else:
-            turns.learned.append(_split_last(messages[: place + 1], what))
+            before, reply = _split_last(messages[: place + 1], what)
+            turns.learned.append((with_tools(before, values), reply))
     if not turns.learned:
         raise BadFieldError(f"{what} has no turn of the assistant to learn")
     return turns
@@ -126,7 +139,34 @@ def read_opening(values: Values) -> Prompt:
     prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not prompt or prompt[-1]["role"] == "assistant":
         raise BadFieldError("field 'messages' has no prompt before the assistant's last message")
-    return prompt
+    return with_tools(prompt, values)
+
+
+def with_tools(prompt: Prompt, values: Values) -> Prompt:
+    """A prompt with the field `tools`, which goes with chat messages alone."""
+    tools = _read_tools(values)
+    if tools and isinstance(prompt, str):
+        raise BadFieldError(
+            "field 'tools' goes with chat messages, and the prompt is text. Give the column another name by `rename:` "
+            "if the text has them already"
+        )
+    return ToolChat(chat_of(prompt)[0], tools) if tools and not isinstance(prompt, str) else prompt
+
+
+def _read_tools(values: Values) -> tuple[Mapping[str, Any], ...]:
+    """The field `tools`: a list of objects, or such a list in JSON; none where it is missing or empty."""
+    given = values.get("tools")
+    if is_missing(given):
+        return ()
+    found = given
+    if isinstance(given, str):
+        try:
+            found = json.loads(given)
+        except ValueError:
+            found = None
+    if not isinstance(found, list) or not all(isinstance(tool, Mapping) for tool in found):
+        raise BadFieldError(f"field 'tools' is no list of tools: {_shorten(given)}")
+    return tuple(_plain(tool, f"tool {number}") for number, tool in enumerate(found, 1))
 
 
 def _common_prefix(first: str, second: str) -> str:
@@ -187,25 +227,46 @@ def _check_text(value: object, what: str) -> str:
 def _check_messages(value: list[Any], what: str) -> tuple[Message, ...]:
     if not value:
         raise BadFieldError(f"{what} is empty")
-    messages: list[Message] = []
-    for number, message in enumerate(value, 1):
-        place = f"message {number} of {what}"
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise BadFieldError(f"{place} is no chat message: it needs role and content, and is {_shorten(message)}")
-        role, content = message["role"], message.get("content")
-        is_blank_system = role == "system" and content == ""
-        text = "" if is_blank_system else _check_text(content, f"the content of {place}")
-        messages.append({"role": role, "content": text})
-    return tuple(messages)
+    return tuple(_check_message(message, f"message {number} of {what}") for number, message in enumerate(value, 1))
 
 
-def _split_last(value: list[Any], what: str) -> tuple[tuple[Message, ...], str]:
+def _check_message(message: Any, place: str) -> Message:
+    """A message with all its keys but those that are null: a table has a cell for each key that any message has."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise BadFieldError(f"{place} is no chat message: it needs role and content, and is {_shorten(message)}")
+    given = {str(key): value for key, value in message.items() if value is not None and value != []}
+    content, role = given.pop("content", None), given.pop("role")
+    further = {key: _plain(value, f"{key!r} of {place}") for key, value in given.items()}
+    calls = further.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise BadFieldError(f"'tool_calls' of {place} is no list of calls: {_shorten(calls)}")
+    # An assistant that calls or thinks need not speak, a tool may return nothing, a system prompt may be left empty.
+    may_be_empty = (role == "assistant" and not SAYING.isdisjoint(further)) or (
+        role in ("system", "tool") and content == ""
+    )
+    if not content and may_be_empty:
+        return {"role": role, "content": "", **further}
+    return {"role": role, "content": _check_text(content, f"the content of {place}"), **further}
+
+
+def _plain(value: Any, what: str) -> Any:
+    """A JSON value. Raises BadFieldError for what no file of JSON holds."""
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise BadFieldError(f"{what} is no JSON value: {error}") from None
+    return value
+
+
+def _split_last(value: list[Any], what: str) -> tuple[tuple[Message, ...], Reply]:
+    """The messages before the last, and the last, which is the assistant's: its content where it has nothing else."""
     messages = _check_messages(value, what)
-    if messages[-1]["role"] != "assistant":
+    *before, last = messages
+    if last["role"] != "assistant":
         raise BadFieldError(f"{what} does not end with an assistant message")
-    if len(messages) > 1 and messages[-2]["role"] == "assistant":
+    if before and before[-1]["role"] == "assistant":
         raise BadFieldError(f"{what} ends with two assistant messages")
-    return messages[:-1], messages[-1]["content"]
+    return tuple(before), str(last["content"]) if set(last) == {"role", "content"} else last
 
 
 def _shorten(value: object) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import AutoConfig
 
 from mpo_ray.data.comparisons import Parsed
+from mpo_ray.data.rendering import Rendering
 from mpo_ray.data.sources import DataError
-from mpo_ray.data.tokens import prompt_token_ids, response_token_ids
 
 OVERLONG = "overlong"
 
@@ -40,13 +40,13 @@ def model_context(model: str) -> int:
 
 
 def check_lengths(
-    parsed: Parsed, tokenizer: Any, limits: Limits, *, objective: str, overlong: Literal["error", "drop"]
+    parsed: Parsed, rendering: Rendering, limits: Limits, *, objective: str, overlong: Literal["error", "drop"]
 ) -> Parsed:
     """Leave out the comparisons that are too long, and count them; with "error", raise DataError if there are any."""
     kept, first = [], ""
     for comparison in parsed.comparisons:
-        prompt = len(prompt_token_ids(tokenizer, comparison.prompt))
-        response = max(len(response_token_ids(tokenizer, r)) for r in (comparison.chosen, comparison.rejected))
+        both = [rendering.ids(comparison.prompt, reply) for reply in (comparison.chosen, comparison.rejected)]
+        prompt, response = len(both[0][0]), max(len(ids) for _, ids in both)
         if limits.allow(prompt, response):
             kept.append(comparison)
         elif not first:

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 
 from mpo_ray.config_training import Source
 from mpo_ray.data.comparisons import check_share
-from mpo_ray.data.fields import BadFieldError, Values, read_id, read_opening, read_prompt, read_reply, read_transcripts
+from mpo_ray.data.fields import (
+    Accept,
+    BadFieldError,
+    Values,
+    accept_all,
+    read_id,
+    read_opening,
+    read_prompt,
+    read_reply,
+    read_transcripts,
+    with_tools,
+)
 from mpo_ray.data.files import DataError, Refusal, decoded_lines, opened
 from mpo_ray.data.row_forms import RESPONSE_COLUMNS
 from mpo_ray.data.sources import describe, read_table
@@ -25,15 +36,17 @@ class PlacedPrompt:
     id: str | None = None
 
 
-def read_prompts(source: Source) -> list[Prompt]:
+def read_prompts(source: Source, *, accept: Accept = accept_all, allow: float = 0.0) -> list[Prompt]:
     """The prompts of rows with `prompt` or `messages`, or of transcripts of preferences: each once, in order.
 
-    Other columns are not looked at. Raises DataError for rows without a prompt, as nothing here allows a share of them.
+    Other columns but `tools` are not looked at. accept: looks at every prompt (`Rendering.accept`)
+    Raises DataError where more than the share `allow` of the rows has no prompt that can be used.
     """
-    return list({prompt_id(row.prompt): row.prompt for row in read_prompt_rows(source)}.values())
+    rows = read_prompt_rows(source, accept=accept, allow=allow)
+    return list({prompt_id(row.prompt): row.prompt for row in rows}.values())
 
 
-def read_prompt_rows(source: Source) -> list[PlacedPrompt]:
+def read_prompt_rows(source: Source, *, accept: Accept = accept_all, allow: float = 0.0) -> list[PlacedPrompt]:
     """The prompt of every row as in `read_prompts`, one that is there twice as often as it is there."""
     columns, rows = read_table(source)
     read = _find_form(columns, source)
@@ -46,12 +59,12 @@ def read_prompt_rows(source: Source) -> list[PlacedPrompt]:
             refused.append(row)
             continue
         try:
-            prompt = read(row.values)
+            prompt, _ = accept(read(row.values))
             found.append(PlacedPrompt(row.where, prompt, read_id(row.values)))
         except BadFieldError as error:
             refused.append(Refusal(row.where, str(error)))
     remedy = "Correct them or take them out of the file."
-    check_share(refused, num_rows, what=f"prompts of {describe(source)}", allow=0.0, remedy=remedy)
+    check_share(refused, num_rows, what=f"prompts of {describe(source)}", allow=allow, remedy=remedy)
     return found
 
 
@@ -96,4 +109,4 @@ def _prompt_of(values: Values) -> Prompt:
     """The prompt as `read_comparisons` has it: bare text is replaced by the messages that a reply repeats."""
     prompt = read_prompt(values)
     reply = next((name for name in REPLIES if isinstance(values.get(name), list)), None)
-    return prompt if reply is None else read_reply(values, reply, prompt)[0]
+    return with_tools(prompt, values) if reply is None else read_reply(values, reply, prompt)[0]

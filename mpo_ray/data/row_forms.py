@@ -18,7 +18,7 @@ from mpo_ray.data.fields import (
 )
 from mpo_ray.data.labels import Reading
 from mpo_ray.data.sources import DataError, describe
-from mpo_ray.records import Prompt
+from mpo_ray.records import Prompt, Reply
 
 #: The row forms by name, with their columns, as an error lists them.
 FORMS = {
@@ -41,8 +41,8 @@ TIES, MISSING = "ties", "missing labels"
 @dataclass(frozen=True, slots=True)
 class Pair:
     prompt: Prompt
-    chosen: str
-    rejected: str
+    chosen: Reply
+    rejected: Reply
     weight: float
     margin: float | None
     id: str | None
@@ -51,7 +51,7 @@ class Pair:
 @dataclass(frozen=True, slots=True)
 class Rated:
     prompt: Prompt
-    response: str
+    response: Reply
     rating: float
     weight: float
     id: str | None
@@ -99,7 +99,7 @@ def response_columns(columns: list[str]) -> tuple[str, str] | None:
     return next((pair for pair in RESPONSE_COLUMNS if set(pair) <= set(columns)), None)
 
 
-def _make_pair(prompt: Prompt, chosen: str, rejected: str, values: Values) -> Pair:
+def _make_pair(prompt: Prompt, chosen: Reply, rejected: Reply, values: Values) -> Pair:
     if chosen == rejected:
         raise BadFieldError("chosen is equal to rejected")
     margin = read_number(values, "margin")
@@ -119,7 +119,7 @@ def _read_pair(values: Values) -> Pair:
     return _make_pair(*_read_replies(values, "chosen", "rejected"), values)
 
 
-def _read_replies(values: Values, chosen: str, rejected: str) -> tuple[Prompt, str, str]:
+def _read_replies(values: Values, chosen: str, rejected: str) -> tuple[Prompt, Reply, Reply]:
     prompt = read_prompt(values)
     prompt_of_chosen, chosen_reply = read_reply(values, chosen, prompt)
     prompt_of_rejected, rejected_reply = read_reply(values, rejected, prompt)

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from mpo_ray.config_training import Source
-from mpo_ray.data.fields import BadFieldError, Values, read_prompt, read_reply, read_text, read_transcripts, read_turns
+from mpo_ray.data.fields import (
+    Accept,
+    BadFieldError,
+    Values,
+    accept_all,
+    read_prompt,
+    read_reply,
+    read_text,
+    read_transcripts,
+    read_turns,
+)
 from mpo_ray.data.sources import DataError, Refusal, describe, read_table
-from mpo_ray.records import Prompt
+from mpo_ray.records import Prompt, Reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +31,7 @@ class Text:
     """
 
     prompt: Prompt | None
-    response: str
+    response: Reply
     opening: Prompt | None = None
 
 
@@ -38,9 +48,10 @@ class ParsedTexts:
     left_out: dict[str, int]
 
 
-def read_texts(source: Source) -> ParsedTexts:
+def read_texts(source: Source, *, accept: Accept = accept_all) -> ParsedTexts:
     """Read rows with `text`, with `prompt` and `response`, with preferences, whose chosen side counts, or `messages`.
 
+    accept: looks at the prompt and the response of every row (`Rendering.accept`)
     Raises DataError if the rows have other columns. Bad rows are returned, not raised.
     """
     columns, rows = read_table(source)
@@ -56,12 +67,18 @@ def read_texts(source: Source) -> ParsedTexts:
             continue
         try:
             found, without = read(row.values)
+            found = [_accepted(text, accept) for text in found]
         except BadFieldError as error:
             refused.append(Refusal(row.where, str(error)))
         else:
             texts += found
             left_out.update(without)
     return ParsedTexts(texts, refused, num_rows, dict(left_out))
+
+
+def _accepted(text: Text, accept: Accept) -> Text:
+    prompt, (response,) = accept("" if text.prompt is None else text.prompt, text.response)
+    return replace(text, prompt=None if text.prompt is None else prompt, response=response)
 
 
 #: A row's texts, and why turns of its conversation give none.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from mpo_ray.data.tokens import prompt_token_ids
 from mpo_ray.decoding.offline import NUM_LANES, Finished, Recipe, check_recipe, complete, lanes_for
 from mpo_ray.decoding.open_engine import open_engine
-from mpo_ray.policies.loading import load_tokenizer
+from mpo_ray.policies.loading import load_rendering
 from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.records import Prompt
 
@@ -16,10 +15,11 @@ def answer(artefact: str, text: str, recipe: Recipe, *, num: int, seed: int) -> 
     text: a user's message where the tokenizer has a chat template, the beginning of a text elsewhere
     Raises RequestError before a model is opened.
     """
-    tokenizer = load_tokenizer(artefact)
-    prompt: Prompt = ({"role": "user", "content": text},) if getattr(tokenizer, "chat_template", None) else text
-    ids = prompt_token_ids(tokenizer, prompt)
-    check_recipe(recipe, MixtureConfig.from_pretrained(artefact), ids)
+    config = MixtureConfig.from_pretrained(artefact)
+    rendering = load_rendering(artefact, text=config.text)
+    prompt: Prompt = ({"role": "user", "content": text},) if rendering.has_template else text
+    ids = rendering.prompt_ids(prompt)
+    check_recipe(recipe, config, ids)
     lanes = min(NUM_LANES, num * recipe.mode.particles)
     context = len(ids) + max(1, recipe.sampling.max_tokens)
     engine = open_engine(artefact, num_lanes=lanes_for(recipe, lanes), context=context)

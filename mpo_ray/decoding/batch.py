@@ -53,20 +53,22 @@ def sample_completions(
     num_completions: int,
     max_new_tokens: int,
     temperature: float,
-    eos_id: int,
+    end_ids: Sequence[int],
     pad_id: int,
     seed: int,
 ) -> list[list[Completion]]:
     """Draw `num_completions` per prompt from the model's own distribution: no top-k, no top-p, no penalties.
 
-    prompts: token ids; temperature 0.0 is greedy. The result depends on the prompts, their order, their number of
-    completions and `seed`; a smaller `max_new_tokens` cuts the same completions earlier.
+    prompts: token ids; temperature 0.0 is greedy; end_ids: each of them, one at least, ends a completion
+    The result depends on the prompts, their order, their number of completions and `seed`; a smaller `max_new_tokens`
+    cuts the same completions earlier.
     """
     num_rows = len(prompts) * num_completions
     generator = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(max_new_tokens, num_rows, generator=generator, dtype=torch.float64).clamp(max=LARGEST_UNIFORM)
     uniforms = uniforms.to(model.device)
-    drawn = torch.full((num_rows, max_new_tokens), eos_id, device=model.device)
+    ends = torch.tensor(end_ids, device=model.device)
+    drawn = torch.full((num_rows, max_new_tokens), end_ids[0], device=model.device)
     is_mixture = isinstance(model, MixtureForCausalLM)
     log_z = torch.zeros(num_rows, dtype=torch.float64, device=model.device)
     unfinished = torch.ones(num_rows, dtype=torch.bool, device=model.device)
@@ -74,11 +76,11 @@ def sample_completions(
     for step in range(max_new_tokens):
         if is_mixture:
             log_z[batch.rows] += log_normalizer(batch.logits).double() * unfinished[batch.rows]
-        if not batch.step(drawn, unfinished, uniforms, place=step, temperature=temperature, eos_id=eos_id):
+        if not batch.step(drawn, unfinished, uniforms, place=step, temperature=temperature, ends=ends):
             break
     totals = log_z.tolist() if is_mixture else [None] * num_rows
     completions = [
-        cut(row, eos_id, log_z=total, log_z_hat=total) for row, total in zip(drawn.tolist(), totals, strict=True)
+        cut(row, end_ids, log_z=total, log_z_hat=total) for row, total in zip(drawn.tolist(), totals, strict=True)
     ]
     return [completions[i : i + num_completions] for i in range(0, num_rows, num_completions)]
 
@@ -129,15 +131,16 @@ class DecodedBatch:
         self.rows = torch.arange(len(self._positions), device=model.device)
 
     def step(
-        self, drawn: Tensor, unfinished: Tensor, uniforms: Tensor, *, place: int, temperature: float, eos_id: int
+        self, drawn: Tensor, unfinished: Tensor, uniforms: Tensor, *, place: int, temperature: float, ends: Tensor
     ) -> bool:
         """Draw the token at `place` of every completion, and go on to the next; returns whether there is a next.
 
         drawn: (N, T) token ids of all N completions, and unfinished: (N,), are written; uniforms: (T, N)
+        ends: (E,) ids that end a completion
         """
         tokens = draw_tokens(self.logits, uniforms[place, self.rows], temperature=temperature)
-        drawn[self.rows, place] = torch.where(unfinished[self.rows], tokens, eos_id)
-        unfinished[self.rows] &= tokens != eos_id
+        drawn[self.rows, place] = torch.where(unfinished[self.rows], tokens, ends[0])
+        unfinished[self.rows] &= (tokens[:, None] != ends).all(1)
         if place + 1 == drawn.shape[1] or not bool(unfinished.any()):
             return False
         self._drop_ended(unfinished)
@@ -184,8 +187,9 @@ def _empty_cache(model: Any) -> Any:
     return None if isinstance(model, MixtureForCausalLM) else growing_cache(model.config)
 
 
-def cut(ids: list[int], eos_id: int, **figures: float | None) -> Completion:
+def cut(ids: list[int], end_ids: Sequence[int], **figures: float | None) -> Completion:
     """A completion of what was drawn up to the limit: it ends with the first end token."""
-    if eos_id not in ids:
+    end = next((place for place, id in enumerate(ids) if id in end_ids), None)
+    if end is None:
         return Completion(ids, finished=False, **figures)
-    return Completion(ids[: ids.index(eos_id) + 1], finished=True, **figures)
+    return Completion(ids[: end + 1], finished=True, **figures)

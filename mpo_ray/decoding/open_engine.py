@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mpo_ray.data.rendering import artefact_ends
 from mpo_ray.decoding.engine import PROMPT_TOKENS, MixtureEngine
 from mpo_ray.decoding.runner import MixtureRunner
 from mpo_ray.policies.loading import load_tokenizer
@@ -46,11 +47,11 @@ def engine_of(
     prompt_tokens: int = PROMPT_TOKENS,
 ) -> MixtureEngine:
     """The engine of a mixture that is open already, which it leaves as it was. As `open_engine`."""
-    ends = mixture.generation_config.eos_token_id
+    ends = artefact_ends(mixture.generation_config, tokenizer)
     return MixtureEngine(
         MixtureRunner(mixture, num_lanes=num_lanes, context=context),
         {name: mixture.config.weights[name] for name in mixture.objectives},
-        eos_ids=ends if isinstance(ends, list) else [ends],
+        eos_ids=ends,
         tokenizer=tokenizer,
         max_waiting=max_waiting,
         prompt_tokens=prompt_tokens,

@@ -26,14 +26,16 @@ def sample_mixture(
     temperature: float,
     num_completions: int,
     max_new_tokens: int,
-    tokenizer: Any,
+    end_ids: Sequence[int],
+    pad_id: int,
     seed: int,
 ) -> list[list[Completion]]:
     """Draw token by token with one particle, for which any causal language model serves, and whole with more.
 
+    end_ids: each ends a completion; see `sample_completions`
     Raises ValueError for particles that cannot be, or another temperature than 1 with more than one.
     """
-    special = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    special: dict[str, Any] = {"end_ids": end_ids, "pad_id": pad_id}
     how = {"num_completions": num_completions, "max_new_tokens": max_new_tokens, "seed": seed, **special}
     check_particles(num_particles, temperature)
     if num_particles == 1:
@@ -60,7 +62,7 @@ def sample_from_particles(
     num_completions: int,
     num_particles: int,
     max_new_tokens: int,
-    eos_id: int,
+    end_ids: Sequence[int],
     pad_id: int,
     seed: int,
 ) -> list[list[Completion]]:
@@ -76,7 +78,8 @@ def sample_from_particles(
     uniforms = torch.rand(max_new_tokens, groups * num, generator=generator, dtype=torch.float64)
     shifts = torch.rand(max_new_tokens + 1, groups, generator=generator, dtype=torch.float64)
     uniforms, shifts = uniforms.clamp(max=LARGEST_UNIFORM).to(model.device), shifts.to(model.device)
-    drawn = torch.full((groups * num, max_new_tokens), eos_id, device=model.device)
+    ends = torch.tensor(end_ids, device=model.device)
+    drawn = torch.full((groups * num, max_new_tokens), end_ids[0], device=model.device)
     zeros = torch.zeros(groups, num, dtype=torch.float64, device=model.device)
     log_weights, log_z, log_z_hat = zeros.clone(), zeros.clone(), zeros[:, 0].clone()
     batch = DecodedBatch(model, prompts, num_completions * num, pad_id)
@@ -98,9 +101,9 @@ def sample_from_particles(
             places = torch.full_like(everyone, -1)
             places[batch.rows] = torch.arange(len(batch.rows), device=model.device)
             batch.select(places[flat[alive]], everyone[alive])
-        if not batch.step(drawn, alive, uniforms, place=step, temperature=1.0, eos_id=eos_id):
+        if not batch.step(drawn, alive, uniforms, place=step, temperature=1.0, ends=ends):
             break
-    return _outcomes(drawn, log_weights, log_z, log_z_hat, shifts[-1], eos_id, num_completions)
+    return _outcomes(drawn, log_weights, log_z, log_z_hat, shifts[-1], end_ids, num_completions)
 
 
 def _outcomes(
@@ -109,7 +112,7 @@ def _outcomes(
     log_z: Tensor,
     log_z_hat: Tensor,
     uniforms: Tensor,
-    eos_id: int,
+    end_ids: Sequence[int],
     num_completions: int,
 ) -> list[list[Completion]]:
     """One particle of every group, as completions by prompt."""
@@ -120,7 +123,7 @@ def _outcomes(
     totals = (log_z_hat + log_mean_weight(log_weights)).tolist()
     sizes = effective_number(log_weights).tolist()
     found = [
-        cut(ids, eos_id, log_z=own, log_z_hat=total, effective_number=size)
+        cut(ids, end_ids, log_z=own, log_z_hat=total, effective_number=size)
         for ids, own, total, size in zip(rows, sums, totals, sizes, strict=True)
     ]
     return [found[i : i + num_completions] for i in range(0, groups, num_completions)]

@@ -27,7 +27,7 @@ from mpo_ray.evaluation.fit_section import fit_pictures, fit_section
 from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.evaluation.mopo_section import mopo_section, sweep_figure
 from mpo_ray.evaluation.verdict import verdict
-from mpo_ray.records import GRID_PREFIX, MPO, decode_prompt
+from mpo_ray.records import GRID_PREFIX, MPO, decode_prompt, turns_of
 
 #: Prompts whose completions are shown side by side, and the longest text that is shown whole.
 SHOWN_PROMPTS = 4
@@ -158,11 +158,7 @@ def _examples(metrics: Metrics, completions: pa.Table) -> list[dict[str, Any]]:
 
 
 def _turns(text: str, *, is_chat: bool) -> list[tuple[str, str]]:
-    """A prompt as (role, text) turns; a plain prompt is one turn without a role."""
-    prompt = decode_prompt(text, is_chat)
-    if isinstance(prompt, str):
-        return [("", _shortened(prompt))]
-    return [(str(message.get("role", "")), _shortened(str(message.get("content", "")))) for message in prompt]
+    return [(role, _shortened(turn)) for role, turn in turns_of(decode_prompt(text, is_chat))]
 
 
 def _shortened(text: str) -> str:

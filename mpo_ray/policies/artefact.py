@@ -12,10 +12,13 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig
 
+from mpo_ray.data.chat_template import with_defaults
+from mpo_ray.data.end_tokens import ends_of, model_ends
+from mpo_ray.data.rendering import Rendering
 from mpo_ray.policies.loading import (
     PRECISIONS,
     ModelError,
@@ -42,13 +45,18 @@ def write_artefact(
     fit: Mapping[str, Any],
     precision: str = "fp32",
     copy_policies: bool = True,
+    template_values: Mapping[str, Any] | None = None,
+    text: Literal["rendered", "plain"] = "rendered",
 ) -> MixtureConfig:
     """Write the artefact of the policies in `objectives` (directory by name, in order) into `directory`.
 
     Files are hard links where the file system allows it, copies elsewhere. Without `copy_reference` the artefact names
     the reference: a hub id as it is, a directory by its absolute path. Without `copy_policies` it has symbolic
-    links to them, and lasts as long as they stay where they are. Raises ModelError where policies do not fit together,
-    ValueError where the weights are not on the simplex.
+    links to them, and lasts as long as they stay where they are. Its end tokens are the chat template's and all that
+    transformers would use for the reference or a policy.
+    template_values: become defaults of the chat template, so that whoever uses the artefact's tokenizer has them
+    text: what prompts are that are texts; see `Rendering`
+    Raises ModelError where policies do not fit together, ValueError where the weights are not on the simplex.
     """
     names = list(objectives)
     weights = check_weights(weights, names, where="the mixture's weights")
@@ -74,8 +82,12 @@ def write_artefact(
     if fit:
         (directory / "fit.json").write_text(json.dumps(fit, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     tokenizer = tokenizers[names[0]]
+    models = [reference, *(str(policy) for policy in objectives.values())]
+    ends = {*ends_of(*tokenizers.values()), *(end for model in models for end in model_ends(model))}
+    rendering = Rendering(tokenizer, template_values=template_values, model_ends=ends)
+    _generation_config(rendering).save_pretrained(directory)
+    tokenizer.chat_template = with_defaults(tokenizer.chat_template, rendering.template_values)
     tokenizer.save_pretrained(directory)
-    _generation_config(reference, tokenizer).save_pretrained(directory)
     base = AutoConfig.from_pretrained(reference, trust_remote_code=False).get_text_config()
     base.name_or_path = ""  # where it was read is nobody's business
     config = MixtureConfig(
@@ -88,6 +100,7 @@ def write_artefact(
         vocabulary_digest=vocabulary_digest(tokenizer),
         vocab_size=base.vocab_size,
         max_position_embeddings=getattr(base, "max_position_embeddings", None),
+        text=text,
         text_config=base,
         architectures=["MixtureForCausalLM"],
         dtype=str(PRECISIONS[precision]).removeprefix("torch."),
@@ -174,19 +187,14 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _generation_config(reference: str, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """End tokens are the reference's; sampling is the mixture itself: temperature 1 and nothing cut off."""
-    try:
-        ends = GenerationConfig.from_pretrained(reference).eos_token_id
-    except OSError:
-        ends = None
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
+def _generation_config(rendering: Rendering) -> GenerationConfig:
+    """Sampling is the mixture itself: temperature 1 and nothing cut off."""
     return GenerationConfig(
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=sorted({*ends, tokenizer.eos_token_id}),
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=rendering.tokenizer.bos_token_id,
+        eos_token_id=list(rendering.ends),
+        pad_token_id=rendering.tokenizer.pad_token_id,
     )

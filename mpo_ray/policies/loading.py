@@ -25,6 +25,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from mpo_ray.data.end_tokens import model_ends
+from mpo_ray.data.rendering import Rendering
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -49,6 +52,14 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_rendering(path: str, **settings: Any) -> Rendering:
+    """How prompts and replies of the model at a directory or hub id become token ids. settings: see `Rendering`
+
+    Raises ModelError, and ValueError for chat_template_kwargs that its template does not read.
+    """
+    return Rendering(load_tokenizer(path), model_ends=model_ends(path), **settings)
 
 
 def load_model(path: str, *, precision: str = "fp32") -> PreTrainedModel:

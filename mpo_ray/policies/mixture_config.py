@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -22,6 +22,7 @@ class MixtureConfig(PreTrainedConfig):  # type: ignore[misc]
     policy_digests: content of each policy's directory
     policy_files: per objective, the SHA-256 of each of its files, so that a damaged one can be named
     vocabulary_digest: what all policies share; see `loading.vocabulary_digest`
+    text: whether prompts that are texts are `rendered` already, or `plain` words (`data.text` of the run)
     text_config: the reference's own, for programs that want to know a model's layers and heads before they load it
     """
 
@@ -39,6 +40,7 @@ class MixtureConfig(PreTrainedConfig):  # type: ignore[misc]
         vocabulary_digest: str | None = None,
         vocab_size: int | None = None,
         max_position_embeddings: int | None = None,
+        text: Literal["rendered", "plain"] = "rendered",
         text_config: Mapping[str, Any] | PreTrainedConfig | None = None,
         use_cache: bool = True,
         **kwargs: Any,
@@ -52,6 +54,7 @@ class MixtureConfig(PreTrainedConfig):  # type: ignore[misc]
         self.vocabulary_digest = vocabulary_digest
         self.vocab_size = vocab_size
         self.max_position_embeddings = max_position_embeddings
+        self.text = text
         if isinstance(text_config, Mapping):
             text_config = AutoConfig.for_model(**text_config)
         self.text_config = text_config

@@ -15,13 +15,13 @@ from mpo_ray.data.comparisons import Parsed, check_refused, check_share, read_co
 from mpo_ray.data.conflict import conflict_report
 from mpo_ray.data.limits import Limits, check_lengths, model_context
 from mpo_ray.data.prompts import is_heldout, read_prompts, select_prompts
+from mpo_ray.data.rendering import Rendering
 from mpo_ray.data.sources import DataError
 from mpo_ray.data.texts import read_texts
-from mpo_ray.data.tokens import prompt_token_ids, response_token_ids
 from mpo_ray.evaluation.rewards import is_callable_spec, load_reward
-from mpo_ray.policies.loading import load_tokenizer
+from mpo_ray.policies.loading import load_rendering
 from mpo_ray.policies.scratch import write_scratch_model
-from mpo_ray.records import Comparison, Prompt, digest, encode_prompt, prompt_id
+from mpo_ray.records import Comparison, Prompt, digest, encode_prompt, encode_reply, prompt_id
 from mpo_ray.stages.stage import EMBEDDED, Context, Stage, source_content
 
 ROWS_PER_PART = 512
@@ -51,13 +51,13 @@ def write_embedded(context: Context) -> None:
 def prepare_data(context: Context) -> dict[str, Any]:
     """Read, check, split and write everything the run learns from. Raises DataError before anything is trained."""
     config = context.config
-    tokenizer = load_tokenizer(context.given_model())
+    rendering = load_rendering(context.given_model(), **config.data.rendering)
     limits = Limits(
         prompt=config.data.max_prompt_tokens,
         response=config.data.max_response_tokens,
         context=model_context(context.given_model()),
     )
-    parsed = {name: read_objective(context, name, tokenizer, limits) for name in config.objectives}
+    parsed = {name: read_objective(context, name, rendering, limits) for name in config.objectives}
     counts = {name: _write_comparisons(context, name, item) for name, item in parsed.items()}
     conflict = conflict_report(
         {name: item.comparisons for name, item in parsed.items()},
@@ -69,18 +69,20 @@ def prepare_data(context: Context) -> dict[str, Any]:
         if item.reading is not None:
             context.console.print(item.reading.as_text(name), markup=False, soft_wrap=True)
     context.console.print(conflict.as_text())
-    _write_prompts(context, parsed, tokenizer, limits)
+    _write_prompts(context, parsed, rendering, limits)
     if config.reference.sft is not None:
-        counts["sft"] = _write_texts(context, tokenizer, limits)
+        counts["sft"] = _write_texts(context, rendering, limits)
     return counts
 
 
-def read_objective(context: Context, name: str, tokenizer: Any, limits: Limits) -> Parsed:
+def read_objective(context: Context, name: str, rendering: Rendering, limits: Limits) -> Parsed:
     """One objective's comparisons, checked against the rules of its form and the lengths the model can take."""
     data, objective = context.config.data, context.config.objectives[name]
-    parsed = read_comparisons(context.resolve(objective.preferences), name, objective.label, objective.label_means)
+    source, accept = context.resolve(objective.preferences), rendering.accept
+    parsed = read_comparisons(source, name, objective.label, objective.label_means, accept=accept)
+    _tell_unread(context, rendering, f"objective {name!r}")
     check_refused(parsed, objective=name, allow=data.allow_bad_rows)
-    return check_lengths(parsed, tokenizer, limits, objective=name, overlong=data.overlong)
+    return check_lengths(parsed, rendering, limits, objective=name, overlong=data.overlong)
 
 
 def heldout(config: RunConfig, prompt: Prompt) -> bool:
@@ -105,13 +107,16 @@ def _write_comparisons(context: Context, name: str, parsed: Parsed) -> dict[str,
                 "id": c.id,
                 "prompt_id": prompt_id(c.prompt),
                 **_prompt_columns(c.prompt),
-                "chosen": c.chosen,
-                "rejected": c.rejected,
+                "chosen": encode_reply(c.chosen)[0],
+                "rejected": encode_reply(c.rejected)[0],
                 "weight": c.weight,
                 "margin": c.margin,
             }
             for c in comparisons
         ]
+        if any(not isinstance(reply, str) for c in comparisons for reply in (c.chosen, c.rejected)):
+            for row, c in zip(rows, comparisons, strict=True):
+                row |= {f"{side}_is_message": encode_reply(getattr(c, side))[1] for side in ("chosen", "rejected")}
         _write_parts(context, f"comparisons/{name}", side, rows, ROWS_PER_PART)
     reasons = Counter(refusal.reason.partition(":")[0] for refusal in parsed.refused)
     return {
@@ -125,7 +130,7 @@ def _write_comparisons(context: Context, name: str, parsed: Parsed) -> dict[str,
     }
 
 
-def _write_prompts(context: Context, parsed: dict[str, Parsed], tokenizer: Any, limits: Limits) -> None:
+def _write_prompts(context: Context, parsed: dict[str, Parsed], rendering: Rendering, limits: Limits) -> None:
     config = context.config
     known = list({prompt_id(c.prompt): c.prompt for item in parsed.values() for c in item.comparisons}.values())
     wanted = {
@@ -141,9 +146,11 @@ def _write_prompts(context: Context, parsed: dict[str, Parsed], tokenizer: Any, 
         if source is None:
             available: Sequence[Prompt] = [p for p in known if heldout(config, p) == wants_heldout]
         else:
-            available = read_prompts(context.resolve(source))
+            allow = config.data.allow_bad_rows
+            available = read_prompts(context.resolve(source), accept=rendering.accept, allow=allow)
+            _tell_unread(context, rendering, f"prompts for the {use}")
         room = min(limits.prompt, limits.context - new_tokens)
-        fitting = [p for p in available if len(prompt_token_ids(tokenizer, p)) <= room]
+        fitting = [p for p in available if len(rendering.prompt_ids(p)) <= room]
         if len(fitting) < len(available) and config.data.overlong == "error":
             raise DataError(
                 f"prompts for the {use}: {len(available) - len(fitting)} of {len(available)} are longer than {room} "
@@ -157,22 +164,22 @@ def _write_prompts(context: Context, parsed: dict[str, Parsed], tokenizer: Any, 
         _write_parts(context, f"prompts/{use}", "part", rows, config.scoring.prompts_per_part)
 
 
-def _write_texts(context: Context, tokenizer: Any, limits: Limits) -> dict[str, Any]:
+def _write_texts(context: Context, rendering: Rendering, limits: Limits) -> dict[str, Any]:
     sft = context.config.reference.sft
     assert sft is not None
-    parsed = read_texts(context.resolve(sft.source))
+    parsed = read_texts(context.resolve(sft.source), accept=rendering.accept)
+    _tell_unread(context, rendering, "reference.sft.source")
     allow = context.config.data.allow_bad_rows
     check_share(parsed.refused, parsed.num_rows, what="reference.sft.source", allow=allow)
     sides: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": []}
     dropped = 0
     for text in parsed.texts:
-        prompt = prompt_token_ids(tokenizer, "" if text.prompt is None else text.prompt)
-        response = response_token_ids(tokenizer, text.response)
+        prompt, response = rendering.ids("" if text.prompt is None else text.prompt, text.response)
         if not limits.allow(len(prompt), len(response)):
             dropped += 1
             continue
         # A text that stands alone is split by itself, one with a prompt by its prompt, a conversation by its opening.
-        split_by = text.response if text.prompt is None else text.opening or text.prompt
+        split_by = str(text.response) if text.prompt is None else text.opening or text.prompt
         side = "heldout" if heldout(context.config, split_by) else "train"
         sides[side].append({"prompt_ids": prompt, "response_ids": response})
     if dropped and context.config.data.overlong == "error":
@@ -189,6 +196,13 @@ def _write_texts(context: Context, tokenizer: Any, limits: Limits) -> dict[str, 
         context.console.print(f"reference.sft.source: {number} {reason} are not learned", soft_wrap=True)
     told = {"refused": len(parsed.refused), "overlong": dropped, "left_out": parsed.left_out}
     return {name: len(rows) for name, rows in sides.items()} | told
+
+
+def _tell_unread(context: Context, rendering: Rendering, what: str) -> None:
+    """Say which keys of messages the model will not see."""
+    for key, number in sorted(rendering.unread.items()):
+        context.console.print(f"  {what}: the chat template does not read {key!r}, which {number} messages have")
+    rendering.unread.clear()
 
 
 def _prompt_columns(prompt: Prompt) -> dict[str, Any]:

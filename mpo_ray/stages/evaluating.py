@@ -118,6 +118,7 @@ def _generate(context: Context, parts: list[Part]) -> None:
             "rewards": context.rewards(),
             "beta": config.policies.beta,
             "actors": config.scoring.model_dump(),
+            "rendering": config.data.rendering,
             "num_completions": config.evaluation.completions_per_prompt,
             "max_new_tokens": config.evaluation.max_new_tokens,
             "temperature": config.evaluation.temperature,

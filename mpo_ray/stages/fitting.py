@@ -87,6 +87,7 @@ def write_mixture(context: Context) -> None:
             weights=result["weights"],
             fit=result,
             precision=context.config.policies.precision,
+            **context.config.data.rendering,
         )
 
 

@@ -18,7 +18,7 @@ from mpo_ray.evaluation.judge_client import ChatClient, JudgeError
 from mpo_ray.evaluation.judge_cost import Budget
 from mpo_ray.evaluation.judge_prompt import JudgePrompt
 from mpo_ray.evaluation.judgements import Outcome, Tally, judged_candidates, tally
-from mpo_ray.records import GRID_PREFIX, REFERENCE, decode_prompt, digest
+from mpo_ray.records import GRID_PREFIX, REFERENCE, decode_prompt, digest, turns_of
 from mpo_ray.run import Run
 from mpo_ray.stages.stage import Context, Stage
 
@@ -196,7 +196,7 @@ def _as_text(text: str, is_chat: bool) -> str:
     prompt = decode_prompt(text, is_chat)
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in prompt)
+    return "\n\n".join(f"{role}: {turn}" for role, turn in turns_of(prompt))
 
 
 def _remarks(counts: Tally, num: int, judgements: Judgements, settings: Judge) -> list[str]:

@@ -10,9 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
-from mpo_ray.config import RunConfig
+from mpo_ray.config import Data, RunConfig
 from mpo_ray.config_training import Source
 from mpo_ray.data.sources import fingerprint
+from mpo_ray.policies.loading import load_rendering
 from mpo_ray.records import MOPO_PREFIX
 from mpo_ray.run import Run, directory_digest, file_digest, stage_inputs
 
@@ -28,6 +29,7 @@ class Context:
     console: Console
     _digests: dict[str, str] = field(default_factory=dict)
     _given_content: str | None = None
+    _rendered: list[Any] | None = None
 
     def inputs(self, stage: Stage) -> str:
         """Digest of everything the stage's output depends on, the stages before it included."""
@@ -59,8 +61,17 @@ class Context:
         return self._given_content
 
     def reference_inputs(self) -> str:
-        """What stands for π_ref in a digest of inputs: what it was trained from, or the given model."""
-        return self.trained_from("base") if self.config.reference.sft else self.given_content()
+        """What stands for π_ref in a digest of inputs: what it was trained from, or the given model.
+
+        How prompts and replies become its token ids belongs to it, where that is not the plain way.
+        """
+        model = self.trained_from("base") if self.config.reference.sft else self.given_content()
+        if self._rendered is None:
+            settings = self.config.data.rendering
+            rendering = load_rendering(self.given_model(), **settings)
+            plain = rendering.ends == (rendering.tokenizer.eos_token_id,) and settings == Data().rendering
+            self._rendered = [] if plain else [settings, rendering.ends]
+        return stage_inputs("reference", model, self._rendered) if self._rendered else model
 
     def trained_from(self, node: str) -> str:
         """The digest of what the model at a node of the run was trained from."""

@@ -43,7 +43,11 @@ def score_pairs(context: Context) -> None:
         context.run,
         parts,
         PairReference,
-        {"reference": context.reference(), "actors": context.config.scoring.model_dump()},
+        {
+            "reference": context.reference(),
+            "actors": context.config.scoring.model_dump(),
+            "rendering": context.config.data.rendering,
+        },
         actors=context.config.scoring,
         console=context.console,
         title="reference log-probabilities",

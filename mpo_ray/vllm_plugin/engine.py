@@ -19,6 +19,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from mpo_ray.config import ConfigError
+from mpo_ray.data.rendering import artefact_ends
 from mpo_ray.decoding.drafts import Rules
 from mpo_ray.decoding.pace import Pace
 from mpo_ray.decoding.protocol import (
@@ -95,7 +96,8 @@ class VllmEngine:
         check_artefact(Path(artefact), config)
         self.objectives = tuple(config.objectives)
         self.set_weights(config.weights if weights is None else weights)
-        self._eos_ids, self._tokenizer = _end_ids(artefact), load_tokenizer(artefact)
+        self._tokenizer = load_tokenizer(artefact)
+        self._eos_ids = artefact_ends(GenerationConfig.from_pretrained(artefact), self._tokenizer)
         self._num_lanes, self._max_waiting, self._stuck_after = num_lanes, max_waiting, stuck_after
         limits = [limit for limit in (context, config.max_position_embeddings) if limit is not None]
         if not limits:
@@ -280,11 +282,6 @@ class VllmEngine:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-
-def _end_ids(artefact: str) -> tuple[int, ...]:
-    ends = GenerationConfig.from_pretrained(artefact).eos_token_id
-    return tuple(ends) if isinstance(ends, list) else (ends,)
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], item: Any) -> None:

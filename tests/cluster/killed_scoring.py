@@ -22,6 +22,7 @@ def arguments(run: Run) -> dict[str, Any]:
         "rewards": {"a": f"{run.local}/slow.py:reward"},
         "beta": 0.5,
         "actors": ACTORS.model_dump(),
+        "rendering": {},
     }
 
 

@@ -23,7 +23,7 @@ from mpo_ray.data.sources import DataError
 from mpo_ray.decoding.particles import sample_from_particles
 from mpo_ray.evaluation.gains import Gains
 from mpo_ray.policies.artefact import write_artefact
-from mpo_ray.policies.loading import ModelError, load_policy, load_tokenizer
+from mpo_ray.policies.loading import ModelError, load_policy, load_rendering, load_tokenizer
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.policies.policy_set import PolicySet
 from mpo_ray.records import REFERENCE, digest, prompt_id
@@ -104,7 +104,7 @@ def write_game(root: Path) -> Game:
     prompts = pa.table(rows)
     game.run.write_table("prompts/fit/part-00000.parquet", prompts)
     policies = PolicySet(game.places[REFERENCE], {name: game.places[name] for name in OBJECTIVES})
-    opened = load_tokenizer(game.places[REFERENCE])
+    opened = load_rendering(game.places[REFERENCE])
     rewards = load_rewards({name: f"{root}/rewards.py:{name}" for name in OBJECTIVES}, game.config.scoring)
     for name in (REFERENCE, *OBJECTIVES):
         with policies.model(name) as model:
@@ -186,7 +186,7 @@ def test_with_particles_a_step_decodes_whole_completions(unbroken: tuple[Game, D
             num_completions=2,
             num_particles=4,
             max_new_tokens=8,
-            eos_id=tokenizer.eos_token_id,
+            end_ids=[tokenizer.eos_token_id],
             pad_id=tokenizer.pad_token_id,
             seed=int(digest([0, "decoded", 0, part])[:12], 16),
         )

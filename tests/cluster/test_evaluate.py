@@ -7,7 +7,7 @@ import pytest
 
 from mpo_ray.cluster.evaluate import CandidateEvaluator
 from mpo_ray.config import Actors
-from mpo_ray.data.tokens import prompt_token_ids
+from mpo_ray.data.rendering import Rendering
 from mpo_ray.decoding.particles import sample_from_particles
 from mpo_ray.evaluation.candidates import Candidate
 from mpo_ray.policies.artefact import write_artefact
@@ -45,6 +45,7 @@ def evaluator(places: dict[str, str]) -> CandidateEvaluator:
         rewards={"a": "implicit", "b": f"{__file__}:length"},
         beta=0.5,
         actors=Actors(batch_size=4).model_dump(),
+        rendering={},
         num_completions=2,
         max_new_tokens=6,
         temperature=1.0,
@@ -89,8 +90,8 @@ def test_particles_draw_whole_completions_with_their_own_log_z_and_kl(evaluator,
     model = MixtureForCausalLM.from_pretrained(places["mixture"])
     model.set_weights({"a": 0.3, "b": 0.7})
     tokenizer = load_tokenizer(places["base"])
-    prompts = [prompt_token_ids(tokenizer, prompt) for prompt in PROMPTS["prompt"].to_pylist()]
-    special = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    prompts = [Rendering(tokenizer).prompt_ids(prompt) for prompt in PROMPTS["prompt"].to_pylist()]
+    special = {"end_ids": [tokenizer.eos_token_id], "pad_id": tokenizer.pad_token_id}
     drawn = sample_from_particles(
         model, prompts, num_completions=2, num_particles=4, max_new_tokens=6, seed=7, **special
     )

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mpo_ray import cli
-from mpo_ray.data.tokens import prompt_token_ids
+from mpo_ray.data.rendering import Rendering
 from mpo_ray.decoding.offline import Recipe, complete
 from mpo_ray.decoding.open_engine import open_engine
 from mpo_ray.decoding.protocol import Mode, Sampling
@@ -73,7 +73,7 @@ def test_every_completion_is_that_of_its_prompt_and_seed_alone(artefact: Path, m
     for row in found:
         given = ROWS[row["row"]]["prompt"]
         prompt = given if isinstance(given, str) else tuple(given)
-        ids = prompt_token_ids(tiny_tokenizer(), prompt)
+        ids = Rendering(tiny_tokenizer()).prompt_ids(prompt)
         [alone] = complete(engine, [recipe.request("alone", ids, seed=row["seed"])])
         assert alone.diagnostics is not None
         assert (row["tokens"], row["completion"]) == (list(alone.tokens), alone.text)

@@ -39,7 +39,7 @@ def run(tmp_path: Path) -> Run:
     base = tiny_llama(run.local / "base", tiny_tokenizer(), seed=0)
     tiny_lora(run.local / "policies" / "a", base, seed=1)
     run.write_text("slow.py", SLOW_REWARD.format(calls=str(run.local / "calls")))
-    sampler = Sampler(str(base), {}, ACTORS.model_dump(), num_samples=4, max_new_tokens=8)
+    sampler = Sampler(str(base), {}, ACTORS.model_dump(), {}, num_samples=4, max_new_tokens=8)
     for index in range(NUM_PARTS):
         prompts = pa.table({"prompt_id": [str(index)], "prompt": [f"film {index}"], "is_chat": [False]})
         samples = sampler(prompts, {"proposal": "reference", "first_id": 0, "seed": index})

@@ -8,7 +8,7 @@ import torch
 
 from mpo_ray.cluster.score import Sampler, SampleScorer, draw, sequences
 from mpo_ray.config import Actors
-from mpo_ray.policies.loading import load_model, load_policy, load_tokenizer
+from mpo_ray.policies.loading import load_model, load_policy, load_rendering
 from mpo_ray.policies.policy_set import sequence_logprobs
 from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
 
@@ -29,8 +29,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]
 def test_the_sampler_draws_from_the_proposal_it_is_told(world: tuple[str, dict[str, str]]) -> None:
     """The same tokens as the policy alone, by PEFT, with the same seed; ids from `first_id`; log π_ref of each row."""
     reference, policies = world
-    sampler = Sampler(reference, policies, ACTORS, num_samples=3, max_new_tokens=8)
-    tokenizer, pad_id = load_tokenizer(reference), load_tokenizer(reference).pad_token_id
+    sampler = Sampler(reference, policies, ACTORS, {}, num_samples=3, max_new_tokens=8)
+    rendering = load_rendering(reference)
+    pad_id = rendering.tokenizer.pad_token_id
     drawn: dict[str, list[Any]] = {}
     for name, model in (
         ("b", load_policy(policies["b"], reference)),
@@ -38,7 +39,7 @@ def test_the_sampler_draws_from_the_proposal_it_is_told(world: tuple[str, dict[s
         ("a", load_policy(policies["a"], reference)),
     ):
         table = sampler(PROMPTS, {"proposal": name, "first_id": 6, "seed": 5})
-        alone = draw(model, tokenizer, PROMPTS, num=3, max_new_tokens=8, temperature=1.0, seed=5)
+        alone = draw(model, rendering, PROMPTS, num=3, max_new_tokens=8, temperature=1.0, seed=5)
         drawn[name] = table["response_ids"].to_pylist()
         assert drawn[name] == alone["response_ids"].to_pylist()
         assert table["sample_id"].to_pylist() == [6, 7, 8] * 2
@@ -52,11 +53,11 @@ def test_the_sampler_draws_from_the_proposal_it_is_told(world: tuple[str, dict[s
 def test_the_scorer_computes_the_columns_that_it_is_not_given(world: tuple[str, dict[str, str]]) -> None:
     """Given columns stay to the last bit, impossible values too; an implicit reward follows a given log-ratio."""
     reference, policies = world
-    samples = Sampler(reference, {}, ACTORS, num_samples=2, max_new_tokens=8)(
+    samples = Sampler(reference, {}, ACTORS, {}, num_samples=2, max_new_tokens=8)(
         PROMPTS, {"proposal": "reference", "first_id": 0, "seed": 1}
     )
     rewards = {"a": "implicit", "b": "mpo_ray.data.embedded:concise"}
-    scorer = SampleScorer(reference, policies, rewards, 0.5, ACTORS)
+    scorer = SampleScorer(reference, policies, rewards, 0.5, ACTORS, {})
     whole = scorer(samples, {})
     given = samples.append_column("log_ratio_a", [[float(k) for k in range(4)]]).append_column("reward_b", [[7.0] * 4])
     scored = scorer(given, {})

@@ -22,7 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
 
 
 def _sample(model: PreTrainedModel, **changes: object) -> list:
-    settings = {"num_completions": 1, "max_new_tokens": 6, "temperature": 1.0, "eos_id": 2, "pad_id": 0, "seed": 0}
+    settings = {"num_completions": 1, "max_new_tokens": 6, "temperature": 1.0, "end_ids": [2], "pad_id": 0, "seed": 0}
     return sample_completions(model, PROMPTS, **{**settings, **changes})
 
 

@@ -74,7 +74,7 @@ def enumerated(model: MixtureForCausalLM, prompt: list[int]) -> tuple[dict[tuple
 
 def drawn(model: MixtureForCausalLM, **changes: int) -> list[list[Completion]]:
     settings = {"num_completions": 3000, "num_particles": 32, "max_new_tokens": LIMIT, "seed": 0}
-    return sample_from_particles(model, PROMPTS, eos_id=EOS, pad_id=0, **{**settings, **changes})
+    return sample_from_particles(model, PROMPTS, end_ids=[EOS], pad_id=0, **{**settings, **changes})
 
 
 def marginal(probabilities: dict[tuple[int, ...], float], place: int, size: int) -> np.ndarray:
@@ -148,7 +148,7 @@ def test_the_mixture_of_batch_decoding_is_the_same_model(mixture: MixtureForCaus
         num_completions=30,
         max_new_tokens=LIMIT,
         temperature=1.0,
-        eos_id=EOS,
+        end_ids=[EOS],
         pad_id=0,
         seed=3,
     )

@@ -204,8 +204,13 @@ def test_batch_sampling_of_a_mixture_is_generation_row_by_row(artefact, model, m
     """Greedy, prompts of different lengths, rows leaving the batch one by one: every policy's rows leave with them."""
     monkeypatch.setattr("mpo_ray.decoding.batch.DROPPED_SHARE", 1e-9)
     prompts = [ids_of(artefact, text) for text in ("the", "the film was very good and", "I liked it", "not at all")]
-    eos_id = model.generation_config.eos_token_id[0]
-    how = {"max_new_tokens": 12, "temperature": 0.0, "eos_id": eos_id, "pad_id": 0, "seed": 0}
+    how = {
+        "max_new_tokens": 12,
+        "temperature": 0.0,
+        "end_ids": model.generation_config.eos_token_id,
+        "pad_id": 0,
+        "seed": 0,
+    }
     for prompt, group in zip(prompts, sample_completions(model, prompts, num_completions=2, **how), strict=True):
         alone = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
         assert [completion.ids for completion in group] == [alone, alone]

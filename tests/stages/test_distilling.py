@@ -13,8 +13,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from mpo_ray.data.prompts import PlacedPrompt
+from mpo_ray.data.rendering import Rendering
 from mpo_ray.data.sources import DataError
-from mpo_ray.data.tokens import prompt_token_ids
 from mpo_ray.decoding.offline import Recipe
 from mpo_ray.decoding.protocol import Mode, Sampling
 from mpo_ray.policies.mixture import MixtureForCausalLM
@@ -64,7 +64,7 @@ def test_the_divergence_falls_and_is_that_of_the_model_which_loads(material: Pat
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert (tmp_path / "student" / "adapter_config.json").exists() == (kind == "lora")
     mixture = MixtureForCausalLM.from_pretrained(artefact, weights=ONE_TOKEN.weights)
-    places = [prompt_token_ids(tiny_tokenizer(), placed.prompt) for placed in PROMPTS]
+    places = [Rendering(tiny_tokenizer()).prompt_ids(placed.prompt) for placed in PROMPTS]
     assert after[0] == pytest.approx(float(np.mean([_kl(mixture, student, ids) for ids in places])), rel=1e-3)
     reference = AutoModelForCausalLM.from_pretrained(material / "reference")
     policies = {name: str(path) for name, path in paths(material, kind).items()}

@@ -81,7 +81,7 @@ def test_the_table_is_the_same(cluster: None, tmp_path: Path) -> None:
     run = Run(str(tmp_path), "scored")
     run.write_text("config.yaml", "{}")
     prompts = pa.table({"prompt_id": ["p", "q"], "prompt": ["the film was", "I liked a"], "is_chat": [False, False]})
-    sampler = Sampler(reference, policies, SCORING.model_dump(), num_samples=3, max_new_tokens=8)
+    sampler = Sampler(reference, policies, SCORING.model_dump(), {}, num_samples=3, max_new_tokens=8)
     for name in (REFERENCE, "2"):
         run.write_table(f"samples/{name}.parquet", sampler(prompts, {"proposal": name, "first_id": 0, "seed": 1}))
     columns = {f"{kind}_{name}": "inputs" for kind in ("log_ratio", "reward") for name in NAMES}
