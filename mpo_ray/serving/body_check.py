@@ -1,8 +1,10 @@
-"""What a body must be before anybody parses it: JSON by content type, whole characters, bounded size and depth."""
+"""What a body must be before anybody parses it: JSON, all there in time, whole characters, bounded size and depth."""
 
 from __future__ import annotations
 
+import asyncio
 import re
+import zlib
 
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive
@@ -17,6 +19,11 @@ _WHOLE_CHARACTERS = re.compile(
     re.DOTALL,
 )
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+#: Seconds that a body may take, and bytes for each of which a second is added, so that slow lines have theirs.
+BODY_SECONDS = 30.0
+BYTES_PER_SECOND = 16 * 2**10
+#: `zlib`'s name for: gzip, with its header.
+_GZIP = 31
 
 
 def check_content_type(headers: Headers) -> None:
@@ -29,13 +36,33 @@ def check_content_type(headers: Headers) -> None:
 
 
 async def read_body(headers: Headers, receive: Receive, *, max_bytes: int) -> bytes | None:
-    """The whole body, or None where the client left. Raises ApiError 413, before more than `max_bytes` are held."""
+    """The whole body, unpacked where it is gzip; None where the client left.
+
+    Raises ApiError 413, before more than `max_bytes` are held, 415 for other encodings, 408 for a body that stalls.
+    """
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip", "x-gzip", ""):
+        raise ApiError(
+            415,
+            f"the content encoding is {encoding[:100]}; send the body as it is or as gzip.",
+            code="unsupported_encoding",
+        )
     length = headers.get("content-length", "0")
     if length.isascii() and length.isdigit() and int(length[:20]) > max_bytes:
         raise _too_large(max_bytes)
-    parts, size = [], 0
+    body = await _received(receive, max_bytes)
+    return unzipped(body, max_bytes=max_bytes) if body is not None and "gzip" in encoding else body
+
+
+async def _received(receive: Receive, max_bytes: int) -> bytes | None:
+    loop = asyncio.get_running_loop()
+    began, parts, size = loop.time(), [], 0
     while True:
-        message: Message = await receive()
+        try:
+            async with asyncio.timeout_at(began + BODY_SECONDS + size / BYTES_PER_SECOND):
+                message: Message = await receive()
+        except TimeoutError:
+            raise ApiError(408, "the body did not come in time; send it again.", code="body_timeout") from None
         if message["type"] == "http.disconnect":
             return None
         parts.append(message.get("body", b""))
@@ -43,6 +70,26 @@ async def read_body(headers: Headers, receive: Receive, *, max_bytes: int) -> by
         if size > max_bytes:
             raise _too_large(max_bytes)
         if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def unzipped(body: bytes, *, max_bytes: int) -> bytes:
+    """What gzip packed, of one member or several. Raises ApiError 413, before more is unpacked, and 400."""
+    parts, room = [], max_bytes
+    while True:
+        member = zlib.decompressobj(_GZIP)
+        try:
+            part = member.decompress(body, room + 1)
+        except zlib.error:
+            raise ApiError(400, "the body is not gzip, as its content encoding says.") from None
+        if len(part) > room:
+            raise _too_large(max_bytes)
+        if not member.eof:
+            raise ApiError(400, "the gzip of the body ends too early.")
+        parts.append(part)
+        room -= len(part)
+        body = member.unused_data
+        if not body:
             return b"".join(parts)
 
 

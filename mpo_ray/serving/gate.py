@@ -48,7 +48,10 @@ def passage_of(scope: Any) -> Passage:
 
 
 class Gate:
-    """ASGI middleware. What it refuses, and what nobody foresaw, it answers itself. posts: paths that take a body."""
+    """ASGI middleware. What it refuses, and what nobody foresaw, it answers itself. posts: paths that take a body.
+
+    HEAD is answered wherever GET is, and a slash at the end of a path changes nothing.
+    """
 
     def __init__(self, app: ASGIApp, served: Served, observer: Observer, posts: frozenset[str]) -> None:
         self._app, self._served, self._observer, self._posts = app, served, observer, posts
@@ -61,9 +64,15 @@ class Gate:
         began, headers = time.monotonic(), Headers(scope=scope)
         given = headers.get("x-request-id", "")
         passage = Passage(given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
-        scope["mpo_ray.passage"] = passage
+        asked = scope["method"]
+        # HEAD is GET whose body is not sent; a slash at the end of a path means nothing
+        prefix = root if scope["path"].startswith(root := scope.get("root_path", "")) else ""
+        path = prefix + (scope["path"].removeprefix(prefix).rstrip("/") or "/")
+        scope = {**scope, "method": "GET" if asked == "HEAD" else asked, "path": path, "mpo_ray.passage": passage}
 
         async def sending(message: Message) -> None:
+            if asked == "HEAD" and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             if message["type"] == "http.response.start":
                 passage.status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = passage.id
@@ -84,7 +93,7 @@ class Gate:
             access_log.info(
                 "id=%s method=%s route=%s status=%s ms=%.1f tokens=%d",
                 passage.id,
-                scope["method"] if scope["method"].isalpha() else "-",
+                asked if asked.isalpha() else "-",
                 getattr(scope.get("route"), "path", "-"),
                 passage.status or "-",
                 1000 * (time.monotonic() - began),

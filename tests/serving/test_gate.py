@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import hashlib
 import json
 import logging
@@ -24,6 +25,7 @@ from mpo_ray.decoding.protocol import (
     QueueFullError,
     RequestError,
 )
+from mpo_ray.serving import body_check
 from mpo_ray.serving.endpoint import create_app
 from mpo_ray.serving.errors import ApiError
 from mpo_ray.serving.keys import NO_KEY, Keys, RateLimit
@@ -222,6 +224,97 @@ def test_every_answer_has_a_request_id(sent: str | None) -> None:
     assert len(made) == 2
     assert all(len(id) == 32 for id in made)
     assert ask(here, "GET", "/none", headers={"X-Request-Id": "my-id.1"}).headers["x-request-id"] == "my-id.1"
+
+
+def test_head_is_answered_where_get_is_without_a_body() -> None:
+    here = app(key_digests=(digest("k"),))
+    for path in ("/health", "/", "/v1/models", "/none"):
+        headers = {"Authorization": "Bearer k"}
+        got, head = (ask(here, method, path, headers=headers) for method in ("GET", "HEAD"))
+        assert head.status_code == got.status_code
+        assert head.content == b""
+        assert head.headers["content-length"] == got.headers["content-length"] == str(len(got.content))
+    assert ask(here, "HEAD", "/v1/models").status_code == 401
+    assert ask(here, "HEAD", COMPLETIONS, headers=headers).status_code == 405
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/run", "/health", COMPLETIONS, "/page/page.css"])
+def test_a_slash_at_the_end_of_a_path_changes_nothing(path: str) -> None:
+    method, options = ("POST", {"json": BODY}) if path == COMPLETIONS else ("GET", {})
+    here = app()
+    plain, slashed = (ask(here, method, one, **options) for one in (path, f"{path}/"))
+    assert plain.status_code == slashed.status_code == 200
+    assert plain.content == slashed.content or path == COMPLETIONS
+    closed = app(key_digests=(digest("k"),))
+    assert ask(closed, method, f"{path}/", **options).status_code == (401 if path.startswith("/v1") else 200)
+
+
+def gzipped(body: Any, **headers: str) -> dict[str, Any]:
+    content = body if isinstance(body, bytes) else gzip.compress(json.dumps(body).encode())
+    return {"content": content, "headers": {"Content-Type": "application/json", "Content-Encoding": "gzip", **headers}}
+
+
+def test_a_body_may_be_gzip() -> None:
+    """Also of several members, which is one by the standard; other encodings are told by name."""
+    here, text = app(), json.dumps(BODY).encode()
+    expected = ask(here, "POST", COMPLETIONS, json=BODY).json()["usage"]
+    members = gzip.compress(text[:9]) + gzip.compress(text[9:])
+    sent = [gzipped(BODY), gzipped(members), gzipped(BODY, **{"Content-Encoding": "X-GZIP"})]
+    for options in [*sent, gzipped(text, **{"Content-Encoding": "identity"})]:
+        answer = ask(here, "POST", COMPLETIONS, **options)
+        assert (answer.status_code, answer.json().get("usage")) == (200, expected), answer.text
+    for encoding in ("br", "zstd", "deflate", "gzip, gzip"):
+        answer = ask(here, "POST", COMPLETIONS, **gzipped(BODY, **{"Content-Encoding": encoding}))
+        assert answer.status_code == 415
+        assert encoding in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "words"),
+    [
+        (b"", 400, "ends too early"),
+        (gzip.compress(json.dumps(BODY).encode())[:-5], 400, "ends too early"),
+        (json.dumps(BODY).encode(), 400, "is not gzip"),
+        (gzip.compress(b"{}") + b"rest", 400, "is not gzip"),
+        (gzip.compress(b" " * 100_000), 413, "larger than 1000 bytes"),
+        (gzip.compress(b" " * 600) * 2, 413, "larger than 1000 bytes"),
+        (gzip.compress(b"[" * 900), 400, "nested more than 16 deep"),
+    ],
+)
+def test_gzip_that_is_damaged_or_too_large_is_refused(content: bytes, status: int, words: str) -> None:
+    answer = ask(app(max_body=1000), "POST", COMPLETIONS, **gzipped(content))
+    assert answer.status_code == status
+    assert words in answer.json()["error"]["message"]
+
+
+def test_a_body_that_stalls_or_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that come in time are waited for: a large body has longer."""
+    monkeypatch.setattr(body_check, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(body_check, "BYTES_PER_SECOND", 100)
+
+    text = json.dumps(BODY | {"user": "x" * 600}).encode()
+
+    async def send(pause: float, size: int) -> tuple[int, bytes]:
+        parts = [text[start : start + size] for start in range(0, len(text), size)]
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            await asyncio.sleep(pause)
+            return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+        async def keep(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "query_string": b"", "headers": headers}
+        await app()(scope, receive, keep)
+        return sent[0]["status"], sent[1]["body"]
+
+    for pause, size in ((30.0, 10), (0.05, 1)):
+        status, answer = asyncio.run(send(pause, size))
+        assert status == 408
+        assert json.loads(answer)["error"]["code"] == "body_timeout"
+    assert asyncio.run(send(0.1, 100))[0] == 200
 
 
 @pytest.fixture
