@@ -186,25 +186,28 @@ def _check(options: argparse.Namespace) -> int:
 
 def _mix(options: argparse.Namespace) -> int:
     from mpo_ray.policies.artefact import write_artefact
+    from mpo_ray.policies.plain_model import written_whole
 
     policies = parse_named(options.policies, "policies", "NAME=DIR, once for each policy")
     for name in policies:
         if not NAME.fullmatch(name):
             raise ValueError(f"{name!r}: names are letters, digits, - and _.")
-    out = Path(options.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} is there already; name a directory that is not, so that nothing is mixed up.")
     given = parse_weights(options.weights, "--weights")
-    config = write_artefact(
-        out,
-        objectives={name: Path(directory) for name, directory in policies.items()},
-        reference=options.reference,
-        copy_reference=False,
-        weights=dict.fromkeys(policies, 1.0 / len(policies)) if given is None else given,
-        fit={},
-    )
+    notes: list[str] = []
+    out = Path(options.out)
+    with written_whole(out) as directory:
+        config = write_artefact(
+            directory,
+            objectives=policies,
+            reference=options.reference,
+            copy_reference=False,
+            weights=dict.fromkeys(policies, 1.0 / len(policies)) if given is None else given,
+            fit={},
+            tell=notes.append,
+        )
     place = str(out.absolute())
-    print(json.dumps({"out": place, "weights": config.weights}) if options.json else place)
+    told = {"out": place, "weights": config.weights, "notes": notes}
+    print(json.dumps(told) if options.json else "\n".join([*notes, place]))
     return 0
 
 

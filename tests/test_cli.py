@@ -253,7 +253,7 @@ class TestMix:
         """All weight on one policy: what that policy alone writes."""
         assert main(["mix", *given, "--weights", "helpful=0.3,bounded=0.7", "--json"]) == 0
         written = json.loads(capsys.readouterr().out)
-        assert written == {"out": str(tmp_path / "mixed"), "weights": {"helpful": 0.3, "bounded": 0.7}}
+        assert written == {"out": str(tmp_path / "mixed"), "weights": {"helpful": 0.3, "bounded": 0.7}, "notes": []}
         tokenizer = tiny_tokenizer()
         ids = torch.tensor([Rendering(tokenizer).prompt_ids(({"role": "user", "content": "the film"},))])
         greedy = ["--prompt", "the film", "--temperature", "0", "--max-tokens", "6", "--json"]
@@ -275,7 +275,7 @@ class TestMix:
             (["--weights", "helpful=0.4,helpful=0.6"], "write NAME=VALUE,NAME=VALUE,…, once for each objective"),
             (["bounded=elsewhere"], "'bounded=elsewhere': write NAME=DIR, once for each policy"),
             (["a/b=elsewhere"], "'a/b': names are letters, digits, - and _"),
-            (["other=nowhere"], "nowhere: no such policy directory"),
+            (["other=nowhere"], "nowhere: no such directory, and as a hub id it could not be fetched"),
         ],
     )
     def test_what_cannot_be_mixed_is_refused(

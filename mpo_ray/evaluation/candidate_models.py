@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mpo_ray.evaluation.candidates import Candidate
+from mpo_ray.policies.given import find_policy
 from mpo_ray.policies.loading import PRECISIONS, load_model, load_policy
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.policies.soup import load_soup
@@ -48,7 +49,7 @@ class CandidateModels:
             weights = self._by_objective(candidate)
             return load_soup(self._reference_path, self._policies, weights, precision=self._precision)
         assert candidate.path is not None
-        return load_policy(candidate.path, self._reference_path, precision=self._precision)
+        return load_policy(str(find_policy(candidate.path)), self._reference_path, precision=self._precision)
 
     def _by_objective(self, candidate: Candidate) -> dict[str, float]:
         assert candidate.weights is not None

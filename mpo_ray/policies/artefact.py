@@ -8,10 +8,12 @@ reference/                           where it was copied
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from transformers import AutoConfig, GenerationConfig
@@ -19,26 +21,21 @@ from transformers import AutoConfig, GenerationConfig
 from mpo_ray.data.chat_template import with_defaults
 from mpo_ray.data.end_tokens import ends_of, model_ends
 from mpo_ray.data.rendering import Rendering
-from mpo_ray.policies.loading import (
-    PRECISIONS,
-    ModelError,
-    check_adapter,
-    check_same_vocabulary,
-    is_adapter,
-    load_tokenizer,
-    vocabulary_digest,
-)
+from mpo_ray.policies.given import KEPT, Tell, check_together, keep, look_at
+from mpo_ray.policies.loading import PRECISIONS, ModelError, is_adapter, load_tokenizer
 from mpo_ray.policies.mixture_config import MixtureConfig
+from mpo_ray.policies.vocabulary import vocabulary_digest
 from mpo_ray.records import REFERENCE, check_weights
 from mpo_ray.run import directory_digest, file_digest
 
 POLICIES = "policies"
+_LOG = logging.getLogger(__name__)
 
 
 def write_artefact(
     directory: Path,
     *,
-    objectives: Mapping[str, Path],
+    objectives: Mapping[str, str | Path],
     reference: str | Path,
     copy_reference: bool,
     weights: Mapping[str, float],
@@ -47,48 +44,57 @@ def write_artefact(
     copy_policies: bool = True,
     template_values: Mapping[str, Any] | None = None,
     text: Literal["rendered", "plain"] = "rendered",
+    tell: Tell = _LOG.warning,
 ) -> MixtureConfig:
-    """Write the artefact of the policies in `objectives` (directory by name, in order) into `directory`.
+    """Write the artefact of the policies in `objectives` (directory or hub id by name, in order) into `directory`.
 
-    Files are hard links where the file system allows it, copies elsewhere. Without `copy_reference` the artefact names
-    the reference: a hub id as it is, a directory by its absolute path. Without `copy_policies` it has symbolic
-    links to them, and lasts as long as they stay where they are. Its end tokens are the chat template's and all that
-    transformers would use for the reference or a policy.
+    An adapter that cannot be stacked is merged into the reference, and kept with full weights. Files are hard links
+    where the file system allows it, copies elsewhere. Without `copy_reference` the artefact names the reference: a hub
+    id as it is, a directory by its absolute path. Without `copy_policies` it has symbolic links to them, and lasts as
+    long as they stay where they are. Its end tokens are the chat template's and all that transformers would use for
+    the reference or a policy.
     template_values: become defaults of the chat template, so that whoever uses the artefact's tokenizer has them
     text: what prompts are that are texts; see `Rendering`
-    Raises ModelError where policies do not fit together, ValueError where the weights are not on the simplex.
+    tell: is given lines that a user should read
+    Raises ModelError where policies do not fit together, before anything is written, ValueError where the weights are
+    not on the simplex.
     """
     names = list(objectives)
     weights = check_weights(weights, names, where="the mixture's weights")
     reference = str(reference)
-    tokenizers = {REFERENCE: load_tokenizer(reference)}
-    for name, policy in objectives.items():
-        _check_policy(policy)
-        tokenizers[name] = load_tokenizer(str(policy))
-    check_same_vocabulary(tokenizers)
-
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, policy in objectives.items():
-        if copy_policies:
-            _copy(policy, directory / POLICIES / name)
-        else:
-            (directory / POLICIES).mkdir(exist_ok=True)
-            (directory / POLICIES / name).symlink_to(policy.resolve())
     is_local = Path(reference).is_dir()
     if copy_reference and not is_local:
         raise ModelError(f"{reference}: only a reference on this machine can be copied; pass copy_reference=False.")
+    found = {name: look_at(given, reference) for name, given in objectives.items()}
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".merged-", dir=directory.parent) as scratch:
+        kept = {
+            name: keep(policy, name, reference, Path(scratch) / name, precision=precision, tell=tell)
+            for name, policy in found.items()
+        }
+        base = AutoConfig.from_pretrained(reference, trust_remote_code=False).get_text_config()
+        sizes = {name: _vocab_size(path, base.vocab_size) for name, path in kept.items()}
+        tokenizers = [load_tokenizer(reference), *(p.tokenizer for p in found.values() if p.tokenizer is not None)]
+        tokenizer = check_together(found, sizes, tokenizers[0], tell)
+        (directory / POLICIES).mkdir(parents=True, exist_ok=True)
+        for name, policy in kept.items():
+            if policy.parent == Path(scratch):
+                policy.rename(directory / POLICIES / name)
+            elif copy_policies:
+                _copy(policy, directory / POLICIES / name, KEPT)
+            else:
+                (directory / POLICIES / name).symlink_to(policy.resolve())
     if copy_reference:
         _copy(Path(reference), directory / REFERENCE)
     if fit:
         (directory / "fit.json").write_text(json.dumps(fit, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    tokenizer = tokenizers[names[0]]
-    models = [reference, *(str(policy) for policy in objectives.values())]
-    ends = {*ends_of(*tokenizers.values()), *(end for model in models for end in model_ends(model))}
+    models = [reference, *(str(directory / POLICIES / name) for name in names)]
+    ends = {*ends_of(*tokenizers), *(end for model in models for end in model_ends(model))}
     rendering = Rendering(tokenizer, template_values=template_values, model_ends=ends)
     _generation_config(rendering).save_pretrained(directory)
     tokenizer.chat_template = with_defaults(tokenizer.chat_template, rendering.template_values)
     tokenizer.save_pretrained(directory)
-    base = AutoConfig.from_pretrained(reference, trust_remote_code=False).get_text_config()
+    base.vocab_size = sizes[names[0]]
     base.name_or_path = ""  # where it was read is nobody's business
     config = MixtureConfig(
         objectives=names,
@@ -161,22 +167,25 @@ def _check_content(path: Path, expected: str | None, files: Mapping[str, str]) -
     )
 
 
-def _check_policy(path: Path) -> None:
-    if not path.is_dir():
-        raise ModelError(f"{path}: no such policy directory.")
-    if is_adapter(path):
-        check_adapter(path)
-    elif not any(path.glob("*.safetensors")):
-        found = ", ".join(sorted(file.name for file in path.iterdir())) or "nothing"
-        raise ModelError(f"{path}: a policy is safetensors, adapter or full weights; found {found}. Convert it first.")
+def _vocab_size(policy: Path, of_reference: int) -> int:
+    if is_adapter(policy):
+        return of_reference
+    return int(AutoConfig.from_pretrained(policy, trust_remote_code=False).get_text_config().vocab_size)
 
 
 def _file_digests(path: Path) -> dict[str, str]:
     return {str(f.relative_to(path)): file_digest(str(f)) for f in sorted(path.rglob("*")) if f.is_file()}
 
 
-def _copy(source: Path, target: Path) -> None:
-    shutil.copytree(source.resolve(), target, copy_function=_link, dirs_exist_ok=True)
+def _copy(source: Path, target: Path, kinds: Container[str] | None = None) -> None:
+    """All of a directory, or the files at its top that have one of these endings."""
+    if kinds is None:
+        shutil.copytree(source.resolve(), target, copy_function=_link, dirs_exist_ok=True)
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.is_file() and file.suffix in kinds:
+            _link(str(file.resolve()), str(target / file.name))
 
 
 def _link(source: str, target: str) -> None:

@@ -5,11 +5,9 @@ Whatever cannot be opened is a ModelError that says what was found there and wha
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -99,27 +96,33 @@ def add_adapter(model: PreTrainedModel | PeftModel, path: str | Path, *, name: s
     check_adapter(path)
     config = PeftConfig.from_pretrained(str(path))
     config.inference_mode = True
+    how: dict[str, Any] = {"is_trainable": False, "torch_device": "cpu"}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # compared by name below
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT sets it right
             if isinstance(model, PeftModel):
                 adapted = model
-                adapted.load_adapter(str(path), name, is_trainable=False, torch_device="cpu")
             else:
                 adapted = PeftModel.from_pretrained(model, str(path), name, config=config, torch_device="cpu")
-    except (ValueError, RuntimeError, SafetensorError) as error:
+            found = adapted.load_adapter(str(path), name, **how)  # the second time for what it says
+    except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"{path}: the adapter does not fit the reference model: {_short(error)} Was it trained on another one?"
         ) from error
     with safe_open(Path(path) / ADAPTER_WEIGHTS, framework="pt") as file:
-        stored = set(file.keys())
-    expected = set(get_peft_model_state_dict(adapted, adapter_name=name))
-    if stored != expected:
+        stored = {*file.keys()}
+    missing = sorted(found.missing_keys)
+    if config.bias != "none":  # PEFT looks at factors alone
+        missing += sorted({*get_peft_model_state_dict(adapted, adapter_name=name)} - stored)
+    # of a whole layer of a resized model, PEFT writes a second copy, which it does not read
+    copies = {key for key in found.unexpected_keys if key.replace(".modules_to_save.", ".", 1) in stored - {key}}
+    unused = sorted({*found.unexpected_keys} - copies)
+    if missing or unused:
         raise ModelError(
-            f"{path}: the adapter does not fit the reference model: {len(expected - stored)} tensors are missing from "
-            f"it and {len(stored - expected)} find no place, first {min(stored ^ expected)!r}. Was it trained on "
-            "another one?"
+            f"{path}: the adapter does not fit the reference model: {len(missing)} tensors are missing from it and "
+            f"{len(unused)} find no place, first {[*missing, *unused][0]!r}. Was it trained on another one?"
         )
     return adapted
 
@@ -138,80 +141,6 @@ def load_reward_model(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     return model, tokenizer
 
 
-def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of tokens with their ids, special tokens and merges: what must agree before probabilities are multiplied.
-
-    The padding token is left out: it is never predicted, and loading may have set it.
-    """
-    content = [sorted(tokenizer.get_vocab().items()), sorted(_special_ids(tokenizer).items()), _merges(tokenizer)]
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
-
-
-def check_same_vocabulary(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
-    """Refuse tokenizers, given by objective, that do not have one vocabulary. Raises ModelError."""
-    (first, expected), *others = tokenizers.items()
-    wanted = vocabulary_digest(expected)
-    for name, tokenizer in others:
-        if vocabulary_digest(tokenizer) != wanted:
-            raise ModelError(
-                f"Policies {first!r} and {name!r} have different vocabularies: {_difference(expected, tokenizer)}. A "
-                "log-linear mixture multiplies probabilities token by token, so all policies need one vocabulary. "
-                "Train them from the same base model, or remove one from `objectives:` in the run file."
-            )
-
-
-def check_comparable(name: str, path: str, reference: str) -> None:
-    """Refuse a model that cannot be evaluated beside `reference`, without opening it. Raises ModelError.
-
-    KL to the reference is a sum over tokens, so both need one vocabulary and output layers of one size.
-    """
-    place = f"evaluation.models.{name}"
-    check_model_files(path)
-    ours, theirs = load_tokenizer(path), load_tokenizer(reference)
-    if vocabulary_digest(ours) != vocabulary_digest(theirs):
-        raise ModelError(
-            f"{place}: {path} and the reference {reference} have different vocabularies: {_difference(ours, theirs)}. "
-            "KL to the reference compares probabilities token by token; give a model that was trained from the same "
-            "base model, or remove it."
-        )
-    configs = [AutoConfig.from_pretrained(p, trust_remote_code=False) for p in (path, reference)]
-    sizes = [config.get_text_config().vocab_size for config in configs]
-    if sizes[0] != sizes[1]:
-        raise ModelError(
-            f"{place}: the output layers of {path} and of the reference {reference} have {sizes[0]} and {sizes[1]} "
-            "entries; give a model that was trained from the same base model, or remove it."
-        )
-
-
-def _difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str:
-    tokens_a, tokens_b = ({index: token for token, index in t.get_vocab().items()} for t in (a, b))
-    if tokens_a != tokens_b:
-        first = min(i for i in tokens_a.keys() | tokens_b.keys() if tokens_a.get(i) != tokens_b.get(i))
-        return (
-            f"{len(tokens_a)} and {len(tokens_b)} tokens; first difference at id {first} "
-            f"({tokens_a.get(first)!r} and {tokens_b.get(first)!r})"
-        )
-    special_a, special_b = _special_ids(a), _special_ids(b)
-    for key in sorted(special_a.keys() | special_b.keys()):
-        if special_a.get(key) != special_b.get(key):
-            return f"{len(tokens_a)} tokens in both; {key} has id {special_a.get(key)} and {special_b.get(key)}"
-    return f"{len(tokens_a)} tokens in both; their merge rules differ"
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    named = {key: token for key, token in tokenizer.special_tokens_map.items() if key != "pad_token"}
-    ids: dict[str, Any] = {
-        key: tokenizer.convert_tokens_to_ids([str(t) for t in (token if isinstance(token, list) else [token])])
-        for key, token in named.items()
-    }
-    return ids
-
-
-def _merges(tokenizer: PreTrainedTokenizerBase) -> Any:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return None if backend is None else json.loads(backend.to_str())["model"].get("merges")
-
-
 def check_model_files(path: str) -> None:
     """Refuse a model directory that `load_model` could not open, without opening it; a hub id must look like one."""
     _check_place(path)
@@ -225,7 +154,15 @@ def check_model_files(path: str) -> None:
             raise ModelError(_no_safetensors(directory, "model.safetensors"))
 
 
-def _load(auto: Any, path: str, precision: str) -> PreTrainedModel:
+def check_loads(path: str | Path) -> None:
+    """Refuse a model some of whose weights are missing or have another shape, by its files' headers alone.
+
+    Raises ModelError as `load_model` does. Takes no memory for weights.
+    """
+    _load(AutoModelForCausalLM, str(path), "fp32", device_map="meta")
+
+
+def _load(auto: Any, path: str, precision: str, **how: Any) -> PreTrainedModel:
     if precision not in PRECISIONS:
         raise ModelError(f"precision {precision!r} is unknown; known are {', '.join(PRECISIONS)}.")
     check_model_files(path)
@@ -236,6 +173,7 @@ def _load(auto: Any, path: str, precision: str) -> PreTrainedModel:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **how,
         )
     except Exception as error:
         raise ModelError(f"{path}: the model could not be opened: {_short(error)}") from error

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError
@@ -32,6 +33,7 @@ _KNOWN = {
     "ensure_weight_tying",
     "eva_config",
     "exclude_modules",
+    "fan_in_fan_out",  # how the base's layer is stored, which PEFT reads from its class
     "inference_mode",
     "init_lora_weights",
     "layers_pattern",
@@ -54,6 +56,8 @@ _KNOWN = {
 }
 #: Ways to begin that leave the base's weights as they are; the others (PiSSA, OLoRA, LoftQ, CorDA, …) change them.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+#: Those that PEFT makes again from the base's weights when it loads the adapter; of the others, the file holds a part.
+MADE_AGAIN = ("pissa", "olora", "mica")
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
 
 
@@ -72,6 +76,29 @@ class LoraFile:
             return wanted is not None
         names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
         return bool(check_target_module_exists(LoraConfig(**{n: self.config.get(n) for n in names}), layer))
+
+
+def check_known(path: str | Path) -> None:
+    """Refuse, by its configuration alone, an adapter that even PEFT would not load as it was trained.
+
+    Raises ModelError: a setting that PEFT does not know, or a start of which the file holds a part only.
+    """
+    config: dict[str, Any] = json.loads((Path(path) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    for key, value in config.items():
+        if key not in fields | {"peft_version"} and value not in (None, False) and value != {} and value != []:
+            raise ModelError(
+                f"{path}: the adapter sets {key}: {value!r}, which PEFT {peft.__version__} does not know (saved by "
+                f"{config.get('peft_version') or 'another version'}). If this setting changes nothing, remove it from "
+                f"{ADAPTER_CONFIG}; else merge the adapter into full weights with that version (merge_and_unload)."
+            )
+    start = config.get("init_lora_weights", True)
+    if start not in (*_PLAIN_STARTS, *MADE_AGAIN):
+        raise ModelError(
+            f"{path}: the adapter began with init_lora_weights: {start!r}, which changed the base's weights in a way "
+            "that the file does not hold. Convert it to a plain LoRA, by save_pretrained with "
+            "path_initial_model_for_weight_conversion, or merge it into full weights where it was trained."
+        )
 
 
 def check_stackable(path: str | Path) -> dict[str, Any]:

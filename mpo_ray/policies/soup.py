@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mpo_ray.policies.loading import PRECISIONS, ModelError, load_policy
+from mpo_ray.policies.loading import PRECISIONS, ModelError, is_adapter, load_model
 from mpo_ray.policies.lora_file import read_lora
+from mpo_ray.policies.merging import is_tied, load_merged_adapter, untie
 from mpo_ray.records import check_weights
 
 
@@ -29,6 +29,7 @@ def load_soup(
 
     policies: objective → LoRA adapter of `reference`, or full weights; both kinds may be mixed
     weights: λ by objective, on the simplex; a policy with weight 0 is not opened
+    Where one policy's output layer is not its input embeddings, neither is the soup's: both are averages of their own.
     Averaged in float32, and rounded to `precision` once, at the end. Two models are in memory at a time. Raises
     ModelError where the policies have no common parameters, ValueError where λ is not on the simplex.
     """
@@ -42,6 +43,9 @@ def load_soup(
             tensor.mul_(shares[first])
         for name in others:
             policy = load_merged(policies[name], reference)
+            if is_tied(soup) and not is_tied(policy):
+                untie(soup)
+                average = soup.state_dict()
             _add(average, policy.state_dict(), shares[name], names=(first, name))
             del policy
             gc.collect()  # a model refers to itself; without this the third is opened beside the second
@@ -76,12 +80,7 @@ def soup_factors(
 
 def load_merged(path: str, reference: str) -> PreTrainedModel:
     """Open a policy as a plain model in float32: an adapter is added into a copy of the reference's weights."""
-    policy = load_policy(path, reference)
-    if not isinstance(policy, PeftModel):
-        return policy
-    _check_untied(policy, path)
-    merged: PreTrainedModel = policy.merge_and_unload(safe_merge=True)
-    return merged
+    return load_merged_adapter(path, reference) if is_adapter(path) else load_model(path)
 
 
 def _add(average: dict[str, Tensor], other: Mapping[str, Tensor], weight: float, *, names: tuple[str, str]) -> None:
@@ -105,19 +104,3 @@ def _once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if tensor.is_floating_point():
             first.setdefault(tensor.data_ptr(), key)
     return {key: state[key] for key in first.values()}
-
-
-def _check_untied(policy: PeftModel, path: str) -> None:
-    """Adding an update to the output layer would change the input embeddings too where both are one tensor."""
-    base = policy.get_base_model()
-    inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
-    if outputs is None or inputs is outputs or not getattr(base.config, "tie_word_embeddings", False):
-        return
-    layers = {"input": inputs, "output": outputs}
-    adapted = [name for name, layer in layers.items() if hasattr(layer, "lora_A") or hasattr(layer, "modules_to_save")]
-    if adapted:
-        raise ModelError(
-            f"{path}: adapts the {adapted[0]} embeddings, which this model ties to the other ones, so the policy is "
-            "not one set of the base model's parameters and has no part in a soup. Set evaluation.soups to false, or "
-            "train with other policies.lora.target_modules."
-        )

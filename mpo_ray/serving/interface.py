@@ -15,8 +15,9 @@ from pathlib import Path
 
 from mpo_ray.decoding.protocol import ExactMethod
 from mpo_ray.policies.artefact import has_reference
-from mpo_ray.policies.loading import load_tokenizer, vocabulary_digest
+from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.policies.mixture_config import MixtureConfig
+from mpo_ray.policies.vocabulary import vocabulary_digest
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from rich.console import Console
 from mpo_ray.cluster.preflight import check_engine, check_placement, check_storage_everywhere
 from mpo_ray.config import RunConfig
 from mpo_ray.evaluation.rewards import IMPLICIT, is_callable_spec, load_reward
-from mpo_ray.policies.loading import check_comparable, check_model_files, load_tokenizer
+from mpo_ray.policies.given import check_comparable, find_policy
+from mpo_ray.policies.loading import check_model_files, load_tokenizer
 from mpo_ray.run import Run
 from mpo_ray.stages.data import prepare_data, write_embedded
 from mpo_ray.stages.judging import check_judge
@@ -83,7 +84,7 @@ def check_model(context: Context) -> None:
 def check_compared_models(context: Context) -> None:
     """Refuse a model of `evaluation.models` that could not be compared with the reference. Raises ModelError."""
     for name, path in context.compared_models().items():
-        check_model_files(path)
+        find_policy(path)
         if context.config.reference.model != EMBEDDED or context.run.exists(f"{EMBEDDED}/model"):
             check_comparable(name, path, context.given_model())
 

@@ -206,7 +206,6 @@ def test_what_is_more_than_lora_on_linear_layers_is_refused_by_name(
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa', which changes the base's weights"),
-        ({"fan_in_fan_out": True}, "sets fan_in_fan_out: True"),
         ({"some_new_variant": 3}, "sets some_new_variant: 3, which stacked adapters do not know"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

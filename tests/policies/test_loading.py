@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,18 +11,15 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
+from mpo_ray.policies.given import check_comparable
 from mpo_ray.policies.loading import (
     ModelError,
-    check_comparable,
-    check_same_vocabulary,
     load_model,
     load_policy,
     load_reward_model,
     load_tokenizer,
-    vocabulary_digest,
 )
 from tests.tiny import next_logprobs, tiny_llama, tiny_lora, tiny_reward, tiny_tokenizer
 
@@ -182,41 +178,6 @@ def test_a_tokenizer_pads_with_its_end_token_where_it_has_no_other(base: Path, t
         load_tokenizer(str(tmp_path / "empty"))
 
 
-def bpe(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
-    tokens = {token: index for index, token in enumerate(["</s>", "a", "b", "c", "ab", "bc", "abc"])}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(tokens, merges)), eos_token="</s>")
-
-
-def test_the_vocabulary_digest_names_what_must_agree(base: Path) -> None:
-    """The same after saving and loading, and whatever pads; another for other words, special tokens or merges."""
-    digest = vocabulary_digest(tiny_tokenizer())
-    assert vocabulary_digest(load_tokenizer(str(base))) == digest
-    unpadded = tiny_tokenizer()
-    unpadded.pad_token = "</s>"
-    assert vocabulary_digest(unpadded) == digest
-    other_end = tiny_tokenizer()
-    other_end.eos_token = "good"
-    assert vocabulary_digest(other_end) != digest
-    assert vocabulary_digest(tiny_tokenizer(["the"])) != digest
-    assert vocabulary_digest(bpe([("a", "b"), ("ab", "c")])) != vocabulary_digest(bpe([("b", "c"), ("a", "bc")]))
-
-
-def test_different_vocabularies_are_refused_with_sizes_first_difference_and_remedy() -> None:
-    same, swapped, end = tiny_tokenizer(), tiny_tokenizer(["a", "the"]), tiny_tokenizer()
-    check_same_vocabulary({"helpful": tiny_tokenizer(), "harmless": same})
-    with pytest.raises(
-        ModelError,
-        match=r"'helpful' and 'harmless'.*25 and 9 tokens; first difference at id 7 \('the' and 'a'\).*Train",
-    ) as caught:
-        check_same_vocabulary({"helpful": same, "harmless": swapped})
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
-    end.eos_token = "good"
-    with pytest.raises(ModelError, match=r"25 tokens in both; eos_token has id \[2\] and \[11\]"):
-        check_same_vocabulary({"helpful": same, "harmless": end})
-    with pytest.raises(ModelError, match="their merge rules differ"):
-        check_same_vocabulary({"a": bpe([("a", "b"), ("ab", "c")]), "b": bpe([("b", "c"), ("a", "bc")])})
-
-
 def test_a_model_to_compare_shares_the_references_vocabulary_and_output_layer(base: Path, tmp_path: Path) -> None:
     """Nothing is opened but files; the message names the place in the run file, both models and the difference."""
     check_comparable("theirs", str(tiny_llama(tmp_path / "twin", tiny_tokenizer(), seed=9)), str(base))
@@ -226,5 +187,5 @@ def test_a_model_to_compare_shares_the_references_vocabulary_and_output_layer(ba
     padded = tiny_llama(tmp_path / "padded", tiny_tokenizer(), seed=1, vocab_size=32)
     with pytest.raises(ModelError, match=r"evaluation\.models\.theirs: the output layers of .* have 32 and 25 entries"):
         check_comparable("theirs", str(padded), str(base))
-    with pytest.raises(ModelError, match=r"nowhere: no such directory"):
+    with pytest.raises(ModelError, match=r"nowhere: no such policy directory"):
         check_comparable("theirs", str(tmp_path / "nowhere"), str(base))

@@ -1,13 +1,16 @@
 """Soups are parameter averages: checked tensor by tensor, for adapters, full weights and both together."""
 
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
-from mpo_ray.policies.loading import ModelError, load_policy
-from mpo_ray.policies.soup import load_merged, load_soup, soup_factors
+from mpo_ray.policies.loading import ModelError, load_model, load_policy
+from mpo_ray.policies.soup import load_soup, soup_factors
 from tests.tiny import next_logprobs, tiny_llama, tiny_lora, tiny_tokenizer
 
 IDS = [1, 8, 9, 10, 12]
@@ -112,14 +115,37 @@ def test_weights_off_the_simplex_are_refused(places: dict[str, str]) -> None:
         soup(places, {"first": 1.0, "second": 0.5})
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-def test_an_adapter_of_tied_embeddings_has_no_part_in_a_soup(tmp_path: Path) -> None:
-    """Merging it would change the other embeddings too; the message says which setting to change."""
+@pytest.mark.filterwarnings("ignore")  # PEFT's own, of tied embeddings
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_one_end_of_a_tied_model_is_averaged(target: str, tmp_path: Path) -> None:
+    """Merging it must not change the other end: the soup of it alone computes what PEFT computes."""
     base = tiny_llama(tmp_path / "base", tiny_tokenizer(), seed=0, tie_word_embeddings=True)
-    adapter = tiny_lora(tmp_path / "adapter", base, seed=1, target_modules=["embed_tokens"])
-    with pytest.raises(ModelError, match=r"adapts the input embeddings.* evaluation\.soups"):
-        load_merged(str(adapter), str(base))
+    adapter = tiny_lora(tmp_path / "adapter", base, seed=1, target_modules=[target])
+    one = load_soup(str(base), {"a": str(adapter)}, {"a": 1.0})
+    expected = next_logprobs(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), str(adapter)), IDS)
+    torch.testing.assert_close(next_logprobs(one, IDS), expected, atol=1e-5, rtol=0)
+    half = load_soup(str(base), {"a": str(adapter), "b": str(base)}, {"a": 0.5, "b": 0.5})
+    for layer, other in (("lm_head", one.lm_head), ("model.embed_tokens", one.model.embed_tokens)):
+        mean = (other.weight + load_model(str(base)).lm_head.weight) / 2
+        torch.testing.assert_close(half.get_submodule(layer).weight, mean)
+
+
+@pytest.mark.parametrize("order", list(permutations(("tied", "untied", "tied too"))))
+def test_the_mean_of_both_output_layers_whichever_policy_comes_first(order: tuple[str, ...], tmp_path: Path) -> None:
+    """Also after it was written and opened again; a tied policy's output layer is its embeddings."""
+    tokenizer = tiny_tokenizer()
+    weights = {"tied": 0.5, "untied": 0.3, "tied too": 0.2}
+    places = {
+        name: str(tiny_llama(tmp_path / name, tokenizer, seed, tie_word_embeddings=name != "untied"))
+        for seed, name in enumerate(weights)
+    }
+    models = {name: load_model(place) for name, place in places.items()}
+    soup = load_soup(places["tied"], {name: places[name] for name in order}, weights)
+    soup.save_pretrained(tmp_path / "soup")
+    for found in (soup, load_model(str(tmp_path / "soup"))):
+        for layer in ("lm_head", "model.embed_tokens"):
+            mean = sum(weight * models[name].get_submodule(layer).weight for name, weight in weights.items())
+            torch.testing.assert_close(found.get_submodule(layer).weight, mean)
 
 
 @pytest.mark.parametrize("rank", [None, 3])
