@@ -10,7 +10,7 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 
 from mpo_ray.cluster.constrained_task import ConstrainedTask
 from mpo_ray.cluster.deepspeed_engine import TAG, CheckpointError, DeepSpeedEngine, prepare_sharded_loading
@@ -22,6 +22,7 @@ from mpo_ray.cluster.training_metrics import TrainingMetrics, flat
 from mpo_ray.config_training import ConstrainedTraining, Lora, PolicyTraining, Training
 from mpo_ray.maths.constrained import RunawayError
 from mpo_ray.policies.loading import load_model, load_tokenizer
+from mpo_ray.policies.lora_targets import lora_config
 from mpo_ray.run import Run
 from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.lagged import TRAINED, LaggedModel, add_lagged_adapter, keeps_lagged
@@ -128,16 +129,13 @@ def load_trainable(path: str, training: Training, *, seed: int) -> Any:
     if lora is None:
         return model
     torch.manual_seed(seed)
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            task_type="CAUSAL_LM",
-        ),
-    )
+    how: dict[str, Any] = {
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "dropout": lora.dropout,
+        "target_modules": lora.target_modules,
+    }
+    return get_peft_model(model, lora_config(model, **how))
 
 
 def _lora(training: Training) -> Lora | None:

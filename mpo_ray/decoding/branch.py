@@ -15,15 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from mpo_ray.policies.adapters import AdapterStack
-from mpo_ray.policies.loading import ModelError
-from mpo_ray.policies.packed_linear import can_pack, pack_linears
+from mpo_ray.policies.packed_linear import can_pack, only_called, pack_linears
 from mpo_ray.policies.short_norm import shorten_norms
+from mpo_ray.policies.short_windows import short_windows
+from mpo_ray.policies.slot_support import NotInSlotsError, slots_refusal
 from mpo_ray.policies.slots import Layout, Segment, Slots, reading, singles_of
 from mpo_ray.records import REFERENCE
 
 #: How far a model may be, in logits, from itself in slots, before its architecture is refused: float32, and bfloat16.
 MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-PROBE = (3, 5, 4, 1, 6, 2, 7, 3)
+PROBE, PROBE_WINDOW = (3, 5, 4, 1, 6, 2, 7, 3), 3
+#: A factor of the logits that is nearer to 1 is rounding.
+LEAST_SCALING = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class Branch:
     def __init__(
         self, module: nn.Module, objectives: Sequence[str], policies: tuple[int, ...], num_lanes: int, context: int
     ) -> None:
+        """Raises NotInSlotsError, and then leaves the model as it was."""
         self._stack = module if isinstance(module, AdapterStack) else None
         self.policies = policies if self._stack is None else (len(objectives), *policies)
         self.slots = Slots(num_lanes * len(policies), context)
@@ -74,12 +78,8 @@ class Branch:
         config = model.config.get_text_config()
         self.vocab_size: int = config.vocab_size
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        _check_architecture(type(self._model).__name__, config)
-        expected = self._plain_logits()
-        if can_pack(self._model):
-            pack_linears(self._model)
-            shorten_norms(self._model)
-        self._check(expected)
+        self._scale = 1.0
+        self._check_slots()
 
     def run(
         self,
@@ -124,6 +124,8 @@ class Branch:
 
     def _head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._model.get_output_embeddings()(hidden).float()
+        if self._scale != 1.0:
+            logits = logits * self._scale
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def _hidden(
@@ -193,54 +195,78 @@ class Branch:
         return torch.tensor(values, dtype=torch.long, device=self._device)
 
     @torch.inference_mode()
-    def _plain_logits(self) -> Tensor:
-        """What the model itself says after each token of a probe, (T, V), for its last policy."""
-        with self._groups([(self.policies[-1], 0)], [_probe(0, len(PROBE))]):
+    def _check_slots(self) -> None:
+        """Compare a probe in slots with what the model gives by itself, before and after its layers are packed.
+
+        Its windows are short meanwhile, so that the probe reaches beyond them. Raises NotInSlotsError.
+        """
+        name = type(self._model).__name__
+        if (refusal := slots_refusal(self._model.config)) is not None:
+            raise NotInSlotsError(f"{name}: {refusal}")
+        with short_windows(self._model, PROBE_WINDOW):
+            expected = {k: self._plain_logits(k) for k in self.policies[-2:]}
+            self._compare(expected)
+            if can_pack(self._model) and self._calls_its_layers(expected):
+                pack_linears(self._model)
+                shorten_norms(self._model)
+                self._compare(expected)
+
+    def _calls_its_layers(self, expected: Mapping[int, Tensor]) -> bool:
+        """Whether the model calls its linear layers, and does not read their weights, which a packed one has not."""
+        try:
+            with only_called(self._model):
+                self._compare(expected)
+        except NotInSlotsError:
+            return False
+        return True
+
+    def _plain_logits(self, policy: int) -> Tensor:
+        """What the model itself says of a policy after each token of a probe, (T, V)."""
+        with self._groups([(policy, 0)], [self._probe(0, len(PROBE))]):
             logits: Tensor = self._model(input_ids=torch.tensor([self._probe_tokens()], device=self._device)).logits
         return logits[0].float()
 
-    @torch.inference_mode()
-    def _check(self, expected: Tensor) -> None:
-        """Compare the probe in slots, in two pieces, with what the model gave by itself. Raises ModelError."""
-        lanes = {0: {self.policies[-1]: 0}}
-        work = [(self.policies[-1], 0)]
-        tokens = self._probe_tokens()
-        parts = [_probe(start, end, tokens) for start, end in ((0, 5), (5, 6), (6, 8))]
-        found = torch.cat([self._head(self._hidden([part], lanes, work)) for part in parts])
-        difference = float((found - expected).abs().max())
-        if not difference <= MOST_DIFFERENCE.get(self._model.dtype, 0.5):
-            raise ModelError(
-                f"{type(self._model).__name__}: decoded with its cache in slots, its logits differ by {difference:.2g} "
-                f"from its own. {_UNSUPPORTED}"
-            )
+    def _measure_scale(self, expected: Tensor) -> None:
+        """Some families multiply the head's logits by a number. expected: the probe's logits, (T, V)."""
+        if self._softcap is not None:
+            return
+        with self._groups([(self.policies[-1], 0)], [self._probe(0, len(PROBE))]):
+            inputs = torch.tensor([self._probe_tokens()], device=self._device)
+            hidden = self._model.get_decoder()(input_ids=inputs).last_hidden_state[0]
+        self._scale = 1.0
+        plain, wanted = self._head(hidden).double(), expected.double()
+        scale = float((plain * wanted).sum() / plain.square().sum())
+        self._scale = scale if abs(scale - 1) > LEAST_SCALING else 1.0
+
+    def _compare(self, expected: Mapping[int, Tensor]) -> None:
+        """Compare the probe of one policy in three pieces, and of two in one pass. Raises NotInSlotsError."""
+        name = type(self._model).__name__
+        last = self.policies[-1]
+        passes = [[(last, self._probe(start, end))] for start, end in ((0, 5), (5, 6), (6, 8))]
+        if len(expected) > 1 and self.slots.num_rows > 1:
+            passes.append([(k, self._probe(0, len(PROBE) - n)) for n, k in enumerate(expected)])
+        try:
+            self._measure_scale(expected[last])
+            found = [self._of_probe(work) for work in passes]
+        except Exception as error:  # an architecture of which nothing is known can fail in any way
+            raise NotInSlotsError(f"{name}: it cannot be run there ({type(error).__name__}: {error})") from error
+        differences = [
+            float((rows - expected[k][piece.start : piece.start + piece.wanted]).abs().max())
+            for work, results in zip(passes, found, strict=True)
+            for (k, piece), rows in zip(work, results, strict=True)
+        ]
+        if not max(differences) <= MOST_DIFFERENCE.get(self._model.dtype, 0.5):
+            raise NotInSlotsError(f"{name}: its logits there differ by {max(differences):.2g} from its own")
+
+    def _of_probe(self, work: Sequence[tuple[int, Piece]]) -> Sequence[Tensor]:
+        """The logits of pieces of the probe, each of one policy, in one pass."""
+        pieces = [piece for _, piece in work]
+        lane = {k: n for n, (k, _) in enumerate(work)}
+        hidden = self._hidden(pieces, {0: lane}, [(k, n) for n, (k, _) in enumerate(work)])
+        return self._head(hidden).split_with_sizes([piece.wanted for piece in pieces])
 
     def _probe_tokens(self) -> list[int]:
         return [token % self.vocab_size for token in PROBE]
 
-
-_UNSUPPORTED = (
-    "The engine does not support this architecture; it does Llama, Mistral, Qwen2, Qwen3 and Gemma. Decode this one "
-    "with the mixture's own generate()."
-)
-
-
-def _check_architecture(name: str, config: Any) -> None:
-    """Refuse what a short probe cannot show: other attention than full or sliding, positions that depend on others.
-
-    Raises ModelError.
-    """
-    other = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
-    if other:
-        raise ModelError(f"{name}: it has layers of the type {other[0]!r}. {_UNSUPPORTED}")
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
-    changing = sorted(kinds & {"dynamic", "longrope"})
-    if changing:
-        raise ModelError(
-            f"{name}: its rotary positions are {changing[0]!r}: they change with the longest sequence of a batch. "
-            f"{_UNSUPPORTED}"
-        )
-
-
-def _probe(start: int, end: int, tokens: Sequence[int] = PROBE) -> Piece:
-    return Piece(0, tokens[start:end], start, (1.0,), end - start, separate=True)
+    def _probe(self, start: int, end: int) -> Piece:
+        return Piece(0, self._probe_tokens()[start:end], start, (1.0,), end - start, separate=True)

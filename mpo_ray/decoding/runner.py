@@ -16,6 +16,7 @@ from mpo_ray.decoding.branch import PROBE, Branch, Piece, Predictions
 from mpo_ray.decoding.protocol import RequestError
 from mpo_ray.maths.log_linear import log_normalizer
 from mpo_ray.policies.mixture import MixtureForCausalLM
+from mpo_ray.policies.slot_support import NotInSlotsError
 
 
 class Runner(Protocol):
@@ -56,9 +57,12 @@ class MixtureRunner:
     """
 
     def __init__(self, mixture: MixtureForCausalLM, *, num_lanes: int, context: int | None = None) -> None:
-        """Raises ModelError for an architecture that gives something else when its rows lie in slots."""
+        """Raises NotInSlotsError for an architecture that gives something else when its rows lie in slots."""
         own = mixture.config.max_position_embeddings
-        self.context: int = min(value for value in (own, context) if value is not None)
+        limits = [value for value in (own, context) if value is not None]
+        if not limits:
+            raise NotInSlotsError("the model names no longest sequence, and none is given")
+        self.context: int = min(limits)
         self.num_policies = len(mixture.objectives)
         everyone = mixture.branches_of(range(self.num_policies))
         row_tokens = max(self.context, len(PROBE))

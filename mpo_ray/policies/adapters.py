@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mpo_ray.policies.linear_layers import as_linear, layer_sizes, linear_layers
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.lora_file import LoraFile, read_lora
 from mpo_ray.policies.one_input import groups_with_one_input, replace_by_one, side_by_side
@@ -63,7 +64,7 @@ class AdapterStack(nn.Module):
         _check_fit(base, files)
         adapted = {name for file in files for name in file.factors}
         for names in groups_with_one_input(base, adapted):
-            layers = [base.get_submodule(name) for name in names]
+            layers = [as_linear(base.get_submodule(name)) for name in names]
             stacked = StackedLinear(layers, [[file.factors.get(name) for name in names] for file in files])
             replace_by_one(base, names, stacked, [layer.out_features for layer in layers])
         self.base = base.requires_grad_(False)
@@ -112,9 +113,9 @@ class StackedLinear(nn.Module):
         self.factors = StackedFactors(*stacked_factors(sizes, layers[0].in_features, factors, self.linear.weight))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """inputs: (rows, …, in), the rows a multiple of the number of groups; or (1, tokens, in), likewise.
+        """inputs: (…, in); whatever the leading dimensions, they hold the rows, or tokens, group after group.
 
-        Groups of different sizes: (1, tokens, in), tokens group after group.
+        Some layers are given (rows, tokens, in), others (rows · tokens, in).
         """
         outputs: Tensor = self.linear(inputs)
         groups = _GROUPS.get()
@@ -122,7 +123,7 @@ class StackedLinear(nn.Module):
         if first == len(adapters):
             return outputs
         if groups.sizes is not None:
-            self._add_uneven(inputs[0], outputs[0], adapters, groups.sizes)
+            self._add_uneven(inputs.flatten(0, -2), outputs.view(-1, outputs.shape[-1]), adapters, groups.sizes)
             return outputs
         flat = outputs.view(len(adapters), -1, outputs.shape[-1])
         rows = inputs.reshape(len(adapters), -1, inputs.shape[-1])
@@ -216,7 +217,7 @@ def _check_fit(base: PreTrainedModel, files: Sequence[LoraFile]) -> None:
     """Refuse adapters of layers that the base does not have, that are not linear, or that have another size."""
     ends = {id(module) for module in (base.get_input_embeddings(), base.get_output_embeddings())}
     layers = dict(base.named_modules())
-    linear = [name for name, layer in layers.items() if type(layer) is nn.Linear and id(layer) not in ends]
+    linear = linear_layers(base)
     for file in files:
         lacking = [name for name in linear if name not in file.factors and file.targets(name)]
         if lacking:
@@ -236,14 +237,14 @@ def _check_fit(base: PreTrainedModel, files: Sequence[LoraFile]) -> None:
                     f"{file.path}: the adapter changes {name!r}, the embeddings or the output head; policies on one "
                     "base share these. Train it without that target module, or merge it into full weights."
                 )
-            if type(layer) is not nn.Linear:
+            if name not in linear:
                 raise ModelError(
                     f"{file.path}: the adapter changes {name!r}, which is a {type(layer).__name__}; adapters can only "
                     "be stacked on Linear layers. Merge it into full weights."
                 )
-            if (up.shape[0], down.shape[1]) != (layer.out_features, layer.in_features):
+            inputs, outputs = layer_sizes(layer)
+            if (up.shape[0], down.shape[1]) != (outputs, inputs):
                 raise ModelError(
-                    f"{file.path}: the adapter does not fit the reference model: {name!r} is {layer.in_features} → "
-                    f"{layer.out_features}, the adapter's {down.shape[1]} → {up.shape[0]}. Was it trained on another "
-                    "one?"
+                    f"{file.path}: the adapter does not fit the reference model: {name!r} is {inputs} → {outputs}, "
+                    f"the adapter's {down.shape[1]} → {up.shape[0]}. Was it trained on another one?"
                 )

@@ -7,6 +7,8 @@ plain product, which `generate` uses (benchmarks/decoding.py, 16 requests).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -61,6 +63,35 @@ def pack_linears(model: nn.Module) -> None:
     A weight that is shared with the embeddings stays there as well.
     """
     join_linears(model, PackedLinear)
+
+
+class _OnlyCalled(nn.Module):
+    """A linear layer that shows nothing of itself, as a packed one."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self._call = linear.forward
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self._call(inputs)
+
+
+@contextmanager
+def only_called(model: nn.Module) -> Iterator[None]:
+    """Let every `nn.Linear` of the model have no weight that could be read, while the block runs."""
+    places = [
+        (parent, name, child)
+        for parent in list(model.modules())
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear
+    ]
+    for parent, name, child in places:
+        setattr(parent, name, _OnlyCalled(child))
+    try:
+        yield
+    finally:
+        for parent, name, child in places:
+            setattr(parent, name, child)
 
 
 def _has_mkl() -> bool:

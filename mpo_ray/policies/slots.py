@@ -59,11 +59,12 @@ class Slots:
         for room in (room for pair in self._layers.values() for room in pair):
             room[changed.to(room.device), :length] = room[given.to(room.device), :length]
 
-    def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, (rows, tokens, heads, d) each. like: (1, heads, N, d)."""
+    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, (rows, tokens, heads, d) each. key, value: (1, heads, N, d), new ones."""
         if index not in self._layers:
-            _, heads, _, size = like.shape
-            keys, values = (like.new_zeros(self.num_rows, self.row_tokens, heads, size) for _ in range(2))
+            keys, values = (
+                new.new_zeros(self.num_rows, self.row_tokens, new.shape[1], new.shape[3]) for new in (key, value)
+            )
             self._layers[index] = (keys, values)  # zeros, since 0 · nothing must not be NaN
         return self._layers[index]
 
@@ -167,11 +168,11 @@ def _slot_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query: (1, heads, N, d); key, value: (1, key heads, N, d). Returns (1, N, heads, d)."""
+    """query, key: (1, heads or key heads, N, d); value: (1, key heads, N, d_v). Returns (1, N, heads, d_v)."""
     layout = _LAYOUT.get()
     if layout is None:
         raise RuntimeError(f"the attention {NAME} was called outside `reading`")
-    keys, values = layout.slots.layer(module.layer_idx, key)
+    keys, values = layout.slots.layer(module.layer_idx, key, value)
     for room, new in ((keys, key), (values, value)):
         room.flatten(0, 1).index_copy_(0, layout.places, new[0].transpose(0, 1))
     queries = query[0].transpose(0, 1)  # (N, heads, d)
@@ -205,7 +206,7 @@ def _slot_attention(
         parts.append((segment.tokens.flatten(), flat))
     if len(parts) == 1 and parts[0][0] is None:
         return parts[0][1][None], None
-    attended = torch.empty_like(queries)
+    attended = queries.new_empty(*queries.shape[:-1], values.shape[-1])
     for tokens, found in parts:
         attended[tokens] = found
     return attended[None], None
@@ -220,7 +221,7 @@ def _attend_singles(
     window: int | None,
     attend: _Attend,
 ) -> Tensor:
-    """One token of each of S rows. queries: (S, heads, d). Returns (S, heads, d).
+    """One token of each of S rows. queries: (S, heads, d). Returns (S, heads, d_v).
 
     The heads that share a key head are rows of one query, so that no key is repeated.
     """
@@ -228,7 +229,7 @@ def _attend_singles(
     mask = layout.mask(("singles", window), lambda: _row_mask(singles, window, queries))
     asked = queries if singles.given is None else queries.index_select(0, singles.given)
     found = attend(asked.reshape(asked.shape[0], keys.shape[1], -1, asked.shape[-1]), keys, values, mask)
-    answers = found.reshape(asked.shape)
+    answers = found.reshape(*asked.shape[:2], values.shape[-1])
     return answers if singles.taken is None else answers.index_select(0, singles.taken)
 
 
@@ -261,7 +262,7 @@ def _additive(allowed: Tensor, like: Tensor) -> Tensor:
 class _Attend:
     """softmax(cap(Q K · scaling) + mask) V, where cap(s) = softcap · tanh(s / softcap).
 
-    queries (rows, heads, N, d); keys, values (rows, heads, T, d)
+    queries (rows, heads, N, d); keys (rows, heads, T, d); values (rows, heads, T, d_v)
     """
 
     scaling: float | None

@@ -17,6 +17,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -220,16 +222,43 @@ def test_unknown_settings_are_refused_before_any_weights_are_read(
         PolicySet(str(tmp_path / "no such reference"), {"odd": str(adapter)})
 
 
-def test_an_adapter_of_layers_that_are_not_linear_is_refused(tmp_path: Path) -> None:
-    """GPT-2's layers are Conv1D."""
-    sizes = {"vocab_size": 25, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
-    config = GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
-    made = {"r": 2, "target_modules": ["c_fc"], "fan_in_fan_out": True}
-    adapter = save_adapter(tmp_path, GPT2LMHeadModel(config), seed=1, **made)
-    file = adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"fan_in_fan_out": False}))
-    with pytest.raises(ModelError, match="c_fc', which is a Conv1D; adapters can only be stacked on Linear"):
-        AdapterStack(GPT2LMHeadModel(config), {"odd": adapter})
+def test_an_adapter_of_transposed_layers_is_stacked(tmp_path: Path) -> None:
+    """GPT-2's layers are Conv1D, of which PEFT writes `fan_in_fan_out`: log π as PEFT has it."""
+    sizes = {"vocab_size": 25, "n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
+
+    def gpt() -> PreTrainedModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+
+    adapter = save_adapter(tmp_path, gpt(), seed=1, r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    expected = PeftModel.from_pretrained(gpt(), str(adapter))(IDS).logits
+    found = AdapterStack(gpt(), {"one": adapter})([REFERENCE, "one"], input_ids=repeat_rows(IDS, 2)).logits
+    torch.testing.assert_close(found[len(IDS) :], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[: len(IDS)], gpt()(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_that_flatten_their_rows_have_the_policy_of_each_token(tmp_path: Path) -> None:
+    """OPT gives fc1 (B·T, d): with groups of 5 and 3 tokens in one row, each token's logits are its own policy's."""
+
+    def opt() -> PreTrainedModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, init_std=0.3)
+            return OPTForCausalLM(config).eval()
+
+    paths = {name: save_adapter(tmp_path / name, opt(), n, r=2, target_modules=["fc1"]) for n, name in enumerate("ab")}
+    stack = AdapterStack(opt(), paths)
+    inputs = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    layers = {
+        name: PeftModel.from_pretrained(opt(), str(path)).get_base_model().model.decoder.layers[0].fc1
+        for name, path in paths.items()
+    }
+    expected = torch.cat([layers["a"](inputs[:5]), layers["b"](inputs[5:])])
+    with stack.running(["a", "b"], [5, 3]) as base:
+        found = base.model.decoder.layers[0].fc1
+        torch.testing.assert_close(found(inputs), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found(inputs[None])[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_an_adapter_of_another_base_or_cut_short_is_refused(base: Path, tmp_path: Path) -> None:

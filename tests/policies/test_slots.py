@@ -10,6 +10,8 @@ import torch
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -18,10 +20,14 @@ from transformers import (
     GemmaForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -31,21 +37,39 @@ from transformers import (
 
 from mpo_ray.decoding.branch import Piece
 from mpo_ray.decoding.runner import MixtureRunner
-from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.policies.packed_linear import PackedLinear
+from mpo_ray.policies.slot_support import NotInSlotsError
 from tests.tiny import TINY_SIZES
 
 SIZES = {**TINY_SIZES, "vocab_size": 40}
 GEMMA: dict[str, Any] = {**SIZES, "query_pre_attn_scalar": 8, "sliding_window": 4}
 CAPPED: dict[str, Any] = {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+DEEPSEEK: dict[str, Any] = {
+    **{key: value for key, value in SIZES.items() if key != "head_dim"},
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "one key head": lambda: LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_key_value_heads": 1})),
     "mistral, window of 4": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+    "cohere, scaled logits": lambda: CohereForCausalLM(CohereConfig(**SIZES)),
+    "granite, divided logits": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=1.5)),
+    "deepseek, values of another size": lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**DEEPSEEK)),
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SIZES)),
     "gemma2, capped, window of 4": lambda: Gemma2ForCausalLM(Gemma2Config(**CAPPED)),
     "gemma3, window of 4": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA)),
@@ -108,7 +132,12 @@ def test_the_models_own_forward_stays_what_it_was() -> None:
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [
-        (lambda: CohereForCausalLM(CohereConfig(**SIZES)), "CohereForCausalLM: .* differ by"),
+        (
+            lambda: PhimoeForCausalLM(
+                PhimoeConfig(**SIZES, num_local_experts=2, num_experts_per_tok=2, sliding_window=16)
+            ),
+            "PhimoeForCausalLM: .* differ by",
+        ),
         (
             lambda: GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1)),
             "GptOssForCausalLM: .* differ by",
@@ -120,13 +149,14 @@ def test_the_models_own_forward_stays_what_it_was() -> None:
             "LlamaForCausalLM: its rotary positions are 'dynamic'",
         ),
     ],
-    ids=["another head", "attention sinks", "positions that change"],
+    ids=["a window in the mask alone", "attention sinks", "positions that change"],
 )
 def test_an_architecture_that_would_be_decoded_wrongly_is_refused(
     make: Callable[[], PreTrainedModel], complaint: str
 ) -> None:
+    """Whatever the length of the probe: windows that are longer are shortened for it."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = make().eval()
-    with pytest.raises(ModelError, match=complaint):
+    with pytest.raises(NotInSlotsError, match=complaint):
         MixtureRunner(alone(model), num_lanes=2)
