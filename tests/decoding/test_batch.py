@@ -118,3 +118,17 @@ def test_draws_invert_it_across_many_tokens(num_tokens: int) -> None:
     assert (probabilities[drawn] > 0).all()
     assert (uniforms <= upper[drawn] + 1e-6).all()
     assert (uniforms >= upper[drawn] - probabilities[drawn] - 1e-6).all()
+
+
+def test_each_end_token_ends_a_completion(model: PreTrainedModel) -> None:
+    """What came before it is what is drawn without it; the first of them is the last id."""
+    whole = _sample(model, max_new_tokens=12, end_ids=[2])
+    common = whole[0][0].ids[3]
+    ended = _sample(model, max_new_tokens=12, end_ids=[2, common])
+    for before, after in zip(whole, ended, strict=True):
+        ids = before[0].ids
+        place = next((n for n, id in enumerate(ids) if id in (2, common)), None)
+        assert after[0].ids == (ids if place is None else ids[: place + 1])
+        assert after[0].finished == (place is not None)
+    assert ended[0][0].finished
+    assert len(ended[0][0].ids) <= 4

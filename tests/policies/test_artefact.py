@@ -144,3 +144,51 @@ def test_bfloat16_is_a_choice_at_loading(artefact: Path) -> None:
 def test_unknown_keywords_are_refused_when_loading(artefact: Path) -> None:
     with pytest.raises(ModelError, match="cannot be loaded with load_in_8bit"):
         AutoModelForCausalLM.from_pretrained(artefact, load_in_8bit=True)
+
+
+def ends_of(artefact: Path) -> list[int]:
+    return list(json.loads((artefact / "generation_config.json").read_text())["eos_token_id"])
+
+
+def test_the_end_tokens_are_those_that_transformers_would_use_for_every_model(tmp_path: Path) -> None:
+    """A config.json without generation_config, and full policies with an end token of their own."""
+    tokenizer = tiny_tokenizer()
+    ends = {"reference": [2, 7, 9], "a": 11, "b": [2, 12]}
+    for seed, (name, end) in enumerate(ends.items()):
+        tiny_llama(tmp_path / name, tokenizer, seed, eos_token_id=end)
+    (tmp_path / "reference" / "generation_config.json").unlink()
+    (tmp_path / "a" / "generation_config.json").unlink()
+    how = {"copy_reference": False, "weights": {"a": 0.5, "b": 0.5}, "fit": {}}
+    policies = {name: tmp_path / name for name in "ab"}
+    write_artefact(tmp_path / "mixed", objectives=policies, reference=tmp_path / "reference", **how)
+    assert ends_of(tmp_path / "mixed") == [2, 7, 9, 11, 12]
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "mixed")
+    assert opened.generation_config.eos_token_id == [2, 7, 9, 11, 12]
+
+
+def test_the_end_that_the_template_writes_is_among_them_and_its_values_are_defaults(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} {{ m.content }} <turn> {% endfor %}"
+        "{% if add_generation_prompt %}assistant {% if brief %}short {% endif %}{% endif %}"
+    )
+    for seed, name in enumerate(("reference", "a")):
+        tiny_llama(tmp_path / name, tokenizer, seed)
+    write_artefact(
+        tmp_path / "mixed",
+        objectives={"a": tmp_path / "a"},
+        reference=tmp_path / "reference",
+        copy_reference=False,
+        weights={"a": 1.0},
+        fit={},
+        template_values={"brief": True},
+        text="plain",
+    )
+    assert ends_of(tmp_path / "mixed") == [2, tokenizer.convert_tokens_to_ids("<turn>")]
+    written = AutoTokenizer.from_pretrained(tmp_path / "mixed")
+    rendered = written.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert rendered == "user hi <turn> assistant short "
+    assert AutoConfig.from_pretrained(tmp_path / "mixed").text == "plain"
