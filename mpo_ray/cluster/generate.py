@@ -85,7 +85,9 @@ class Generator:
         rows = [(row, sample) for row in table.to_pylist() for sample in range(self._num)]
         seeds = [row_seed(values["seed"], row["row"], sample) for row, sample in rows]
         requests = [
-            self._recipe.request(f"{row['row']}/{sample}", row["prompt_ids"], seed=seed)
+            self._recipe.request(
+                f"{row['row']}/{sample}", row["prompt_ids"], seed=seed, continues_text=not row["is_chat"]
+            )
             for (row, sample), seed in zip(rows, seeds, strict=True)
         ]
         finished = complete(self._engine, requests)

@@ -13,6 +13,7 @@ import pyarrow as pa
 from mpo_ray.config import Actors, Scoring
 from mpo_ray.data.rendering import Rendering
 from mpo_ray.decoding.particles import sample_mixture
+from mpo_ray.decoding.text_stream import text_behind
 from mpo_ray.evaluation.rewards import IMPLICIT, Reward, load_reward
 from mpo_ray.policies.loading import load_rendering
 from mpo_ray.policies.policy_set import PolicySet, Sequences
@@ -178,7 +179,9 @@ def draw(
     columns: dict[str, list[Any]] = {name: [] for name in _SAMPLE_SCHEMA.names}
     for row, prompt_ids, completions in zip(rows, ids, drawn, strict=True):
         for index, completion in enumerate(completions):
-            response = rendering.reply_text(completion.ids[:-1] if completion.finished else completion.ids)
+            words = completion.ids[:-1] if completion.finished else completion.ids  # an end may be no special token
+            # a text goes on from its prompt, a chat's reply stands alone
+            response = text_behind(rendering.tokenizer, () if row["is_chat"] else prompt_ids, words)
             cells = (
                 row["prompt_id"],
                 index,

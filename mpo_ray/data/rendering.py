@@ -106,10 +106,6 @@ class Rendering:
             raise RenderingError("the replies are equal once they are rendered")
         return prompt, list(replies)
 
-    def reply_text(self, ids: Sequence[int]) -> str:
-        """The words of a reply that was drawn. ids: without its end token, which need not be a special one"""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
     def _text_ids(self, text: str) -> list[int]:
         read = self._text.as_words if self._is_plain else self._text.as_tokens
         return read(text, add_start=True)

@@ -23,4 +23,8 @@ def answer(artefact: str, text: str, recipe: Recipe, *, num: int, seed: int) -> 
     lanes = min(NUM_LANES, num * recipe.mode.particles)
     context = len(ids) + max(1, recipe.sampling.max_tokens)
     engine = open_engine(artefact, num_lanes=lanes_for(recipe, lanes), context=context)
-    return complete(engine, [recipe.request(str(sample), ids, seed=seed + sample) for sample in range(num)])
+    requests = [
+        recipe.request(str(sample), ids, seed=seed + sample, continues_text=isinstance(prompt, str))
+        for sample in range(num)
+    ]
+    return complete(engine, requests)

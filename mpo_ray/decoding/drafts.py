@@ -10,18 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpo_ray.decoding.protocol import FinishReason, Sampling, TokenLogprob
+from mpo_ray.decoding.protocol import FinishReason, GenerationRequest, Sampling, TokenLogprob
 from mpo_ray.decoding.text_stream import TextStream
 from mpo_ray.decoding.token_choice import History
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What decides where a completion ends, and how its tokens become text. `tokenizer`: None for no text."""
+    """What decides where a completion ends, and how its tokens become text.
+
+    tokenizer: None for no text; prompt_ids: of the text that the completion continues, none for a reply
+    """
 
     sampling: Sampling
     eos_ids: tuple[int, ...]
     tokenizer: Any
+    prompt_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, request: GenerationRequest, eos_ids: tuple[int, ...], tokenizer: Any) -> Rules:
+        return cls(request.sampling, eos_ids, tokenizer, request.prompt_ids if request.continues_text else ())
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -30,7 +38,9 @@ class Rules:
         return (*ends, *self.sampling.stop_ids)
 
     def text_stream(self) -> TextStream | None:
-        return None if self.tokenizer is None else TextStream(self.tokenizer, self.sampling.stop)
+        if self.tokenizer is None:
+            return None
+        return TextStream(self.tokenizer, self.sampling.stop, self.prompt_ids)
 
 
 @dataclass(slots=True)

@@ -107,7 +107,7 @@ class MixtureEngine:
             raise RequestError(f"a request with the id {request.id!r} is being served.", "id")
         if len(self._waiting) >= self._max_waiting:
             raise QueueFullError(f"{len(self._waiting)} requests are waiting already.")
-        rules = Rules(request.sampling, self._eos_ids, self._tokenizer)
+        rules = Rules.of(request, self._eos_ids, self._tokenizer)
         check_ends(request.sampling, rules.end_ids, self._runner.vocab_size)
         row = [float(weights.get(name, 0.0)) for name in self._names]
         self._waiting.append(run_of(request, row, rules, self._names))

@@ -38,9 +38,11 @@ class Recipe:
     mode: Mode
     weights: Mapping[str, float]
 
-    def request(self, name: str, prompt_ids: Sequence[int], *, seed: int) -> GenerationRequest:
+    def request(
+        self, name: str, prompt_ids: Sequence[int], *, seed: int, continues_text: bool = False
+    ) -> GenerationRequest:
         sampling = replace(self.sampling, seed=seed)
-        return GenerationRequest(name, tuple(prompt_ids), sampling, self.mode, self.weights)
+        return GenerationRequest(name, tuple(prompt_ids), sampling, self.mode, self.weights, continues_text)
 
     def as_json(self) -> dict[str, Any]:
         """Everything that decides over a completion beside prompt, seed and model, as JSON values."""

@@ -93,6 +93,8 @@ class GenerationRequest:
 
     An engine that has the base of its adapters decodes it for `{"reference": 1.0}`, which is on no simplex.
     `id` is the caller's, unique among those in flight.
+    continues_text: the completion's text is what decode(prompt + completion) has behind the prompt's; otherwise it is
+        decode(completion), as of a chat's reply
     """
 
     id: str
@@ -100,6 +102,7 @@ class GenerationRequest:
     sampling: Sampling
     mode: Mode = Mode()
     weights: Mapping[str, float] | None = None
+    continues_text: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpo_ray.decoding.protocol import Delta, Diagnostics, FinishReason, TokenLogprob
-from mpo_ray.decoding.text_stream import TextStream
-from mpo_ray.serving.token_text import CONTEXT, TokenText
+from mpo_ray.decoding.text_stream import CONTEXT, TextStream, tail
+from mpo_ray.serving.token_text import TokenText
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +64,25 @@ class Echo:
 
 
 class Choice:
-    """Turns the deltas of one completion into pieces of a choice."""
+    """Turns the deltas of one completion into pieces of a choice.
 
-    def __init__(self, tokenizer: Any, token_text: TokenText, *, echo: Echo | None, with_logprobs: bool) -> None:
+    prompt_ids: of the text that the completion continues, none for a reply; echo: where that text is repeated
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        token_text: TokenText,
+        *,
+        prompt_ids: Sequence[int] = (),
+        echo: Echo | None,
+        with_logprobs: bool,
+    ) -> None:
         self._tokenizer, self._token_text = tokenizer, token_text
         self._echo, self._with_logprobs = echo, with_logprobs
         self._begun = False
-        self._ids: list[int] = []
-        self._places = _Places(tokenizer, 0 if echo is None else len(echo.text))
+        self._ids = tail(tokenizer, prompt_ids)
+        self._places = _Places(tokenizer, 0 if echo is None else len(echo.text), prompt_ids)
 
     def add(self, delta: Delta) -> Piece:
         text = delta.text
@@ -107,8 +118,8 @@ class Choice:
 class _Places:
     """Where each token's text begins, in a text that grows token by token."""
 
-    def __init__(self, tokenizer: Any, start: int) -> None:
-        self._stream, self._end = TextStream(tokenizer), start
+    def __init__(self, tokenizer: Any, start: int, prompt_ids: Sequence[int] = ()) -> None:
+        self._stream, self._end = TextStream(tokenizer, prompt_ids=prompt_ids), start
 
     def next(self, token: int, text: str) -> int:
         """text: the token's own, at the end of what it adds, unless it is a part of a character"""

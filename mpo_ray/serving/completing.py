@@ -54,7 +54,7 @@ class Completing:
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         weights = wanted_weights(body, self._served)
         check_size(body, 1, weights, self._served)
-        ids = await self._prompts.of_chat([{"role": one.role, "content": one.text} for one in body.messages])
+        ids = await self._prompts.of_chat([one.for_template() for one in body.messages])
         bodies = ChatBodies(uuid.uuid4().hex, int(time.time()), body.model)
         return await self._answer(request, body, [ids], [], weights, bodies)
 
@@ -73,16 +73,17 @@ class Completing:
         bodies: Bodies,
     ) -> Response:
         for prompt in prompts:
-            self._prompts.check_number(len(prompt), "messages" if isinstance(body, ChatRequest) else "prompt")
+            self._prompts.check_number(len(prompt), body.prompt_field)
         requests = plan(body, prompts, weights, self._served)
         choices = [
             Choice(
                 self._tokenizer,
                 self._token_text,
+                prompt_ids=one.prompt_ids if one.continues_text else (),
                 echo=echoes[number // body.n] if echoes else None,
                 with_logprobs=body.num_logprobs is not None,
             )
-            for number in range(len(requests))
+            for number, one in enumerate(requests)
         ]
         prompt_tokens = sum(map(len, prompts))
         deadline = asyncio.get_running_loop().time() + self._served.timeout_s
@@ -111,6 +112,9 @@ class Completing:
             known = api_error_of(error)
             if known is None:
                 raise
+            known.param = {"prompt": body.prompt_field, "max_tokens": body.limit_field}.get(
+                known.param or "", known.param
+            )
             raise known from error
         finally:
             if not streamed:

@@ -95,6 +95,13 @@ def api_error_of(error: Exception) -> ApiError | None:
     return None
 
 
+def context_exceeded(context: int | None, says: str, param: str) -> ApiError:
+    """A prompt that is too long, in the words and with the code by which clients know to take another model."""
+    return ApiError(
+        400, f"this model's maximum context length is {context} tokens; {says}", param, "context_length_exceeded"
+    )
+
+
 def unexpected(request_id: str) -> ApiError:
     return ApiError(500, f"an internal error; the server's log has it under the request id {request_id}.")
 
@@ -131,13 +138,23 @@ def _describe(problem: Mapping[str, Any]) -> tuple[str, str]:
     """The field that a pydantic error is about, without the names of the types that were tried, and what is wrong."""
     if problem["type"] == "json_invalid":
         return "", f"the body is not JSON: {problem['ctx']['error']} at character {problem['loc'][-1]}"
-    place = [part for part in problem["loc"][1:] if isinstance(part, int) or (part.isidentifier() and part != "str")]
+    *parents, last = problem["loc"][1:] or ("",)
+    place = [part for part in parents if _is_name(part)]
+    if problem["type"] == "extra_forbidden" or _is_name(last):
+        place.append(last)  # a client's own word may be any
+    if problem["type"] in ("wrong", "role"):
+        place.append(problem.get("ctx", {}).get("field", "role"))
     name = ".".join(map(str, place))
     if problem["type"] == "extra_forbidden":
         return name, "unknown field; it would have no effect, so leave it out"
     if place in ([], ["body"]) and problem["type"] in ("missing", "model_attributes_type"):
         return name, "the body is a JSON object"
-    return name, str(problem["msg"]).removeprefix("Value error, ")
+    return name, str(problem["msg"])
+
+
+def _is_name(part: int | str) -> bool:
+    """Whether a part of an error's place is a field or an index, and not a type that was tried."""
+    return isinstance(part, int) or (part.isidentifier() and part != "str")
 
 
 def _sendable(text: str) -> str:

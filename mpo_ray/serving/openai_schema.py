@@ -1,95 +1,33 @@
 """What the endpoint accepts: OpenAI's completions and chat completions with vLLM's fields, and `mixture` as our own.
 
-Every field is either honoured or refused by name. Fields of OpenAI's that are not implemented may be present with the
-value that means nothing (null, or their default).
+Every field is either honoured or refused by name (`neutral` has those that may only ask for nothing).
 """
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from mpo_ray.decoding.protocol import ExactMethod
+from mpo_ray.serving.messages import Messages
+from mpo_ray.serving.neutral import NOT_IMPLEMENTED, Values, without_nulls
+from mpo_ray.serving.request_model import Request, wrong
 
-#: OpenAI's and vLLM's fields that are not implemented, with the values that ask for nothing.
-NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "echo": (None, False),
-    "best_of": (None, 1),
-    "suffix": (None, ""),
-    "response_format": (None, {"type": "text"}),
-    "tools": (None, []),
-    "tool_choice": (None, "none"),
-    "parallel_tool_calls": (None,),
-    "functions": (None,),
-    "function_call": (None,),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "reasoning_effort": (None,),
-    "web_search_options": (None,),
-    "service_tier": (None, "auto"),
-    "store": (None, False),
-    "metadata": (None,),
-    "chat_template": (None,),
-    "chat_template_kwargs": (None, {}),
-    "add_generation_prompt": (None, True),
-    "continue_final_message": (None, False),
-    "use_beam_search": (None, False),
-    "prompt_logprobs": (None,),
-    "structured_outputs": (None,),
-    "bad_words": (None, []),
-    "truncate_prompt_tokens": (None,),
-}
 #: Below this a temperature is neither greedy (0) nor anything that float32 can divide by.
 LOWEST_TEMPERATURE = 0.001
 
+WithoutNulls = BeforeValidator(without_nulls)
+Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-def _document(schema: dict[str, Any], kind: type[BaseModel]) -> None:
-    """Say in the JSON schema what `_neutral` does: null is the default, and some fields may only ask for nothing."""
-    assert issubclass(kind, Request)
-    for name, field in schema["properties"].items():
-        if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
-            kept = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
-            schema["properties"][name] = kept | {"anyOf": [field, {"type": "null"}]}
-    for name, values in kind.not_implemented.items():
-        schema["properties"].setdefault(name, {"enum": list(values), "description": "not implemented"})
-
-
-class Request(BaseModel):
-    """A part of a request. Unknown fields are refused, and values of another type than JSON's own are not converted."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True, json_schema_extra=_document)
-    not_implemented: ClassVar[dict[str, tuple[object, ...]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _neutral(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        kept = {}
-        for key, value in values.items():
-            if key not in cls.model_fields and key in cls.not_implemented:
-                if any(value == neutral and type(value) is type(neutral) for neutral in cls.not_implemented[key]):
-                    continue
-                raise ValueError(
-                    f"{key} is not implemented by this endpoint; leave it out (got {json.dumps(value)[:100]})"
-                )
-            if value is not None or key not in cls.model_fields:  # null means the default of a field that is known
-                kept[key] = value
-        return kept
 
 
 class Mixture(Request):
     """Our extension: λ by objective (those left out have weight 0) and which mixture is decoded (design 2.3)."""
 
-    weights: dict[str, float] | None = None
+    weights: Annotated[dict[str, float], WithoutNulls] | None = None
     mode: Literal["token", "exact"] = "token"
     method: ExactMethod | None = Field(None, description="of mode exact; smc, where the engine has it, if absent")
     particles: Annotated[int, Field(ge=1, le=1024)] | None = Field(
@@ -106,29 +44,33 @@ class Mixture(Request):
         if self.mode == "token":
             for name in ("method", "particles", "max_attempts"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} belongs to mode 'exact'; leave it out, or set the mode")
+                    raise wrong(name, f"{name} belongs to mode 'exact'; leave it out, or set the mode")
         elif not self.log_z:
-            raise ValueError("mode 'exact' needs log Z_t; leave log_z out")
+            raise wrong("log_z", "mode 'exact' needs log Z_t; leave log_z out")
         if self.max_attempts is not None and self.method != "rejection":
-            raise ValueError("max_attempts belongs to method 'rejection'; leave it out, or set the method")
+            raise wrong("max_attempts", "max_attempts belongs to method 'rejection'; leave it out, or set the method")
         return self
 
 
 class StreamOptions(Request):
+    not_implemented: ClassVar[Mapping[str, Values]] = {"include_obfuscation": (False,)}
     include_usage: bool = False
     continuous_usage_stats: bool = Field(False, description="usage so far in every chunk; with include_usage")
 
     @model_validator(mode="after")
     def _usage_is_wanted(self) -> StreamOptions:
         if self.continuous_usage_stats and not self.include_usage:
-            raise ValueError("continuous_usage_stats needs include_usage: true")
+            raise wrong("continuous_usage_stats", "continuous_usage_stats needs include_usage: true")
         return self
 
 
 class Sampling(Request):
     """What both kinds of completion share."""
 
-    not_implemented = NOT_IMPLEMENTED
+    not_implemented: ClassVar[Mapping[str, Values]] = NOT_IMPLEMENTED
+    #: Whether a completion's text goes on from the prompt's, and the field that the prompt comes from.
+    continues_text: ClassVar[bool]
+    prompt_field: ClassVar[str]
     model: str
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
@@ -138,29 +80,34 @@ class Sampling(Request):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10.0)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]], Field(max_length=1024)] = {}
+    logit_bias: Annotated[dict[str, Bias], WithoutNulls] = Field({}, max_length=1024)
     n: Annotated[int, Field(ge=1)] = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=16)] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True, max_length=64)] = []
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field([], fail_fast=True, max_length=64)
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0)] = 0
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="the caller's own name for its user; it changes nothing")
+    safety_identifier: str | None = Field(None, description="as `user`")
+    prompt_cache_key: str | None = Field(None, description="as `user`; prefixes are kept without it")
+    metadata: Annotated[dict[str, str], WithoutNulls] | None = Field(
+        None, description="the caller's own labels; they change nothing"
+    )
     mixture: Mixture = Mixture()
 
     @model_validator(mode="after")
     def _fields_fit_each_other(self) -> Sampling:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only allowed with stream: true")
+        if self.include_usage and not self.stream:
+            raise wrong("stream_options", "stream_options is only allowed with stream: true")
         if 0.0 < self.temperature < LOWEST_TEMPERATURE:
-            raise ValueError(f"temperature is 0 (greedy), or from {LOWEST_TEMPERATURE} to 2")
+            raise wrong("temperature", f"temperature is 0 (greedy), or from {LOWEST_TEMPERATURE} to 2")
         if self.mixture.policy_logprobs and self.num_logprobs is None:
-            raise ValueError("mixture.policy_logprobs adds to logprobs; ask for them too")
+            raise wrong("mixture.policy_logprobs", "mixture.policy_logprobs adds to logprobs; ask for them too")
         for key in self.logit_bias:
             if not (key.isascii() and key.isdigit() and len(key) < 10):
-                raise ValueError(f"logit_bias: {key[:100]!r} is not a token id")
+                raise wrong("logit_bias", f"logit_bias: {key[:100]!r} is not a token id")
         return self
 
     @property
@@ -170,6 +117,11 @@ class Sampling(Request):
     @property
     def max_new_tokens(self) -> int | None:
         return self.max_tokens
+
+    @property
+    def limit_field(self) -> str:
+        """The field that `max_new_tokens` comes from."""
+        return "max_tokens"
 
     @property
     @abstractmethod
@@ -196,14 +148,19 @@ Texts = Annotated[list[str], Field(fail_fast=True, min_length=1)]
 class CompletionRequest(Sampling):
     """POST /v1/completions. A prompt is a text or token ids, or there is a list of either."""
 
+    continues_text = True
+    prompt_field = "prompt"
     prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool = False
+    best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="not implemented; n asks for nothing")
 
     @model_validator(mode="after")
     def _some_tokens(self) -> CompletionRequest:
+        if self.best_of not in (None, self.n):
+            raise wrong("best_of", f"best_of is not implemented by this endpoint; leave it out (got {self.best_of})")
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens 0 asks for nothing, unless with echo: true")
+            raise wrong("max_tokens", "max_tokens 0 asks for nothing, unless with echo: true")
         return self
 
     @property
@@ -221,26 +178,11 @@ class CompletionRequest(Sampling):
         return self.echo
 
 
-class TextPart(Request):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(Request):
-    role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
-
-
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
+    continues_text = False
+    prompt_field = "messages"
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
@@ -248,17 +190,25 @@ class ChatRequest(Sampling):
 
     @model_validator(mode="after")
     def _chat_fields_fit_each_other(self) -> ChatRequest:
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("give max_completion_tokens or max_tokens, not both")
         if self.max_tokens == 0:
-            raise ValueError("max_tokens 0 asks for nothing")
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs is only allowed with logprobs: true")
+            raise wrong("max_tokens", "max_tokens 0 asks for nothing")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise wrong(
+                "max_tokens",
+                f"max_tokens {self.max_tokens} and max_completion_tokens {self.max_completion_tokens} are two names of "
+                "one limit; give one of them",
+            )
+        if self.top_logprobs and not self.logprobs:
+            raise wrong("top_logprobs", "top_logprobs is only allowed with logprobs: true")
         return self
 
     @property
     def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+
+    @property
+    def limit_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def num_logprobs(self) -> int | None:
@@ -277,9 +227,9 @@ class TokenizeRequest(Request):
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give prompt or messages, one of both")
+            raise wrong("prompt", "give prompt or messages, one of both")
         if self.messages is not None and not self.add_special_tokens:
-            raise ValueError("add_special_tokens belongs to prompt; a chat template writes its own")
+            raise wrong("add_special_tokens", "add_special_tokens belongs to prompt; a chat template writes its own")
         return self
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from mpo_ray.decoding.protocol import GenerationRequest, Mode
 from mpo_ray.decoding.protocol import Sampling as Drawing
-from mpo_ray.serving.errors import ApiError
+from mpo_ray.serving.errors import ApiError, context_exceeded
 from mpo_ray.serving.model_ids import checked_weights, parse_model_id
 from mpo_ray.serving.openai_schema import Mixture, Sampling
 from mpo_ray.serving.served import Served
@@ -39,7 +39,8 @@ def check_size(body: Sampling, num_prompts: int, weights: Mapping[str, float] | 
         raise ApiError(400, f"{num_prompts} prompts × n = {body.n} is more than {served.max_choices} choices.", "n")
     asked = body.max_new_tokens
     if asked is not None and asked > served.max_tokens:
-        raise ApiError(400, f"max_tokens {asked} is above this endpoint's limit of {served.max_tokens}.", "max_tokens")
+        field = body.limit_field
+        raise ApiError(400, f"{field} {asked} is above this endpoint's limit of {served.max_tokens}.", field)
     policies = len(served.objectives) if weights is None else sum(weight != 0 for weight in weights.values())
     particles = mode_of(body.mixture, served).particles
     tokens = served.max_tokens if asked is None else asked
@@ -48,7 +49,7 @@ def check_size(body: Sampling, num_prompts: int, weights: Mapping[str, float] | 
             400,
             f"{policies} policies × {particles} particles × {choices} choices × {tokens} tokens = {work} is more than "
             f"{served.max_work}; ask for fewer.",
-            "max_tokens",
+            body.limit_field,
         )
 
 
@@ -99,6 +100,7 @@ def plan(
             ),
             mode=mode_of(body.mixture, served),
             weights=weights,
+            continues_text=body.continues_text,
         )
         for row, prompt in enumerate(prompts)
         for choice in range(body.n)
@@ -118,11 +120,10 @@ def _max_tokens(body: Sampling, prompt_tokens: int, served: Served) -> int:
     room = served.max_tokens if served.context is None else served.context - prompt_tokens
     needed = max(1, 1 if asked is None else asked)
     if room < needed:
-        raise ApiError(
-            400,
-            f"the prompt has {prompt_tokens} tokens and the completion at least {needed}; the model's context is "
-            f"{served.context} tokens. Shorten the prompt or lower max_tokens.",
-            "prompt",
-            "context_length_exceeded",
+        raise context_exceeded(
+            served.context,
+            f"the prompt has {prompt_tokens} tokens and the completion at least {needed}. Shorten the prompt or lower "
+            f"{body.limit_field}.",
+            body.prompt_field,
         )
     return min(room, served.max_tokens) if asked is None else asked

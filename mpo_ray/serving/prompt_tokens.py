@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from mpo_ray.data.rendering import Rendering
+from mpo_ray.data.rendering import NEEDED_KEYS, Rendering
 from mpo_ray.data.text_tokens import RenderingError
 from mpo_ray.records import Message, Prompt, ToolChat
-from mpo_ray.serving.errors import ApiError
+from mpo_ray.serving.errors import ApiError, context_exceeded
 
 #: Characters that a token stands for, at most: a text longer than this many times the limit is not even tokenised.
 CHARACTERS_PER_TOKEN = 32
@@ -49,27 +49,30 @@ class PromptTokens:
         self._check_length(sum(map(_length, [*messages, *tools])), "messages")
         chat = tuple(dict(message) for message in messages)
         prompt: Prompt = ToolChat(chat, tuple(tools)) if tools else chat
-        return await self._in_thread(self._rendering.prompt_ids, prompt, "messages")
+        return await self._in_thread(self._chat_ids, prompt, "messages")
 
     def check_number(self, number: int, param: str) -> None:
         """Raises ApiError for a prompt of more tokens than allowed."""
         if self._longest is not None and number > self._longest:
-            raise ApiError(
-                400,
-                f"the prompt has {number} tokens, and at most {self._longest} are allowed; the model's context is "
-                f"{self._context} tokens.",
+            raise context_exceeded(
+                self._context or self._longest,
+                f"the prompt has {number} tokens, and at most {self._longest} are allowed.",
                 param,
-                "context_length_exceeded",
             )
 
     def _check_length(self, length: int, param: str) -> None:
         if self._longest is not None and length > CHARACTERS_PER_TOKEN * self._longest:
-            raise ApiError(
-                400,
+            raise context_exceeded(
+                self._context or self._longest,
                 f"the prompt has {length} characters, which is more than {self._longest} tokens, all that are allowed.",
                 param,
-                "context_length_exceeded",
             )
+
+    def _chat_ids(self, prompt: Prompt) -> list[int]:
+        """Raises RenderingError also where the model would not see a tool or its call."""
+        if isinstance(prompt, ToolChat) or any(key in message for message in prompt for key in NEEDED_KEYS):
+            prompt, _ = self._rendering.accept(prompt)
+        return self._rendering.prompt_ids(prompt)
 
     async def _in_thread(self, read: Any, prompt: Prompt, param: str) -> list[int]:
         try:

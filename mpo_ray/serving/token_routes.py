@@ -24,7 +24,7 @@ def token_routes(served: Served, tokenizer: Any, prompts: PromptTokens) -> APIRo
         if body.prompt is not None:
             ids = await prompts.of_text(body.prompt, add_special=body.add_special_tokens)
         else:
-            ids = await prompts.of_chat([{"role": one.role, "content": one.text} for one in body.messages or ()])
+            ids = await prompts.of_chat([one.for_template() for one in body.messages or ()])
         names = [str(name) for name in tokenizer.convert_ids_to_tokens(ids)] if body.return_token_strs else None
         return {"count": len(ids), "max_model_len": served.context, "tokens": ids, "token_strs": names}
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from mpo_ray.decoding.text_stream import CONTEXT
+
 #: How tokenizers with a byte fallback write a single byte.
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-#: Tokens before one that decide whether it begins with a space.
-CONTEXT = 4
 
 
 class TokenText:

@@ -144,7 +144,7 @@ class VllmEngine:
             raise EngineError(self._failure)
         given = self._weights if request.weights is None else request.weights
         check_request(request, given, self._room, self.objectives)
-        rules = Rules(request.sampling, self._eos_ids, self._tokenizer)
+        rules = Rules.of(request, self._eos_ids, self._tokenizer)
         check_ends(request.sampling, rules.end_ids, self._room.vocab_size)
         refuse(request)
         if request.id in self._flights:

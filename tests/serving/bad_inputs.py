@@ -138,7 +138,7 @@ def _values() -> Iterator[Bad]:
 def _mixtures() -> Iterator[Bad]:
     for words, mixture in [
         ("unknown field", {"weight": {}}),
-        ("mixture.tools: unknown field", {"tools": None}),
+        ("mixture.tools: unknown field", {"tools": []}),
         ("mixture", 7),
         ("mixture", []),
         ("mixture.weights", {"weights": [0.5, 0.5]}),
@@ -183,7 +183,7 @@ def _prompts() -> Iterator[Bad]:
     yield completion("at most 63 are allowed", prompt=[7] * 64)
     yield completion("at most 63 are allowed", prompt="the " * 100)
     yield completion("more than 63 tokens", prompt="the " * 100_000)
-    yield completion("the model's context is 64", prompt=[7] * 62)
+    yield completion("this model's maximum context length is 64 tokens", prompt=[7] * 62)
     yield completion("half of a surrogate pair", prompt="\ud800")
     yield completion("half of a surrogate pair", prompt=["the", "film \udfff"])
     yield completion("half of a surrogate pair", user="\ud800")
@@ -207,10 +207,13 @@ def _chats() -> Iterator[Bad]:
         yield chat("messages", messages=value)
     for message in (
         {"role": "wizard", "content": "x"},
-        {"role": "tool", "content": "x"},
+        {"role": "function", "content": "x"},
         {"role": "user", "content": None},
+        {"role": "assistant", "content": None},
+        {"role": "assistant", "content": "x", "refusal": "no"},
         {"role": "user", "content": 7},
-        {"role": "user", "content": "x", "name": "Ann"},
+        {"role": "user", "content": "x", "name": 7},
+        {"role": "user", "content": "x", "tool_call_id": "1"},
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}}]},
         {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]},
         {"role": "user", "content": [{"type": "text"}]},
@@ -221,7 +224,7 @@ def _chats() -> Iterator[Bad]:
     yield chat("half of a surrogate pair", messages=[{"role": "user", "content": "\ud800"}])
     yield chat("at most 63 are allowed", messages=[{"role": "user", "content": "the " * 100}])
     yield chat("more than 63 tokens", messages=[{"role": "user", "content": "the " * 100_000}])
-    yield chat("not both", max_completion_tokens=3)
+    yield chat("two names of one limit", max_completion_tokens=3)
     yield chat("max_completion_tokens", max_tokens=None, max_completion_tokens=0)
     yield chat("max_tokens 0", max_tokens=0)
     yield chat("logprobs", logprobs=3)
@@ -231,7 +234,13 @@ def _chats() -> Iterator[Bad]:
     for name, value in [
         ("echo", True),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "auto"),
+        ("tool_choice", "required"),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+        ("service_tier", "flex"),
+        ("verbosity", "low"),
+        ("priority", 1),
+        ("priority", False),
+        ("skip_special_tokens", False),
         ("functions", [{"name": "f"}]),
         ("response_format", {"type": "json_object"}),
         ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
@@ -239,7 +248,6 @@ def _chats() -> Iterator[Bad]:
         ("audio", {"voice": "a", "format": "wav"}),
         ("chat_template", "{{ messages }}"),
         ("continue_final_message", True),
-        ("metadata", {"a": "b"}),
         ("store", True),
     ]:
         yield chat(f"{name} is not implemented", **{name: value})

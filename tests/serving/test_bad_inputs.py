@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.serving.bad_inputs import BAD, Bad
@@ -23,6 +25,9 @@ def test_a_bad_request_is_refused_with_its_reason_and_the_next_one_is_answered(
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"]
     assert bad.words in f"{error['param']}: {error['message']}"
+    if bad.status in (400, 422) and "the body" not in error["message"]:
+        needed = {"prompt", "messages", "tokens"}  # which may be what is missing
+        assert error["param"].split(".")[0] in {*json.loads(bad.body or b""), *needed}
     assert not any(word in answer.text for word in ("Traceback", "pydantic", ".py"))
     assert answer.headers["x-request-id"]
     assert ("allow" in answer.headers) == (bad.status == 405)

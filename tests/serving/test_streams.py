@@ -75,6 +75,42 @@ def test_a_stream_is_the_plain_answer_in_pieces(live_bytes: Live, engine_name: s
         assert any("€" in choice["text"] for choice in choices)
 
 
+@pytest.mark.parametrize("prompt", [PROMPT, [1, 7, 9], ["the film", "a plot"]], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"n": 2, "stop": [" a"]}, {"mixture": {"mode": "exact"}}], ids=str)
+def test_a_completion_goes_on_from_its_prompt(
+    live: Live, engine_name: str, prompt: Any, fields: dict[str, Any]
+) -> None:
+    """Its text is what decode(prompt + completion) has behind the prompt's: the space between two words is there,
+    with echo and without, in one piece and streamed; so are the tokens of log-probabilities, and their places."""
+    asked = {"prompt": prompt, "max_tokens": 6, "seed": 2, "logprobs": 0} | fields
+    if engine_name == "vllm" and "mixture" in fields:
+        asked["max_tokens"] = 2  # by rejection, which accepts no long answer of policies that differ so much
+    prompts = prompt if isinstance(prompt, list) and isinstance(prompt[0], str) else [prompt]
+    texts = [one if isinstance(one, str) else live.tokenizer.decode(one, skip_special_tokens=True) for one in prompts]
+    plain, echoed = live.complete(**asked)["choices"], live.complete(**asked, echo=True)["choices"]
+    streams = [joined(live.stream("/v1/completions", asked | {"echo": echo})) for echo in (False, True)]
+    num = asked.get("n", 1)
+    assert len(plain) == len(texts) * num
+    for choice, echo in zip(plain, echoed, strict=True):
+        text, before = choice["text"], texts[choice["index"] // num]
+        assert not text or (text[0] == " " and text[1:2] not in ("", " "))
+        assert echo["text"] == before + text
+        assert [stream[choice["index"]]["text"] for stream in streams] == [text, before + text]
+        written = [token for token in choice["logprobs"]["tokens"] if token[0] != "<"]
+        assert "".join(written).startswith(text)
+        for one in (choice, echo):
+            places = zip(one["logprobs"]["tokens"], one["logprobs"]["text_offset"], strict=True)
+            inside = [(token, place) for token, place in places if place < len(one["text"]) and token[0] != "<"]
+            assert all(one["text"].startswith(token, place) for token, place in inside)
+            assert inside or not one["text"]
+
+
+def test_a_reply_of_a_chat_stands_alone(live: Live) -> None:
+    body = {"model": NAME, "messages": [{"role": "user", "content": "the film"}], "max_tokens": 4, "ignore_eos": True}
+    text = live.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]
+    assert text == text.strip() != ""
+
+
 def test_the_bytes_of_the_tokens_are_the_text(live_bytes: Live) -> None:
     """Parts of a character are named `bytes:…`, and all bytes together decode to the choice's text."""
     body = {"model": NAME, "messages": [{"role": "user", "content": "é"}], "logprobs": True}
