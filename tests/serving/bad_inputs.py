@@ -273,11 +273,10 @@ def _others() -> Iterator[Bad]:
     yield raw(b'{"model": "other", "prompt": "x"}', "does not exist", "/tokenize", 404)
     for method, path, status in [
         ("GET", "/v1/models/other", 404),
-        ("GET", "/v1/models/", 404),
         ("GET", "/v1/nothing", 404),
         ("POST", "/", 405),
         ("GET", "/docs", 404),
-        ("GET", "/v1/completions/", 404),
+        ("GET", "/v1/completions/", 405),
         ("GET", "/../../etc/passwd", 404),
         ("GET", "/v1/models/%00%ff", 404),
         ("POST", "/v1/embeddings", 404),
