@@ -185,6 +185,10 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _mix(options: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # PEFT imports DeepSpeed, which would print of it
     from mpo_ray.policies.artefact import write_artefact
     from mpo_ray.policies.plain_model import written_whole
 

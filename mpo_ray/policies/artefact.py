@@ -25,6 +25,7 @@ from mpo_ray.policies.given import KEPT, Tell, check_together, keep, look_at
 from mpo_ray.policies.loading import PRECISIONS, ModelError, is_adapter, load_tokenizer
 from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.policies.vocabulary import vocabulary_digest
+from mpo_ray.policies.weight_files import check_weight_files
 from mpo_ray.records import REFERENCE, check_weights
 from mpo_ray.run import directory_digest, file_digest
 
@@ -65,6 +66,8 @@ def write_artefact(
     is_local = Path(reference).is_dir()
     if copy_reference and not is_local:
         raise ModelError(f"{reference}: only a reference on this machine can be copied; pass copy_reference=False.")
+    if is_local:
+        check_weight_files(Path(reference))
     found = {name: look_at(given, reference) for name, given in objectives.items()}
     directory.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".merged-", dir=directory.parent) as scratch:

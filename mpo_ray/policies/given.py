@@ -111,6 +111,13 @@ def keep(policy: GivenPolicy, name: str, reference: str, into: Path, *, precisio
 
     Raises ModelError where it does not fit the reference, or cannot be merged.
     """
+    if is_adapter(policy.path):
+        trained = json.loads((policy.path / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if trained and _base_name(trained) != _base_name(reference):
+            tell(
+                f"caution: policy {name!r} says that it was trained from {trained}, and the reference is {reference}. "
+                "If these are two models, the adapter is wrong on this one, though it fits."
+            )
     if policy.why_not is None:
         return policy.path
     merged = load_merged_adapter(policy.path, reference).to(PRECISIONS[precision])
@@ -138,32 +145,40 @@ def reason(path: Path) -> str:
         "an adapter with biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
         f"an adapter that changes the reference's weights first ({start})": start in MADE_AGAIN,
     }
-    return next(
-        (words for words, is_one in kinds.items() if is_one), "an adapter that is more than updates of linear layers"
-    )
+    return next((words for words, is_one in kinds.items() if is_one), "an adapter of other layers than linear ones")
 
 
-def check_comparable(name: str, given: str, reference: str) -> None:
+def check_comparable(name: str, given: str, reference: str) -> str | None:
     """Refuse a model that cannot be evaluated beside `reference`, without opening it. Raises ModelError.
 
-    KL to the reference is a sum over tokens, so both need one vocabulary and output layers of one size.
+    KL to the reference is a sum over tokens, so both need one vocabulary and output layers of one size. Returns a
+    caution where their chat templates differ, else None.
     """
     place = f"evaluation.models.{name}"
     policy = look_at(given, reference)
     size, wanted = policy.vocab_size, _vocab_size(reference)
-    if policy.tokenizer is not None:
-        found = difference(policy.tokenizer, load_tokenizer(reference), num_ids=min(size or wanted, wanted))
-        if found is not None:
-            raise ModelError(
-                f"{place}: {given} and the reference {reference} have different vocabularies: {found}. KL to the "
-                "reference compares probabilities token by token; give a model that was trained from the same base "
-                "model, or remove it."
-            )
     if size is not None and size != wanted:
         raise ModelError(
             f"{place}: the output layers of {given} and of the reference {reference} have {size} and {wanted} entries; "
             "give a model that was trained from the same base model, or remove it."
         )
+    if policy.tokenizer is None:
+        return None
+    ours = load_tokenizer(reference)
+    found = difference(policy.tokenizer, ours, num_ids=wanted)
+    if found is not None:
+        raise ModelError(
+            f"{place}: {given} and the reference {reference} have different vocabularies: {found}. KL to the reference "
+            "compares probabilities token by token; give a model that was trained from the same base model, or remove "
+            "it."
+        )
+    theirs, own = _rendered(policy.tokenizer), _rendered(ours)
+    if None in (theirs, own) or theirs == own:
+        return None
+    return (
+        f"caution: {place} has another chat template than the reference ({theirs!r}, not {own!r}); it is given the "
+        "reference's prompts."
+    )
 
 
 def check_together(
@@ -199,21 +214,24 @@ def empty_model(reference: str) -> PreTrainedModel:
 
 def _with_template(tokenizers: Mapping[str, PreTrainedTokenizerBase], tell: Tell) -> PreTrainedTokenizerBase:
     """The first tokenizer that has a chat template; says where another one renders a conversation otherwise."""
-    have = {name: tokenizer for name, tokenizer in tokenizers.items() if tokenizer.chat_template}
+    rendered = {name: _rendered(tokenizer) for name, tokenizer in tokenizers.items()}
+    have = {name: text for name, text in rendered.items() if text is not None}
     if not have:
         return next(iter(tokenizers.values()))
     first = next(iter(have))
-    rendered = {name: _rendered(tokenizer) for name, tokenizer in have.items()}
-    others = [name for name, text in rendered.items() if text != rendered[first]]
+    others = [name for name, text in have.items() if text != have[first]]
     if others:
         tell(
-            f"caution: the chat templates of {first!r} and {', '.join(map(repr, others))} differ: "
-            f"{rendered[first]!r} and {rendered[others[0]]!r}. The mixture gives all policies the prompts of {first!r}."
+            f"caution: the chat templates of {first!r} and {', '.join(map(repr, others))} differ: {have[first]!r} and "
+            f"{have[others[0]]!r}. The mixture gives all policies the prompts of {first!r}."
         )
-    return have[first]
+    return tokenizers[first]
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
+def _rendered(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A short conversation as the chat template writes it, or None where there is no template."""
+    if not tokenizer.chat_template:
+        return None
     conversation = [
         {"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))
     ]
@@ -221,6 +239,12 @@ def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
         return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
     except Exception:  # a template may raise anything; then its text is what is compared
         return str(tokenizer.chat_template)
+
+
+def _base_name(model: str) -> str:
+    """The last part of a model's hub id or directory; of a directory in the hub's cache, that of its hub id."""
+    cached = [part for part in Path(model).parts if part.startswith("models--")]
+    return cached[-1].rpartition("--")[2] if cached else Path(model).name
 
 
 def _has_tokenizer(path: Path) -> bool:

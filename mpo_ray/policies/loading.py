@@ -102,6 +102,10 @@ def add_adapter(model: PreTrainedModel | PeftModel, path: str | Path, *, name: s
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # compared by name below
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT sets it right
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # untied before a merge
+            warnings.filterwarnings(
+                "ignore", message="The following .*_pattern keys did not match"
+            )  # of experts' layers
             if isinstance(model, PeftModel):
                 adapted = model
             else:

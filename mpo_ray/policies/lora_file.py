@@ -161,7 +161,7 @@ def read_lora(path: str | Path) -> LoraFile:
     return LoraFile(directory, factors, config)
 
 
-_REMEDY = "Train a plain LoRA, or merge it into full weights (PEFT's merge_and_unload)."
+_REMEDY = "Train a plain LoRA, or write the mixture by `mpo-ray mix`, which merges other adapters into full weights."
 
 
 def _scaling(config: Mapping[str, Any], layer: str, *, rank: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from mpo_ray.config import RunConfig
 from mpo_ray.evaluation.rewards import IMPLICIT, is_callable_spec, load_reward
 from mpo_ray.policies.given import check_comparable, find_policy
 from mpo_ray.policies.loading import check_model_files, load_tokenizer
+from mpo_ray.policies.weight_files import check_weight_files
 from mpo_ray.run import Run
 from mpo_ray.stages.data import prepare_data, write_embedded
 from mpo_ray.stages.judging import check_judge
@@ -49,11 +51,11 @@ def check_run(config: RunConfig, console: Console, *, update: bool = False) -> F
 
     def look(what: str, at: Callable[[], object]) -> None:
         try:
-            at()
+            found = at()
         except (ValueError, OSError) as error:
             findings.problems.append(f"{what}: {error}")
         else:
-            findings.passed.append(what)
+            findings.passed.append(f"{what}: {found}" if isinstance(found, str) else what)
 
     run = Run(config.storage, config.name)
     look("run name and storage", lambda: Run.check(config, update=update))
@@ -65,6 +67,7 @@ def check_run(config: RunConfig, console: Console, *, update: bool = False) -> F
         if context.uses_embedded():
             write_embedded(context)
         look("reference model", lambda: check_model(context))
+        look("weights of the reference", lambda: check_weights(context))
         look("models to compare", lambda: check_compared_models(context))
         look("rewards", lambda: check_rewards(context))
         if config.evaluation.judge is not None:
@@ -81,12 +84,23 @@ def check_model(context: Context) -> None:
         load_tokenizer(context.given_model())
 
 
-def check_compared_models(context: Context) -> None:
-    """Refuse a model of `evaluation.models` that could not be compared with the reference. Raises ModelError."""
+def check_weights(context: Context) -> None:
+    """Refuse a reference on this machine whose files are missing, damaged or not finite. Raises ModelError."""
+    if context.config.reference.model != EMBEDDED and Path(context.given_model()).is_dir():
+        check_weight_files(Path(context.given_model()))
+
+
+def check_compared_models(context: Context) -> str | None:
+    """Refuse a model of `evaluation.models` that could not be compared with the reference. Raises ModelError.
+
+    Returns what a user should know of the others, or None.
+    """
+    cautions = []
     for name, path in context.compared_models().items():
         find_policy(path)
         if context.config.reference.model != EMBEDDED or context.run.exists(f"{EMBEDDED}/model"):
-            check_comparable(name, path, context.given_model())
+            cautions.append(check_comparable(name, path, context.given_model()))
+    return " ".join(caution for caution in cautions if caution is not None) or None
 
 
 def check_rewards(context: Context) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from mpo_ray.decoding.branch import Piece
 from mpo_ray.decoding.runner import MixtureRunner
@@ -22,9 +32,10 @@ from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.given import check_comparable, find_policy, look_at
 from mpo_ray.policies.loading import ModelError, is_adapter, load_policy
 from mpo_ray.policies.mixture import MixtureForCausalLM
-from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
+from tests.tiny import TINY_SIZES, tiny_llama, tiny_lora, tiny_tokenizer
 
 IDS = [1, 8, 9, 10, 11, 7, 6]
+MOE = {**TINY_SIZES, "vocab_size": 25}
 WEIGHTS = {"odd": 0.6, "plain": 0.4}
 pytestmark = [pytest.mark.filterwarnings("ignore")]  # PEFT's own, of odd adapters
 
@@ -117,12 +128,12 @@ MERGED: dict[str, tuple[dict[str, Any], str]] = {
     "whole embeddings": ({"modules_to_save": ["embed_tokens"]}, "modules_to_save: ..embed_tokens"),
     "both whole": ({"modules_to_save": ["embed_tokens", "lm_head"]}, "modules_to_save"),
     "whole norm": ({"modules_to_save": ["norm"]}, "modules_to_save: ..norm"),
-    "head": ({"target_modules": ["q_proj", "lm_head"]}, "more than updates of linear layers"),
-    "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "more than updates of linear layers"),
-    "both ends": ({"target_modules": ["embed_tokens", "lm_head"]}, "more than updates of linear layers"),
+    "head": ({"target_modules": ["q_proj", "lm_head"]}, "other layers than linear ones"),
+    "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "other layers than linear ones"),
+    "both ends": ({"target_modules": ["embed_tokens", "lm_head"]}, "other layers than linear ones"),
     "ends tied": (
         {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
-        "more than updates of linear layers",
+        "other layers than linear ones",
     ),
     "tokens": ({"trainable_token_indices": [3, 9, 12]}, "rows of single tokens"),
     "biases": ({"bias": "all"}, "with biases"),
@@ -148,7 +159,8 @@ def test_what_cannot_be_stacked_is_merged_as_peft_computes_it(
     config: tuple[dict[str, Any], str], bases: dict[str, Path], tmp_path: Path
 ) -> None:
     """log π of the artefact is that of `PeftModel.from_pretrained`, also where embeddings and output layer are one."""
-    for kind in ("tied", "untied"):
+    ends = {"embed_tokens", "lm_head"} & {*config[0].get("modules_to_save", []), *config[0].get("target_modules", [])}
+    for kind in ("tied", "untied") if ends or "trainable_token_indices" in config[0] else ("untied",):
         base, plain = bases[kind], bases[f"plain_{kind}"]
         odd = adapter(tmp_path / f"odd {kind}", base, **config[0])
         [line] = mix(tmp_path / kind, {"odd": odd, "plain": plain}, base)
@@ -461,3 +473,82 @@ def test_an_adapter_may_be_compared_with_the_reference(bases: dict[str, Path], t
     check_comparable("theirs", str(tmp_path / "run"), str(bases["untied"]))
     opened = load_policy(str(find_policy(tmp_path / "run")), str(bases["untied"]))
     torch.testing.assert_close(logprobs(opened), as_peft(bases["untied"], odd), atol=1e-6, rtol=0)
+
+
+def test_a_compared_model_with_another_chat_template_is_told(bases: dict[str, Path], tmp_path: Path) -> None:
+    other = tiny_tokenizer()
+    other.chat_template = other.chat_template.replace("assistant", "bot")
+    odd = tiny_lora(tmp_path / "odd", bases["untied"], 1, tokenizer=other)
+    caution = check_comparable("theirs", str(odd), str(bases["untied"]))
+    assert caution is not None
+    assert "evaluation.models.theirs has another chat template than the reference ('<s> user a " in caution
+    assert check_comparable("theirs", str(bases["plain_untied"]), str(bases["untied"])) is None
+
+
+def test_a_reference_that_is_not_finite_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = Path(shutil.copytree(bases["untied"], tmp_path / "base"))
+    spoil(float("nan"), "model.safetensors", "layers.1.mlp.up_proj")(base)
+    with pytest.raises(ModelError, match=r"base/model\.safetensors: the tensor 'model\.layers\.1\.mlp\.up_proj"):
+        mix(tmp_path / "mixed", {"plain": bases["plain_untied"]}, base)
+    assert not (tmp_path / "mixed").exists()
+
+
+@pytest.mark.parametrize(
+    ("trained_from", "is_told"),
+    [("owner/another-1B", True), ("elsewhere/untied", False), ("/hub/models--me--untied/snapshots/0a1", False)],
+)
+def test_an_adapter_that_names_another_base_is_told(
+    trained_from: str, is_told: bool, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    odd = change(adapter(tmp_path / "odd", bases["untied"]), base_model_name_or_path=trained_from)
+    told = mix(tmp_path / "mixed", {"odd": odd}, bases["untied"])
+    assert [f"trained from {trained_from}, and the reference is" in line for line in told] == [True] * is_told
+
+
+#: Mixture-of-experts models by the names that transformers 4 gave their experts' layers: gate, up, down.
+EXPERTS: dict[str, tuple[Callable[[], PreTrainedModel], str, tuple[str, str, str]]] = {
+    "mixtral": (
+        lambda: MixtralForCausalLM(MixtralConfig(**MOE, num_local_experts=4, num_experts_per_tok=2)),
+        "block_sparse_moe.experts",
+        ("w1", "w3", "w2"),
+    ),
+    "qwen3_moe": (
+        lambda: Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(**MOE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+        ),
+        "mlp.experts",
+        ("gate_proj", "up_proj", "down_proj"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_one_lora_for_each_expert_is_what_transformers_4_meant(kind: str, tmp_path: Path) -> None:
+    """Each expert's weights gain its own s B A, by hand; transformers 5 keeps all experts in one tensor."""
+    make, experts, (gate, up, down) = EXPERTS[kind]
+    torch.manual_seed(0)
+    model = make().eval()
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    tensors: dict[str, Tensor] = {}
+    updates: dict[tuple[int, int, str], Tensor] = {}
+    for layer, expert, name in product(range(2), range(4), (gate, up, down)):
+        inputs, outputs = (64, 32) if name == down else (32, 64)
+        a, b = 0.3 * torch.randn(4, inputs), 0.3 * torch.randn(outputs, 4)
+        key = f"base_model.model.model.layers.{layer}.{experts}.{expert}.{name}"
+        tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+        updates[layer, expert, name] = 2 * b @ a
+    (tmp_path / "odd").mkdir()
+    save_file(tensors, tmp_path / "odd" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8}
+    text = json.dumps({**settings, "target_modules": [gate, up, down]})
+    (tmp_path / "odd" / "adapter_config.json").write_text(text)
+    mix(tmp_path / "mixed", {"odd": tmp_path / "odd"}, tmp_path / "base")
+    with torch.no_grad():
+        for layer, expert in product(range(2), range(4)):
+            fused = model.model.layers[layer].mlp.experts
+            both = torch.cat([updates[layer, expert, gate], updates[layer, expert, up]])
+            fused.gate_up_proj[expert] += both
+            fused.down_proj[expert] += updates[layer, expert, down]
+    found = MixtureForCausalLM.from_pretrained(tmp_path / "mixed")
+    torch.testing.assert_close(logprobs(found), logprobs(model), atol=1e-5, rtol=0)
