@@ -168,12 +168,13 @@ def our_steps(
             length_normalized=False,
             pad_id=0,
             device=device,
-        ).losses.mean()
+        ).losses.sum()
 
     return train(
         engine,
         loss_of,
         lengths=np.array([pair.num_tokens for pair in pairs]),
+        units=np.ones(len(pairs)),
         batch_size=training.batch_size,
         micro_batch_size=training.micro_batch_size,
         start_step=0,

@@ -99,6 +99,7 @@ class PolicyTraining(Training):
     loss: Literal["dpo", "ipo"] = "dpo"
     beta: PositiveFloat = Field(0.5, description="KL strength β; small values move policies far and spoil the fit")
     length_normalized: bool = Field(False, description="mean instead of sum over the completion's tokens")
+    model_dropout: bool = Field(False, description="train with the dropout that the model's own configuration asks for")
     lora: Lora | None = Field(Lora(), description="null trains all weights")
 
 
@@ -115,6 +116,7 @@ class ConstrainedTraining(Training):
     )
     batch_size: PositiveInt = Field(16, description="prompts per optimiser step, over all workers")
     micro_batch_size: PositiveInt = Field(4, description="prompts per worker and forward pass")
+    model_dropout: bool = Field(False, description="train with the dropout that the model's own configuration asks for")
     lora: Lora | None = Field(Lora(), description="null trains all weights")
     multiplier_step: PositiveFloat = Field(0.5, description="η of λ in equation (10), per unit of win probability")
     chi_step: PositiveFloat = Field(0.05, description="step of log χ in equation (12)")

@@ -51,6 +51,7 @@ class ConstrainedTask(Task):
         self.train, self.heldout = train, heldout
         self.state = Multipliers.start(problem)
         self._seen: list[Array] = []
+        self._ids: list[str] = []
 
     @classmethod
     def of_job(cls, run: Run, job: TrainingJob, tokenizer: Any) -> ConstrainedTask:
@@ -58,11 +59,14 @@ class ConstrainedTask(Task):
         if not isinstance(job.training, ConstrainedTraining) or job.problem is None:
             raise ValueError(f"the job {job.name!r} has no `problem`, so nothing says what is maximised and bounded.")
         size = len(job.problem.secondary)
-        train, heldout = (
-            [Candidates.of_row(row, num_secondary=size) for row in rows_of(run, parts)]
-            for parts in (job.train_parts, job.heldout_parts)
-        )
-        return cls(job.training, job.problem, train, heldout, pad_id=tokenizer.pad_token_id)
+        rows = [rows_of(run, parts) for parts in (job.train_parts, job.heldout_parts)]
+        train, heldout = ([Candidates.of_row(row, num_secondary=size) for row in side] for side in rows)
+        task = cls(job.training, job.problem, train, heldout, pad_id=tokenizer.pad_token_id)
+        task._ids = [row["prompt_id"] for row in rows[0]]
+        return task
+
+    def name(self, example: int) -> str:
+        return f"prompt {self._ids[example]}" if self._ids else super().name(example)
 
     def begin(self, engine: DeepSpeedEngine) -> None:
         """The weights are still π_ref's: its log-probabilities are taken now, and no model is kept for them."""
@@ -87,7 +91,7 @@ class ConstrainedTask(Task):
         else:
             rho = np.concatenate([candidates.ratio for candidates in batch])
         self._seen.append(statistics(pool, rho, first, self.state.log_chi).as_array())
-        return cloning_loss(self.engine.model(tokens), pool, rho)
+        return len(batch) * cloning_loss(self.engine.model(tokens), pool, rho)
 
     def stepped(self, step: int) -> None:
         """Average over the workers, then move λ, χ, bounds and the lagged policy alike on each.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -86,6 +87,9 @@ class DeepSpeedEngine:
             lr_scheduler=schedule,
             dist_init_required=False,
         )
+        # Without ZeRO, in fp32, DeepSpeed clips by this method and keeps no norm.
+        self._clipped_norm: torch.Tensor | None = None
+        self._engine.clip_fp32_gradients = self._clip
 
     @property
     def model(self) -> CompletionModel:
@@ -96,6 +100,17 @@ class DeepSpeedEngine:
 
     def step(self) -> None:
         self._engine.step()
+
+    def gradient_norm(self) -> float:
+        """Of the last step. DeepSpeed leaves a step out whose norm is not finite, and says nothing."""
+        norm = self._engine.get_global_grad_norm() if self._clipped_norm is None else self._clipped_norm
+        return math.nan if norm is None or float(norm) < 0 else float(norm)
+
+    def _clip(self) -> None:
+        from deepspeed.runtime.utils import clip_grad_norm_
+
+        engine = self._engine
+        self._clipped_norm = clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Average of `values` over the workers."""

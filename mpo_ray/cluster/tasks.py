@@ -39,12 +39,21 @@ class Task(Protocol):
         """(N,) tokens of every training example."""
         return np.array([example.num_tokens for example in self.train])
 
+    @property
+    def units(self) -> np.ndarray:
+        """(N,) what every training example counts in the mean over a step."""
+        return np.ones(len(self.train))
+
+    def name(self, example: int) -> str:
+        """A training example in a message."""
+        return f"training example {example + 1}"
+
     def begin(self, engine: DeepSpeedEngine) -> None:
         """Take the engine. Its weights are still those of the beginning, even where a checkpoint will replace them."""
         self.engine = engine
 
     def loss(self, examples: np.ndarray) -> torch.Tensor:
-        """The mean loss of some training examples, a scalar with gradient."""
+        """The sum of the losses of some training examples, a scalar with gradient."""
 
     def evaluate(self) -> dict[str, float]:
         """Figures of the held-out examples, over all workers; empty where there are none."""
@@ -72,11 +81,15 @@ class PreferenceTask(Task):
     def __init__(self, run: Run, job: TrainingJob, tokenizer: Any) -> None:
         assert isinstance(job.training, PolicyTraining)
         self.training, self.pad_id = job.training, tokenizer.pad_token_id
-        self.train = [_pair(row) for row in rows_of(run, job.train_parts)]
+        rows = rows_of(run, job.train_parts)
+        self.train, self._ids = [_pair(row) for row in rows], [row["id"] for row in rows]
         self.heldout = [_pair(row) for row in rows_of(run, job.heldout_parts)]
 
+    def name(self, example: int) -> str:
+        return f"pair {self._ids[example]!r}"
+
     def loss(self, examples: np.ndarray) -> torch.Tensor:
-        return self._loss([self.train[i] for i in examples]).losses.mean()
+        return self._loss([self.train[i] for i in examples]).losses.sum()
 
     def evaluate(self) -> dict[str, float]:
         """Loss, accuracy and reward margin on the held-out pairs, over all workers."""
@@ -109,15 +122,25 @@ class PreferenceTask(Task):
 class SupervisedTask(Task):
     """Texts and their negative log-likelihood."""
 
+    train: list[Example]
+
     def __init__(self, run: Run, job: TrainingJob, tokenizer: Any) -> None:
         assert isinstance(job.training, SupervisedTraining)
-        self.training, self.pad_id = job.training, tokenizer.pad_token_id
+        self.training, self.pad_id, self._tokenizer = job.training, tokenizer.pad_token_id, tokenizer
         self.train = [Example(row["prompt_ids"], row["response_ids"]) for row in rows_of(run, job.train_parts)]
         self.heldout = [Example(row["prompt_ids"], row["response_ids"]) for row in rows_of(run, job.heldout_parts)]
 
+    def name(self, example: int) -> str:
+        found = self.train[example]
+        text = self._tokenizer.decode([*found.prompt_ids, *found.response_ids])
+        return f"the text {text if len(text) <= 60 else text[:59] + '…'!r}"
+
+    @property
+    def units(self) -> np.ndarray:
+        return np.array([len(example.response_ids) for example in self.train])
+
     def loss(self, examples: np.ndarray) -> torch.Tensor:
-        total, num_tokens = self._loss([self.train[i] for i in examples])
-        return total / num_tokens
+        return self._loss([self.train[i] for i in examples])[0]
 
     def evaluate(self) -> dict[str, float]:
         """Mean negative log-likelihood per token of the held-out texts, nats, over all workers."""

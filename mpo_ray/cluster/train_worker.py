@@ -21,12 +21,13 @@ from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.cluster.training_metrics import TrainingMetrics, flat
 from mpo_ray.config_training import ConstrainedTraining, Lora, PolicyTraining, Training
 from mpo_ray.maths.constrained import RunawayError
+from mpo_ray.policies.dropout import restore_dropout
 from mpo_ray.policies.loading import load_model, load_tokenizer
 from mpo_ray.policies.lora_targets import lora_config
 from mpo_ray.run import Run
 from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.lagged import TRAINED, LaggedModel, add_lagged_adapter, keeps_lagged
-from mpo_ray.training.loop import train
+from mpo_ray.training.loop import NonFiniteError, train
 from mpo_ray.training.multipliers import DegenerateRatioError
 from mpo_ray.training.order import num_steps
 
@@ -61,6 +62,8 @@ def train_worker(values: dict[str, Any]) -> str | None:
             engine,
             task.loss,
             lengths=task.lengths,
+            units=task.units,
+            name_of=task.name,
             batch_size=training.batch_size,
             micro_batch_size=training.micro_batch_size,
             start_step=start,
@@ -79,7 +82,7 @@ def train_worker(values: dict[str, Any]) -> str | None:
                 if display is not None:
                     display.events.add(step, evaluated)
                 _checkpoint(engine, task, step, history)
-    except (RunawayError, DegenerateRatioError) as error:
+    except (RunawayError, DegenerateRatioError, NonFiniteError) as error:
         return str(error)
     finally:
         if display is not None:
@@ -121,8 +124,11 @@ def completion_model(path: str, training: Training, *, seed: int) -> CompletionM
 
 
 def load_trainable(path: str, training: Training, *, seed: int) -> Any:
-    """Open the model that a run trains: all its weights, or LoRA adapters whose start the seed alone decides."""
-    model: Any = load_model(path, precision=training.precision)
+    """Open the model that a run trains: all its weights, or LoRA adapters whose start the seed alone decides.
+
+    The model's own dropout is off where a policy is compared with a reference, unless that is asked for; LoRA's stays.
+    """
+    model: Any = load_model(path, precision=training.precision, without_dropout=not _has_dropout(training))
     if training.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     lora = _lora(training)
@@ -136,6 +142,10 @@ def load_trainable(path: str, training: Training, *, seed: int) -> Any:
         "target_modules": lora.target_modules,
     }
     return get_peft_model(model, lora_config(model, **how))
+
+
+def _has_dropout(training: Training) -> bool:
+    return not isinstance(training, PolicyTraining | ConstrainedTraining) or training.model_dropout
 
 
 def _lora(training: Training) -> Lora | None:
@@ -176,6 +186,8 @@ def _export(engine: DeepSpeedEngine, run: Run, job: TrainingJob, tokenizer: Any,
     if engine.rank != 0:
         return
     model = engine.unwrapped
+    if not adapted:
+        restore_dropout(model.config, job.model)
     with run.publishing(job.output) as directory:
         model.save_pretrained(directory, state_dict=state, **({"selected_adapters": [TRAINED]} if adapted else {}))
         tokenizer.save_pretrained(directory)

@@ -24,6 +24,7 @@ from transformers import (
 
 from mpo_ray.data.end_tokens import model_ends
 from mpo_ray.data.rendering import Rendering
+from mpo_ray.policies.dropout import switch_off_dropout
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAPTER_CONFIG = "adapter_config.json"
@@ -59,9 +60,12 @@ def load_rendering(path: str, **settings: Any) -> Rendering:
     return Rendering(load_tokenizer(path), model_ends=model_ends(path), **settings)
 
 
-def load_model(path: str, *, precision: str = "fp32") -> PreTrainedModel:
-    """Open a causal language model with its full weights, in evaluation mode, on the CPU."""
-    return _load(AutoModelForCausalLM, path, precision)
+def load_model(path: str, *, precision: str = "fp32", without_dropout: bool = False) -> PreTrainedModel:
+    """Open a causal language model with its full weights, in evaluation mode, on the CPU.
+
+    without_dropout: whatever its configuration asks for while it is trained
+    """
+    return _load(AutoModelForCausalLM, path, precision, without_dropout=without_dropout)
 
 
 def load_policy(path: str, reference: str, *, precision: str = "fp32") -> PreTrainedModel:
@@ -166,11 +170,14 @@ def check_loads(path: str | Path) -> None:
     _load(AutoModelForCausalLM, str(path), "fp32", device_map="meta")
 
 
-def _load(auto: Any, path: str, precision: str, **how: Any) -> PreTrainedModel:
+def _load(auto: Any, path: str, precision: str, *, without_dropout: bool = False, **how: Any) -> PreTrainedModel:
     if precision not in PRECISIONS:
         raise ModelError(f"precision {precision!r} is unknown; known are {', '.join(PRECISIONS)}.")
     check_model_files(path)
     try:
+        if without_dropout:
+            how["config"] = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            switch_off_dropout(how["config"])
         model, loading = auto.from_pretrained(
             path,
             dtype=PRECISIONS[precision],

@@ -260,6 +260,8 @@ def _train(
         engine,
         loss_of,
         lengths=np.array([lesson.num_tokens for lesson in lessons]),
+        units=np.array([len(lesson.response_ids) for lesson in lessons]),
+        name_of=lambda i: f"completion {i + 1} of {len(lessons)}",
         batch_size=schooling.batch_size,
         micro_batch_size=schooling.micro_batch_size,
         start_step=0,

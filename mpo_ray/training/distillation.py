@@ -1,6 +1,6 @@
 """Distillation: a student that learns another model's next-token distributions along given completions.
 
-    loss = mean over the completions' tokens of KL(q_t ‖ student_t)
+    loss = mean over the completions' tokens of a step of KL(q_t ‖ student_t)
 
 q_t is the teacher's whole distribution, not the token that was drawn from it, so the loss has no noise of sampling
 beyond the choice of places. Its least value is 0, where both distributions agree at every place.
@@ -29,8 +29,8 @@ class Teacher(Protocol):
 def distillation_loss(
     student: CompletionModel, teacher: Teacher, texts: Sequence[Example], *, pad_id: int, device: torch.device | str
 ) -> torch.Tensor:
-    """Mean KL(q_t ‖ student_t) over all completion tokens of the batch, a scalar, nats per token."""
+    """Σ KL(q_t ‖ student_t) over all completion tokens of the batch, a scalar, nats."""
     batch = collate([(t.prompt_ids, t.response_ids) for t in texts], pad_id=pad_id).to(device)
     with torch.no_grad():
         wanted = teacher.predictions(batch)
-    return token_kl(wanted, student.predictions(batch)).mean()
+    return token_kl(wanted, student.predictions(batch)).sum()

@@ -23,3 +23,9 @@ class Engine(Protocol):
         """Accumulate the gradient of `loss`; the engine divides by the number of accumulated calls."""
 
     def step(self) -> None: ...
+
+    def gradient_norm(self) -> float:
+        """Norm of the last step's gradient, before it is clipped, over all workers; not finite where that is not."""
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Average of `values` over the workers. Collective."""

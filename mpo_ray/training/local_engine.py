@@ -30,6 +30,7 @@ class LocalEngine:
             "linear", self._optimizer, num_warmup_steps=warmup, num_training_steps=total_steps
         )
         self._accumulation, self._passes = accumulation, 0
+        self._norm = torch.zeros(())
 
     def backward(self, loss: torch.Tensor) -> None:
         (loss / self._accumulation).backward()  # type: ignore[no-untyped-call]
@@ -38,7 +39,13 @@ class LocalEngine:
         self._passes += 1
         if self._passes % self._accumulation:
             return
-        torch.nn.utils.clip_grad_norm_(self._trained, MAX_GRADIENT_NORM)
+        self._norm = torch.nn.utils.clip_grad_norm_(self._trained, MAX_GRADIENT_NORM)
         self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad()
+
+    def gradient_norm(self) -> float:
+        return float(self._norm)
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        return values

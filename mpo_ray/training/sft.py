@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the mean negative log-likelihood per token of given completions."""
+"""Supervised fine-tuning: the negative log-likelihood of given completions, a mean over the tokens of a step."""
 
 from __future__ import annotations
 

@@ -82,6 +82,7 @@ def run_case(case: str, base: str, out: Path, *, resumed: bool) -> None:
         engine,
         task.loss,
         lengths=task.lengths,
+        units=task.units,
         batch_size=training.batch_size,
         micro_batch_size=training.micro_batch_size,
         start_step=start,

@@ -64,14 +64,14 @@ def _engine(base: str, training: PolicyTraining) -> DeepSpeedEngine:
 
 def _losses(engine: DeepSpeedEngine, start: int, end: int) -> list[float]:
     def loss_of(examples: np.ndarray) -> torch.Tensor:
-        total, count = sft_loss(engine.model, [EXAMPLES[i] for i in examples], pad_id=0, device="cpu")
-        return total / count
+        return sft_loss(engine.model, [EXAMPLES[i] for i in examples], pad_id=0, device="cpu")[0]
 
     lengths = np.array([e.num_tokens for e in EXAMPLES])
     steps = train(
         engine,
         loss_of,
         lengths=lengths,
+        units=np.array([len(e.response_ids) for e in EXAMPLES]),
         batch_size=4,
         micro_batch_size=2,
         start_step=start,
@@ -82,26 +82,22 @@ def _losses(engine: DeepSpeedEngine, start: int, end: int) -> list[float]:
 
 
 def _plain_losses(base: str, training: PolicyTraining) -> list[float]:
-    """The same steps in plain PyTorch: accumulate, clip, AdamW, linear schedule."""
-    from mpo_ray.training.order import batch_indices, micro_batches
+    """The same steps in plain PyTorch, each in one pass: the mean over its tokens, clip, AdamW, linear schedule."""
+    from mpo_ray.training.order import batch_indices
 
     model = CompletionModel(load_model(base)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
     schedule = get_scheduler("linear", optimizer, num_warmup_steps=STEPS // 2, num_training_steps=STEPS)
-    lengths = np.array([e.num_tokens for e in EXAMPLES])
     losses = []
     for step in range(STEPS):
         batch = batch_indices(step, num_examples=len(EXAMPLES), batch_size=4, seed=0)
-        sum_of_means = 0.0
-        for examples in micro_batches(batch, lengths, size=2, rank=0, world_size=1):
-            total, count = sft_loss(model, [EXAMPLES[i] for i in examples], pad_id=0, device="cpu")
-            (total / count / 2).backward()
-            sum_of_means += float(total.detach()) / count
+        total, count = sft_loss(model, [EXAMPLES[i] for i in batch], pad_id=0, device="cpu")
+        (total / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(sum_of_means / 2)
+        losses.append(float(total.detach()) / count)
     return losses
 
 
