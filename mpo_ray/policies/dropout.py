@@ -15,10 +15,12 @@ from transformers import AutoConfig, PreTrainedConfig
 _FIELD = re.compile("drop|jitter")
 
 
-def switch_off_dropout(config: PreTrainedConfig) -> None:
-    """Set every dropout and jitter of a configuration, and of those within it, to 0, before a model is made from it."""
+def config_without_dropout(path: str) -> PreTrainedConfig:
+    """The configuration of the model at `path`, every dropout and jitter in it 0, to open the model with."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     for part, field in _fields(config):
         setattr(part, field, 0.0)
+    return config
 
 
 def restore_dropout(config: PreTrainedConfig, path: str) -> None:

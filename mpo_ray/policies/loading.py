@@ -24,7 +24,7 @@ from transformers import (
 
 from mpo_ray.data.end_tokens import model_ends
 from mpo_ray.data.rendering import Rendering
-from mpo_ray.policies.dropout import switch_off_dropout
+from mpo_ray.policies.dropout import config_without_dropout
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAPTER_CONFIG = "adapter_config.json"
@@ -176,8 +176,7 @@ def _load(auto: Any, path: str, precision: str, *, without_dropout: bool = False
     check_model_files(path)
     try:
         if without_dropout:
-            how["config"] = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            switch_off_dropout(how["config"])
+            how["config"] = config_without_dropout(path)
         model, loading = auto.from_pretrained(
             path,
             dtype=PRECISIONS[precision],
