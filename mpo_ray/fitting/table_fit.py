@@ -22,6 +22,8 @@ Estimator = Literal["paper", "balanced"]
 
 #: Points of a trace that are kept.
 TRACE_POINTS = 60
+#: How far above the smallest normalised reward an objective still binds: nats, or a share of rewards below 1 nat.
+BINDS = 1e-6
 MPO, UNIFORM, REFERENCE = "mpo", "uniform", "reference"
 
 
@@ -103,7 +105,9 @@ def describe(
         "balance": {name: named(names, values) for name, values in balance.items()},
         "gains": named(names, balance[MPO] - balance[REFERENCE]),
         "binding": [
-            name for name, value in zip(names, slope, strict=True) if value - slope.min() <= 1e-6 + certificate
+            name
+            for name, value in zip(names, slope, strict=True)
+            if value - slope.min() <= BINDS * min(1.0, float(np.abs(slope).max())) + certificate
         ],
         "leave_one_out": leave_one_out(table, names),
         "trace": found.trace,

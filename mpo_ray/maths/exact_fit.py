@@ -15,6 +15,9 @@ from mpo_ray.maths.simplex import Array, uniform
 
 #: Steps of the small quadratic problem's interior-point method; it ends earlier where it is exact to rounding.
 QUADRATIC_STEPS = 60
+#: Spread of ℓ, nats, from which on F is smoothed first; how much rougher each smoothing is than the one before; and the
+#: gap that a smoothed F is solved to, in units of τ.
+SMOOTH, ROUGH, STAGE = 300.0, 4.0, 1e-2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,8 +36,8 @@ class ExactFit:
     trace: Array
 
 
-class FitError(RuntimeError):
-    """The solver did not reach its tolerance."""
+class FitError(ValueError):
+    """The solver did not reach its tolerance; the message says what to do."""
 
 
 def solve(
@@ -50,37 +53,99 @@ def solve(
     Each step minimises the quadratic model of F, damped (Levenberg and Marquardt) where the last one did not descend:
     F is convex, and its Hessian, a mean of covariances, is singular where policies agree.
 
+    Where ℓ spreads over many nats, F is nearly piecewise linear, and Newton's steps are good only close to a kink.
+    There F_τ(λ) = τ E_x log E_y w_λ(y)^(1/τ), whose kinks are rounded over τ nats, is solved first, with τ falling to 1
+    (continuation).
+
     shares: (D, P) the weight of each prompt in each of D problems, rows sum to 1; one problem, 1/P each, if absent
     start: (K,) where to begin, in the inside of the simplex or not; uniform if absent
-    tolerance: nats; where F itself is so large that float64 cannot resolve it, 4 units in its last place
-    Raises FitError if max_passes do not do, ValueError for prompts with a single response.
+    tolerance: nats; a share of the largest |ℓ| where that is below 1 nat. It is never less than float64 can resolve
+        (`least_gap`)
+    max_passes: for each τ
+    Raises FitError if max_passes do not do, ValueError for prompts with a single response and for log-ratios that are
+    not finite.
     """
     check_responses(table)
     num_problems = 1 if shares is None else len(shares)
     first = uniform(table.num_objectives) if start is None else start
-    weights = np.tile(first, (num_problems, 1))
-    best = moments(table, weights, shares)
-    scale = np.maximum(np.trace(best.hessian, axis1=1, axis2=2), 1e-12)
-    damping = np.full(num_problems, 1e-10)
-    limit = np.maximum(tolerance, 4 * np.finfo(float).eps * np.abs(best.gradient).max(axis=1))
-    trace, passes = [weights[0].copy()], 1
+    size, spread = extent(table)
+    limit = max(tolerance * min(1.0, size), least_gap(size, spread))
+    state = _State(np.tile(first, (num_problems, 1)), [], 0)
+    smoothing = [spread / ROUGH**i for i in range(1, 64) if spread / ROUGH**i > ROUGH] if spread > SMOOTH else []
+    for tau in smoothing:
+        state = _descend(table, shares, state, tau=tau, limit=max(limit, STAGE * tau), size=size, max_passes=max_passes)
+    state = _descend(table, shares, state, tau=1.0, limit=limit, size=size, max_passes=max_passes)
+    assert state.best is not None
+    found = gaps(state.best.gradient, state.weights)
+    if not (found <= limit).all():
+        raise FitError(
+            f"the exact fit has a gap of {found.max():.2e} nats after {state.passes} passes over the table (wanted "
+            f"{limit:.0e}). Use `method: bsmd`, or look for log-ratios that are wrong: the largest is {size:.3g} nats."
+        )
+    best = state.best
+    return ExactFit(state.weights, best.objective, best.gradient, found, state.passes, np.array(state.trace))
+
+
+def extent(table: SampleTable) -> tuple[float, float]:
+    """Largest |ℓ| of a table, and the largest spread of a log w_λ over the responses of one prompt, both in nats.
+
+    log w_λ = Σ_k λ_k ℓ_k − log p̄/π_ref is convex in λ, so its spread is at most that at some vertex.
+
+    Raises ValueError for log-ratios that are not finite.
+    """
+    size = spread = 0.0
+    for prompts, rows in table.blocks():
+        log_ratios = np.asarray(table.log_ratios[rows], dtype=np.float64)
+        starts = table.starts[prompts] - rows.start
+        bad = np.argwhere(~np.isfinite(log_ratios))
+        if len(bad):
+            row, k = bad[0]
+            raise ValueError(
+                f"the log-ratio of policy {k} in row {rows.start + row} is {log_ratios[row, k]}: a policy that gives a "
+                "response no probability, or numbers that broke on the way. Leave the response out, or score it again."
+            )
+        tilts = log_ratios - np.asarray(table.log_proposal[rows], dtype=np.float64)[:, None]
+        high, low = (ufunc.reduceat(tilts, starts, axis=0) for ufunc in (np.maximum, np.minimum))
+        size, spread = max(size, float(np.abs(log_ratios).max())), max(spread, float((high - low).max()))
+    return size, spread
+
+
+def least_gap(size: float, spread: float) -> float:
+    """The gap that float64 resolves, nats: a tilt is known to ε · size; E_{π_λ}[ℓ_k] moves `spread` times as much."""
+    return float(32 * np.finfo(float).eps * size * max(1.0, spread))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _State:
+    """Where the solver is: weights (D, K), the points of the first problem, passes, and the moments if F is known."""
+
+    weights: Array
+    trace: list[Array]
+    passes: int
+    best: Moments | None = None
+
+
+def _descend(
+    table: SampleTable, shares: Array | None, state: _State, *, tau: float, limit: float, size: float, max_passes: int
+) -> _State:
+    """Minimise F_τ until every problem's gap is at most `limit`, or for `max_passes` passes. size: the largest |ℓ|."""
+    weights, trace = state.weights.copy(), list(state.trace)
+    best = moments(table, weights, shares, smoothing=tau)
+    scale = np.maximum(np.trace(best.hessian, axis1=1, axis2=2), 1e-300)
+    damping = np.full(len(weights), 1e-10)
+    trace.append(weights[0].copy())
+    passes = 1
     while True:
         found = gaps(best.gradient, weights)
         left = np.flatnonzero(found > limit)
-        if not left.size:
-            return ExactFit(weights, best.objective, best.gradient, found, passes, np.array(trace))
-        if passes >= max_passes:
-            raise FitError(
-                f"the exact fit has a gap of {found.max():.2e} nats after {passes} passes over the table (wanted "
-                f"{tolerance:.0e}). Use `method: bsmd`, or look for log-ratios that are wrong: the largest is "
-                f"{max(float(np.abs(table.log_ratios[rows]).max()) for _, rows in table.blocks()):.3g} nats."
-            )
+        if not left.size or passes >= max_passes:
+            return _State(weights, trace, state.passes + passes, best)
         curvature = best.hessian[left] + (damping[left] * scale[left])[:, None, None] * np.eye(weights.shape[1])
         trial = _quadratic_minimum(best.gradient[left], curvature, weights[left])
-        tried = moments(table, trial, None if shares is None else shares[left])
+        tried = moments(table, trial, None if shares is None else shares[left], smoothing=tau)
         passes += 1
         # Near the optimum F no longer resolves a descent; there a smaller gap decides.
-        slack = 8 * np.finfo(float).eps * np.maximum(1.0, np.abs(best.objective[left]))
+        slack = 8 * np.finfo(float).eps * np.maximum(max(1.0, size), np.abs(best.objective[left]))
         down = tried.objective <= best.objective[left] - slack
         better = down | (
             (tried.objective <= best.objective[left] + slack) & (gaps(tried.gradient, trial) < found[left])

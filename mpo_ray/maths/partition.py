@@ -100,12 +100,13 @@ def gradients(table: SampleTable, weights: Array) -> Array:
     return np.asarray(total / table.num_prompts)
 
 
-def moments(table: SampleTable, weights: Array, shares: Array | None = None) -> Moments:
+def moments(table: SampleTable, weights: Array, shares: Array | None = None, *, smoothing: float = 1.0) -> Moments:
     """F, its gradient and its Hessian at D points in one pass over the table   (design 2.2, eqs. 3 and 4)
 
     ∂²F/∂λ_j∂λ_k = E_x Cov_{y ∼ π_λ}[ℓ_j, ℓ_k]
 
     weights: (D, K); shares: (D, P) the weight of each prompt at each point, rows sum to 1 (1/P each if absent)
+    smoothing: τ; of more than 1 the same for F_τ(λ) = τ E_x log E_y w_λ(y)^(1/τ), in which kinks of F are rounded
     """
     (num_points, num_objectives), even = weights.shape, 1.0 / table.num_prompts
     upper = np.triu_indices(num_objectives)
@@ -113,19 +114,21 @@ def moments(table: SampleTable, weights: Array, shares: Array | None = None) -> 
     slope = np.zeros((num_points, num_objectives))
     squares = np.zeros((num_points, len(upper[0])))
     means = np.zeros((num_points, num_objectives, num_objectives))
-    for block in _blocks(table, weights):
+    for block in _blocks(table, weights, smoothing):
         share = np.full((num_points, 1), even) if shares is None else shares[:, block.prompts]
         value += (share * block.log_partition.T).sum(axis=1)
         mean = _means(block)  # (D, P, K)
         slope += (share[..., None] * mean).sum(axis=1)
-        scaled = share[..., None] * mean
-        means += np.matmul(scaled.transpose(0, 2, 1), mean)
+        # Covariances are of differences from a prompt's first response: ℓ may be large and its spread small.
+        first = block.log_ratios[block.starts]
+        mean, centred = mean - first, block.log_ratios - first[block.owner]
+        means += np.matmul((share[..., None] * mean).transpose(0, 2, 1), mean)
         weighed = block.tilted * (even if shares is None else share.T[block.owner])
-        squares += weighed.T @ (block.log_ratios[:, upper[0]] * block.log_ratios[:, upper[1]])
+        squares += weighed.T @ (centred[:, upper[0]] * centred[:, upper[1]])
     hessian = np.empty_like(means)
     hessian[:, upper[0], upper[1]] = squares
     hessian[:, upper[1], upper[0]] = squares
-    return Moments(value, slope, hessian - means)
+    return Moments(smoothing * value, slope, (hessian - means) / smoothing)
 
 
 def gap(gradient: Array, weights: Array) -> float:
@@ -153,7 +156,7 @@ def effective_sample_size(table: SampleTable, weights: Array) -> Array:
     return np.asarray(1.0 / np.concatenate(found))
 
 
-def _blocks(table: SampleTable, weights: Array) -> Iterator[_Block]:
+def _blocks(table: SampleTable, weights: Array, smoothing: float = 1.0) -> Iterator[_Block]:
     """Tilt the table block by block, so that what is computed on the way stays small beside it."""
     points = np.ascontiguousarray(weights.T, dtype=np.float64)
     for prompts, rows in table.blocks(max(BLOCK_ROWS // 16, BLOCK_ROWS // max(1, points.shape[1] // 4))):
@@ -161,6 +164,8 @@ def _blocks(table: SampleTable, weights: Array) -> Iterator[_Block]:
         starts = table.starts[prompts] - rows.start
         owner = table.prompt_rows(prompts)
         tilt = log_ratios @ points - np.asarray(table.log_proposal[rows], dtype=np.float64)[:, None]
+        if smoothing != 1.0:
+            tilt /= smoothing
         largest = np.maximum.reduceat(tilt, starts, axis=0)
         tilted = np.exp(tilt - largest[owner])
         total = np.add.reduceat(tilted, starts, axis=0)

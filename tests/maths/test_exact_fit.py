@@ -93,3 +93,54 @@ def test_a_fit_that_is_not_finished_says_so_and_does_not_answer() -> None:
     table = SampleTable.of_reference(np.random.default_rng(0).normal(size=(30, 4, 3)))
     with pytest.raises(FitError, match=r"gap of .* after 2 passes .*method: bsmd"):
         solve(table, max_passes=2)
+
+
+SCALES = (1e-6, 1e-3, 1.0, 30.0, 1e3, 1e6)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_two_opposed_responses_have_their_known_optimum_at_any_scale(scale: float) -> None:
+    """ℓ = s (a, 0) and s (0, b), one each: ∂F = 0 at λ_1 = (b + log(b/a)/s)/(a + b), or the nearer end of [0, 1]."""
+    a, b = 1.7, 0.6
+    table = SampleTable.of_reference(scale * np.array([[[a, 0.0], [0.0, b]]]))
+    fit = solve(table, start=np.array([0.9, 0.1]))
+    known = float(np.clip((b + np.log(b / a) / scale) / (a + b), 0.0, 1.0))
+    assert fit.weights[0, 0] == pytest.approx(known, abs=1e-6)
+    assert fit.gap[0] <= 1e-7 * scale
+
+
+@pytest.mark.parametrize("size", [2, 5, 30])
+@pytest.mark.parametrize("scale", SCALES)
+def test_objectives_that_change_places_share_the_weight_at_any_scale(scale: float, size: int) -> None:
+    """A table with every rotation of its columns: F(λ) = F(λ rotated), so by convexity λ* = 1/K. From far off."""
+    log_ratios = np.random.default_rng(size).normal(size=(4, 5, size))
+    turned = np.concatenate([np.roll(log_ratios, turn, axis=2) for turn in range(size)])
+    table = SampleTable.of_reference(scale * turned)
+    start = np.eye(size)[0] * 0.9 + 0.1 / size
+    fit = solve(table, start=start)
+    assert fit.gap[0] <= 1e-6 * scale
+    assert fit.objective[0] == pytest.approx(objective(table, uniform(size)), abs=1e-6 * scale)
+    if scale >= 1.0:  # below, F is flat: any λ is within the gap
+        np.testing.assert_allclose(fit.weights[0], 1.0 / size, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_policies_samples_are_solved_at_any_scale_too(scale: float) -> None:
+    """log p̄/π_ref grows with ℓ; a large offset of ℓ, common to the responses of a prompt, changes nothing."""
+    rng = np.random.default_rng(5)
+    log_ratios = scale * rng.normal(size=(60, 3))
+    proposal = np.logaddexp.reduce(np.column_stack([np.zeros(60), log_ratios]), axis=1) - np.log(4)
+    starts = np.arange(11, dtype=np.int64) * 6
+    fit = solve(SampleTable(log_ratios, proposal, starts))
+    assert fit.gap[0] <= 1e-6 * scale
+    offset = np.repeat(rng.normal(size=(10, 1)), 6, axis=0) * scale
+    moved = solve(SampleTable(log_ratios + offset, proposal + offset[:, 0], starts))
+    assert moved.objective[0] == pytest.approx(fit.objective[0], abs=1e-6 * scale)
+
+
+@pytest.mark.parametrize("broken", [np.nan, -np.inf, np.inf])
+def test_log_ratios_that_are_not_finite_are_refused_with_their_row(broken: float) -> None:
+    log_ratios = np.zeros((3, 2, 2))
+    log_ratios[1, 0, 1] = broken
+    with pytest.raises(ValueError, match="log-ratio of policy 1 in row 2 is"):
+        solve(SampleTable.of_reference(log_ratios))

@@ -87,7 +87,9 @@ def test_pure_position_bias_gives_every_candidate_exactly_one_half(tmp_path: Pat
     assert found["position_bias"] == 1.0
     for candidate in found["candidates"].values():
         for objective in OBJECTIVES:
-            assert candidate["win_rates"][objective] == {"value": 0.5, "low": 0.5, "high": 0.5}
+            rate = candidate["win_rates"][objective]
+            assert rate["value"] == 0.5
+            assert rate["low"] < 0.5 < rate["high"]  # equal outcomes of a few prompts are no certainty
             assert candidate["tallies"][objective]["first"] == NUM_PROMPTS
             assert candidate["tallies"][objective]["position_bias"] == 1.0
 
