@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 import torch
+from ray._private import ray_constants
 
 LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 
@@ -32,14 +35,42 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's Train page
         ray.init(address=joined, log_to_driver=False, logging_level=logging.WARNING)
     else:
-        ray.init(
-            address="local",
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        start_local_ray(object_store_memory=LOCAL_OBJECT_STORE_BYTES)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def start_local_ray(**options: Any) -> None:
+    """Start a Ray of this process's own, which nobody else can use. options: of `ray.init`
+
+    All its servers listen on loopback, as they do where this machine's address is 127.0.0.1. Ray asks for a token there
+    too, so that other users of the machine are kept out: a fresh one, which only the environment of Ray's processes
+    holds. Variables that are set already stay: RAY_AUTH_MODE, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH.
+    Raises OSError where Ray does not start in its time.
+    """
+    # Ray has one switch that keeps it off the network, meant for systems on which it forms no clusters. It is read when
+    # Ray is imported, here from the environment of the processes that Ray starts.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    networked, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    logging.getLogger("ray._private.authentication").setLevel(
+        logging.ERROR
+    )  # it warns of the token that is wanted here
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            **options,
+        )
+    except Exception as error:
+        if "timed out during startup" not in str(error):  # Ray raises no class of its own
+            raise
+        raise OSError("Ray did not start in 30 s. This machine may be too busy; try again.") from error
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = networked
+        del os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]

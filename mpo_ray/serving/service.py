@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import json
+import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,20 +18,24 @@ from typing import Any
 import ray
 from pydantic import ValidationError
 from ray import serve as ray_serve
+from ray.exceptions import RayTaskError
 
 from mpo_ray.cluster.preflight import check_engine, check_serving
+from mpo_ray.cluster.session import start_local_ray
 from mpo_ray.config import ConfigError
 from mpo_ray.config_serving import Serve
 from mpo_ray.config_training import Strict
 from mpo_ray.policies.artefact import check_artefact
 from mpo_ray.policies.mixture_config import MixtureConfig
+from mpo_ray.serving.haproxy import PUBLIC_HOST
 from mpo_ray.serving.ingress import Endpoint
 from mpo_ray.serving.interface import artefact_digest
-from mpo_ray.serving.ports import free_port
+from mpo_ray.serving.ports import PortInUseError, check_port, free_port
 from mpo_ray.serving.replica import Replica
 
-#: Requests that the ingress has open at a time, at most; Serve's own proxy lets the others wait.
-OPEN_REQUESTS = 1000
+#: Requests that the ingress has open at a time, at most; above it they are refused. How many are decoded or wait is
+#: decided later: a request whose body has not come yet costs little, and must not keep others out.
+OPEN_REQUESTS = 5000
 
 
 class BuildArguments(Strict):
@@ -93,32 +99,51 @@ def serve_endpoint(artefact: str, serve: Serve, name: str, *, blocking: bool) ->
 
     Either of them before it serves ends it too, with KeyboardInterrupt.
     Port 0 takes a free port. Joins the Ray cluster that was initialised, else the one at RAY_ADDRESS, else starts one.
-    Refuses a damaged artefact (ModelError) and replicas that no node could hold (PlacementError) before it starts any.
+    Refuses a damaged artefact (ModelError), a port that is in use (ConfigError) and replicas that no node could hold
+    (PlacementError) before it starts any.
     """
     check_artefact(Path(artefact), MixtureConfig.from_pretrained(artefact))
     particles = _particles_of_fit(Path(artefact))
     if particles > 1:
         print(
-            f"caution: the weights were fitted for completions that are drawn whole, with {particles} particles. A "
-            'request is decoded token by token unless it says {"mixture": {"mode": "exact", "particles": '
-            f"{particles}}}}}; the report compares both. Fit with decoding.particles: 1 for token mode.",
-            flush=True,
+            f"warning: these weights were fitted for exact sampling with {particles} particles; requests are decoded "
+            'token by token unless they say {"mixture": {"mode": "exact", "particles": '
+            f"{particles}}}}}. The report compares both. Fit with decoding.particles: 1 for token mode.",
+            file=sys.stderr,
         )
     check_open(serve)
     app = build_app(artefact, serve, name)
-    if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS") or "local")
-    check_serving(serve)
+    own = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
+    if own:
+        _check_address(serve)
     port = serve.port or free_port(serve.host)
-    ray_serve.start(proxy_location="HeadOnly", http_options={"host": serve.host, "port": port})
-    url = f"http://{serve.host}:{port}"
-    if not blocking:
-        _run(app, name, url)
-        return url
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    host = serve.host
+    if own and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        os.environ[PUBLIC_HOST] = serve.host  # HAProxy's; everything behind it stays on loopback
+        host = "127.0.0.1"
+    if blocking:
+        _end_by_signals()
+    if own:
+        start_local_ray()
+    elif not ray.is_initialized():
+        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.WARNING)
+    if blocking:
+        _end_by_signals()  # Ray puts handlers of its own in their place
+    check_serving(serve)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its files have the rest
     try:
-        _run(app, name, url)
+        ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    except RayTaskError as error:
+        if own:
+            _check_address(serve)
+        reason = str(error.cause or error).strip().splitlines()[-1]
+        raise OSError(f"Ray Serve's HTTP server did not start: {reason}") from None
+    url = f"http://{f'[{serve.host}]' if ':' in serve.host else serve.host}:{port}"
+    if not blocking:
+        _run(app, name, url, serve)
+        return url
+    try:
+        _run(app, name, url, serve)
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
     finally:
@@ -128,9 +153,30 @@ def serve_endpoint(artefact: str, serve: Serve, name: str, *, blocking: bool) ->
     return url
 
 
-def _run(app: ray_serve.Application, name: str, url: str) -> None:
+def _run(app: ray_serve.Application, name: str, url: str, serve: Serve) -> None:
     ray_serve.run(app, name=name, route_prefix="/")
-    print(f"Serving {name} at {url}/v1 (models: {url}/v1/models). Stop with Ctrl-C.", flush=True)
+    key = serve.api_keys_env or serve.api_key_env
+    place = f"the API key is in {key}" if key else "no API key"
+    print(f"Serving {name} at {url}/v1 ({place}). Stop with Ctrl-C.", flush=True)
+
+
+def _end_by_signals() -> None:
+    """Let SIGTERM be what Ctrl-C is."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
+def _check_address(serve: Serve) -> None:
+    """Raises ConfigError where nothing can listen at this host and port."""
+    try:
+        check_port(serve.host, serve.port)
+    except PortInUseError:
+        raise ConfigError(
+            f"serve.port: another program listens at port {serve.port} of {serve.host}. Stop it, or choose another "
+            "port with --port; 0 takes a free one."
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"serve.host: {serve.host} is no address of this machine ({error}).") from None
 
 
 def _particles_of_fit(artefact: Path) -> int:

