@@ -100,7 +100,7 @@ def encode_prompt(prompt: Prompt) -> tuple[str, bool]:
     if isinstance(prompt, str):
         return prompt, False
     messages, tools = chat_of(prompt)
-    written = [dict(message) for message in messages]
+    written = [_sorted(message) for message in messages]
     return _json({"messages": written, "tools": list(tools)} if tools else written), True
 
 
@@ -114,7 +114,7 @@ def decode_prompt(text: str, is_chat: bool) -> Prompt:
 
 def encode_reply(reply: Reply) -> tuple[str, bool]:
     """Write a reply as a text, and whether that is a message in JSON."""
-    return (reply, False) if isinstance(reply, str) else (_json(dict(reply)), True)
+    return (reply, False) if isinstance(reply, str) else (_json(_sorted(reply)), True)
 
 
 def decode_reply(text: str, is_message: bool) -> Reply:
@@ -135,8 +135,13 @@ def turns_of(prompt: Prompt) -> list[tuple[str, str]]:
     return shown
 
 
+def _sorted(message: Message) -> dict[str, Any]:
+    """A message with its keys in order. What is below them stays as it is, since a chat template may write it out."""
+    return {key: message[key] for key in sorted(message)}
+
+
 def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def prompt_id(prompt: Prompt) -> str:

@@ -50,9 +50,10 @@ class Rendering:
         self.template_values = dict(template_values or {})
         self.unread: Counter[str] = Counter()
         self._text, self._is_plain = TextTokens(tokenizer), text == "plain"
-        self._template = ChatTemplate(self._text, self.template_values)
-        self.end = tokenizer.eos_token_id if self._template.end is None else self._template.end
-        self.ends = tuple(sorted({*model_ends, *ends_of(tokenizer), self.end} - {None}))
+        named = {*model_ends, *ends_of(tokenizer)}
+        self._template = ChatTemplate(self._text, self.template_values, named)
+        self.end = int(tokenizer.eos_token_id if self._template.end is None else self._template.end)
+        self.ends = tuple(sorted({*named, *self._template.ends, self.end}))
         # What ends a text by its place alone is found there where it is a token of its own, and no word as well.
         self._seen_ends = frozenset(self.ends) & self._text.added
 
@@ -144,7 +145,8 @@ class Rendering:
         before = self._template.render(masked[:-1], masked_tools, generation_prompt=True)
         whole = self._template.render(masked, masked_tools, generation_prompt=False)
         if not whole.startswith(before):
-            raise RenderingError(_no_beginning(before, whole))
+            beginnings = {ord(mask): beginning for beginning, mask in masks.items()}
+            raise RenderingError(_no_beginning(before.translate(beginnings), whole.translate(beginnings)))
         prompt_ids = self._text.ids_and_ends(before, masks)[0]
         ids = self._behind(before, prompt_ids, whole, masks)
         start = prompt_ids or [self._text.start()]

@@ -93,6 +93,33 @@ def test_a_conversation_that_another_end_token_closes_ends_its_reply_with_the_fi
     assert texts(rendering, CHAT, "good", finished=False)[1] == "good"
 
 
+def test_of_end_tokens_that_stand_together_the_one_that_ends_texts_is_the_end() -> None:
+    """As Cohere has it: `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`, of which the second is known to end a text."""
+    rendering = Rendering(chat_tokenizer(PLAIN_TEMPLATE.replace("<|im_end|>", "<|im_end|><|endoftext|>")))
+    assert texts(rendering, CHAT, "good")[1] == "good<|im_end|><|endoftext|>"
+    assert rendering.ends == (0,)
+    assert texts(rendering, CHAT, "good", finished=False)[1] == "good"
+
+
+def test_calls_may_have_an_end_of_their_own() -> None:
+    """As GPT-OSS has it: `<|return|>` ends a reply, `<|call|>` a call."""
+    template = TOOL_TEMPLATE.replace(
+        "<|im_end|>\n{% endfor %}", "{{ '<s>' if m.tool_calls else '<|im_end|>' }}{% endfor %}"
+    )
+    rendering = Rendering(chat_tokenizer(template))
+    assert rendering.ends == (0, 2, 3)
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert texts(rendering, CHAT, call)[1] == f"<call>{json.dumps(CALL['function'])}</call><s>"
+    assert texts(rendering, CHAT, "good")[1] == "good<|im_end|>"
+
+
+def test_a_template_that_reads_contents_in_parts_is_given_parts() -> None:
+    """Those of models that see: a text would vanish without a word."""
+    parts = "{% for part in m['content'] if part is mapping and part.type == 'text' %}{{ part.text }}{% endfor %}"
+    rendering = Rendering(chat_tokenizer(PLAIN_TEMPLATE.replace("{{ m['content'] }}", parts)))
+    assert texts(rendering, CHAT, "good") == texts(Rendering(chat_tokenizer(PLAIN_TEMPLATE)), CHAT, "good")
+
+
 def test_a_template_that_writes_no_end_leaves_it_to_the_tokenizer() -> None:
     rendering = Rendering(tiny_tokenizer())
     before, after = rendering.ids(CHAT, "good plot")
@@ -159,6 +186,9 @@ def test_arguments_of_a_call_may_be_json_text() -> None:
     assert rendering.ids(CHAT, both[0]) == rendering.ids(CHAT, both[1])
     with pytest.raises(RenderingError, match="equal once they are rendered"):
         rendering.accept(CHAT, *both)
+    joined = Rendering(chat_tokenizer(TOOL_TEMPLATE.replace("call.function | tojson", "'' + call.function.arguments")))
+    assert texts(joined, CHAT, both[0])[1] == '<call>{"city": "Oslo"}</call><|im_end|>'
+    assert joined.ids(CHAT, both[0]) == joined.ids(CHAT, both[1])
 
 
 def test_what_the_template_does_not_read_is_refused_or_told_by_key() -> None:
@@ -292,3 +322,7 @@ def test_a_prompts_name_covers_tools_and_keys_and_is_the_old_one_without_them() 
     others: list[Prompt] = [CHAT, ToolChat(CHAT, (TOOL,)), ({**CHAT[0], "name": "Ann"},)]
     assert len({prompt_id(prompt) for prompt in others}) == 3
     assert [decode_prompt(*encode_prompt(prompt)) for prompt in others] == others
+    assert prompt_id(({"content": "the film", "role": "user"},)) == prompt_id(CHAT)
+    read = decode_prompt(*encode_prompt(ToolChat(CHAT, (TOOL,))))
+    assert isinstance(read, ToolChat)
+    assert json.dumps(read.tools) == json.dumps([TOOL])  # in its own order, which a template writes out
