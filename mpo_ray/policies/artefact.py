@@ -69,16 +69,14 @@ def write_artefact(
     if is_local:
         check_weight_files(Path(reference))
     found = {name: look_at(given, reference) for name, given in objectives.items()}
+    tokenizers = [load_tokenizer(reference), *(p.tokenizer for p in found.values() if p.tokenizer is not None)]
+    tokenizer = check_together(found, tokenizers[0], tell)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".merged-", dir=directory.parent) as scratch:
         kept = {
             name: keep(policy, name, reference, Path(scratch) / name, precision=precision, tell=tell)
             for name, policy in found.items()
         }
-        base = AutoConfig.from_pretrained(reference, trust_remote_code=False).get_text_config()
-        sizes = {name: _vocab_size(path, base.vocab_size) for name, path in kept.items()}
-        tokenizers = [load_tokenizer(reference), *(p.tokenizer for p in found.values() if p.tokenizer is not None)]
-        tokenizer = check_together(found, sizes, tokenizers[0], tell)
         (directory / POLICIES).mkdir(parents=True, exist_ok=True)
         for name, policy in kept.items():
             if policy.parent == Path(scratch):
@@ -97,7 +95,8 @@ def write_artefact(
     _generation_config(rendering).save_pretrained(directory)
     tokenizer.chat_template = with_defaults(tokenizer.chat_template, rendering.template_values)
     tokenizer.save_pretrained(directory)
-    base.vocab_size = sizes[names[0]]
+    base = AutoConfig.from_pretrained(reference, trust_remote_code=False).get_text_config()
+    base.vocab_size = found[names[0]].vocab_size
     base.name_or_path = ""  # where it was read is nobody's business
     config = MixtureConfig(
         objectives=names,
@@ -168,12 +167,6 @@ def _check_content(path: Path, expected: str | None, files: Mapping[str, str]) -
         f"{path / wrong}: the file {state} since the mixture was written (its content digest differs). Copy it again "
         "from the run, or write the artefact again."
     )
-
-
-def _vocab_size(policy: Path, of_reference: int) -> int:
-    if is_adapter(policy):
-        return of_reference
-    return int(AutoConfig.from_pretrained(policy, trust_remote_code=False).get_text_config().vocab_size)
 
 
 def _file_digests(path: Path) -> dict[str, str]:

@@ -28,7 +28,7 @@ from mpo_ray.policies.loading import (
     load_tokenizer,
 )
 from mpo_ray.policies.lora_file import MADE_AGAIN, check_known
-from mpo_ray.policies.merging import load_merged_adapter
+from mpo_ray.policies.merging import check_fit, load_merged_adapter
 from mpo_ray.policies.vocabulary import check_same_vocabulary, difference
 from mpo_ray.policies.weight_files import check_weight_files, weight_files
 
@@ -43,15 +43,14 @@ Tell = Callable[[str], object]
 class GivenPolicy:
     """A policy whose files were looked at: they are there, whole and finite.
 
-    path: its directory; stacks: whether it is an adapter that can be stacked on the reference
-    why_not: why an adapter cannot; vocab_size: rows of its output layer, None where merging will tell
+    path: its directory; has_to_merge: whether it is an adapter that fits the reference and cannot be stacked on it
+    vocab_size: rows of its output layer
     """
 
     path: Path
     tokenizer: PreTrainedTokenizerBase | None
-    stacks: bool
-    why_not: str | None
-    vocab_size: int | None
+    has_to_merge: bool
+    vocab_size: int
 
 
 def find_policy(given: str | Path) -> Path:
@@ -84,10 +83,7 @@ def find_policy(given: str | Path) -> Path:
 
 
 def look_at(given: str | Path, reference: str) -> GivenPolicy:
-    """Look at a policy's files, without opening a model. Raises ModelError for what no mixture can hold.
-
-    An adapter that cannot be stacked may turn out not to fit when it is merged.
-    """
+    """Look at a policy's files, without opening a model. Raises ModelError for what does not fit the reference."""
     path = find_policy(given)
     tokenizer = load_tokenizer(str(path)) if _has_tokenizer(path) else None
     if not is_adapter(path):
@@ -95,21 +91,21 @@ def look_at(given: str | Path, reference: str) -> GivenPolicy:
         weight_files(path)
         check_loads(path)
         check_weight_files(path)
-        return GivenPolicy(path, tokenizer, stacks=False, why_not=None, vocab_size=_vocab_size(path))
+        return GivenPolicy(path, tokenizer, has_to_merge=False, vocab_size=_vocab_size(path))
     check_adapter(path)
     check_known(path)
     check_weight_files(path)
     try:
         AdapterStack(empty_model(reference), {"policy": path})
-    except ModelError as error:
-        return GivenPolicy(path, tokenizer, stacks=False, why_not=str(error), vocab_size=None)
-    return GivenPolicy(path, tokenizer, stacks=True, why_not=None, vocab_size=_vocab_size(reference))
+    except ModelError:
+        return GivenPolicy(path, tokenizer, has_to_merge=True, vocab_size=check_fit(empty_model(reference), path))
+    return GivenPolicy(path, tokenizer, has_to_merge=False, vocab_size=_vocab_size(reference))
 
 
 def keep(policy: GivenPolicy, name: str, reference: str, into: Path, *, precision: str, tell: Tell) -> Path:
     """The directory that a mixture can hold: the policy's own, or `into` with full weights where it has to be merged.
 
-    Raises ModelError where it does not fit the reference, or cannot be merged.
+    Raises ModelError where it cannot be merged.
     """
     if is_adapter(policy.path):
         trained = json.loads((policy.path / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -118,7 +114,7 @@ def keep(policy: GivenPolicy, name: str, reference: str, into: Path, *, precisio
                 f"caution: policy {name!r} says that it was trained from {trained}, and the reference is {reference}. "
                 "If these are two models, the adapter is wrong on this one, though it fits."
             )
-    if policy.why_not is None:
+    if not policy.has_to_merge:
         return policy.path
     merged = load_merged_adapter(policy.path, reference).to(PRECISIONS[precision])
     merged.save_pretrained(into)
@@ -157,7 +153,7 @@ def check_comparable(name: str, given: str, reference: str) -> str | None:
     place = f"evaluation.models.{name}"
     policy = look_at(given, reference)
     size, wanted = policy.vocab_size, _vocab_size(reference)
-    if size is not None and size != wanted:
+    if size != wanted:
         raise ModelError(
             f"{place}: the output layers of {given} and of the reference {reference} have {size} and {wanted} entries; "
             "give a model that was trained from the same base model, or remove it."
@@ -182,12 +178,13 @@ def check_comparable(name: str, given: str, reference: str) -> str | None:
 
 
 def check_together(
-    policies: Mapping[str, GivenPolicy], sizes: Mapping[str, int], reference: PreTrainedTokenizerBase, tell: Tell
+    policies: Mapping[str, GivenPolicy], reference: PreTrainedTokenizerBase, tell: Tell
 ) -> PreTrainedTokenizerBase:
     """Refuse policies that do not have one vocabulary; return the tokenizer that serves them all. Raises ModelError.
 
     Policies are compared with each other; the reference's tokenizer is that of those that have none.
     """
+    sizes = {name: policy.vocab_size for name, policy in policies.items()}
     if len({*sizes.values()}) > 1:
         listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
         raise ModelError(

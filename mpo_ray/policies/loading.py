@@ -100,6 +100,8 @@ def add_adapter(model: PreTrainedModel | PeftModel, path: str | Path, *, name: s
     check_adapter(path)
     config = PeftConfig.from_pretrained(str(path))
     config.inference_mode = True
+    if model.device.type == "meta":
+        config.init_lora_weights = False  # a start that is made from the base's weights has none here
     how: dict[str, Any] = {"is_trainable": False, "torch_device": "cpu"}
     try:
         with warnings.catch_warnings():

@@ -31,10 +31,22 @@ def load_merged_adapter(path: str | Path, reference: str) -> PreTrainedModel:
     where the adapter does not fit or cannot be merged.
     """
     model = load_model(reference)
-    rows = _rows_of_embeddings(model, Path(path))
-    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)
+    _resize(model, Path(path))
     return merge(add_adapter(model, path, name="default").eval(), path)
+
+
+def check_fit(model: PreTrainedModel, path: str | Path) -> int:
+    """Refuse an adapter that has too few or too many tensors for a model, or some of another shape. Raises ModelError.
+
+    model: without weights (device "meta"); it is changed. Returns the rows of the output layer with the adapter.
+    """
+    rows = _resize(model, Path(path))
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="for .*: copying from a non-meta parameter"
+        )  # there is nothing to copy
+        add_adapter(model, path, name="default")
+    return rows
 
 
 @torch.no_grad()
@@ -97,12 +109,15 @@ def _probe(base: PreTrainedModel, config: Any) -> Tensor:
     return torch.tensor([[*spread, *chosen[:PROBE]]])
 
 
-def _rows_of_embeddings(model: PreTrainedModel, path: Path) -> int | None:
-    """How many input embeddings the adapter was saved with, where its file says so."""
+def _resize(model: PreTrainedModel, path: Path) -> int:
+    """Give the model as many embeddings as the adapter was saved with, where its file says so; returns how many."""
     embeddings = model.get_input_embeddings()
+    rows = int(embeddings.weight.shape[0])
     name = next(name for name, module in model.named_modules() if module is embeddings)
     with safe_open(path / ADAPTER_WEIGHTS, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - this is no mapping
-            if key in (f"base_model.model.{name}.weight", f"base_model.model.{name}.base_layer.weight"):
-                return int(file.get_slice(key).get_shape()[0])
-    return None
+        for key in {*file.keys()} & {f"base_model.model.{name}{inner}.weight" for inner in ("", ".base_layer")}:
+            saved = int(file.get_slice(key).get_shape()[0])
+            if saved != rows:
+                model.resize_token_embeddings(saved, mean_resizing=False)
+            return saved
+    return rows
