@@ -42,8 +42,9 @@ from mpo_ray.evaluation.rewards import IMPLICIT
 from mpo_ray.policies.loading import load_model, load_policy, load_tokenizer
 from mpo_ray.policies.policy_set import PolicySet
 from mpo_ray.records import digest
-from mpo_ray.run import Run, RunError
+from mpo_ray.run import Run
 from mpo_ray.stages.stage import Context
+from mpo_ray.storage import RunError
 
 HOW_TO = (
     "give a finished run: --run DIRECTORY. To make one, and to measure what its stages cost:\n"

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +22,13 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from mpo_ray import cli_export, cli_generate, cli_tables
-from mpo_ray.cli_values import parse_named, parse_weights
+from mpo_ray.cli_values import expand_paths, parse_named, parse_weights
 from mpo_ray.config import NAME, RunConfig
 from mpo_ray.config_serving import Serve
+from mpo_ray.home import expand_home
 from mpo_ray.run import Run, StageError
 from mpo_ray.run_file import load_config
+from mpo_ray.run_lock import LockedError, locked
 
 if TYPE_CHECKING:
     from mpo_ray.stages.stage import Context
@@ -63,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     transformers_logging.disable_progress_bar()  # it shows every file that is read
     try:
+        expand_paths(options)
         return int(options.run(options) or 0)
     except (ValueError, OSError, StageError) as error:
         # What a user can cause says what to do; a traceback would hide it. A Ray worker's error carries its own.
@@ -146,9 +149,9 @@ def _stage(options: argparse.Namespace) -> int:
     with _opened(options) as context:
         last = run_single(context, *STAGE_VERBS[options.verb])
     run = context.run
-    record = run.manifest()["stages"][last]
+    record = run.manifest()["stages"].get(last, {"outputs": [last]})
     if options.json:
-        print(json.dumps({"run": run.root, **record}))
+        print(json.dumps({"run": run.root, **{key: value for key, value in record.items() if key != "files"}}))
     else:
         print("\n".join(f"{run.root}/{node}" for node in record["outputs"]))
     return 0
@@ -202,7 +205,7 @@ def _mix(options: argparse.Namespace) -> int:
     with written_whole(out) as directory:
         config = write_artefact(
             directory,
-            objectives=policies,
+            objectives={name: expand_home(policy) for name, policy in policies.items()},
             reference=options.reference,
             copy_reference=False,
             weights=dict.fromkeys(policies, 1.0 / len(policies)) if given is None else given,
@@ -261,22 +264,35 @@ def _console() -> Console:
 
 @contextmanager
 def _opened(options: argparse.Namespace) -> Iterator[Context]:
-    """The run of a config on a Ray cluster, after what can be checked at once: resources, storage, models, rewards."""
+    """The run of a config on a Ray cluster, after what can be checked at once: resources, storage, models, rewards.
+
+    Another command on the run is refused meanwhile. A report needs no such thing: while another command works, it is
+    written from what is complete, and not recorded.
+    """
     from mpo_ray.cluster.preflight import check_engine, check_placement, check_storage_everywhere
     from mpo_ray.cluster.session import ray_session
     from mpo_ray.stages.check import check_compared_models, check_model, check_rewards
     from mpo_ray.stages.judging import check_judge_settings
     from mpo_ray.stages.stage import Context
 
-    config = _config(options)
-    run = Run.open(config, update=options.update)
-    context = Context(config, run, _console())
-    check_model(context)
-    check_compared_models(context)
-    check_rewards(context)
-    check_judge_settings(context)
-    check_engine(config.scoring.engine, where="scoring.engine")
-    with ray_session(options.address):
+    config, console = _config(options), _console()
+    run = Run.check(config, update=options.update)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(run, f"mpo-ray {options.verb}", say=console.print))
+        except LockedError:
+            if options.verb != "report":
+                raise
+            context = Context(config, run, console, recorded=False)
+        else:
+            run.begin(config)
+            context = Context(config, run, console)
+        check_model(context)
+        check_compared_models(context)
+        check_rewards(context)
+        check_judge_settings(context)
+        check_engine(config.scoring.engine, where="scoring.engine")
+        stack.enter_context(ray_session(options.address))
         check_placement(config)
         check_storage_everywhere(run)
         yield context

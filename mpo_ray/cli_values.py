@@ -1,8 +1,14 @@
-"""NAME=VALUE, as it is written at the command line."""
+"""NAME=VALUE and paths, as they are written at the command line."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
+
+from mpo_ray.home import expand_home
+
+#: Options and arguments of any verb that are paths, or lists of them.
+PATHS = ("config", "directory", "out", "prompts", "table", "reference")
 
 
 def parse_named(texts: Iterable[str], option: str, form: str) -> dict[str, str]:
@@ -24,3 +30,11 @@ def parse_weights(text: str | None, option: str) -> dict[str, float] | None:
         return {name: float(value) for name, value in parse_named(text.split(","), option, "").items()}
     except ValueError:
         raise ValueError(f"{option} {text!r}: write NAME=VALUE,NAME=VALUE,…, once for each objective.") from None
+
+
+def expand_paths(options: argparse.Namespace) -> None:
+    """Put the home directory in the place of a path's `~`: a shell leaves it in --out=~/x. Raises ValueError."""
+    for name in PATHS:
+        value = getattr(options, name, None)
+        if value is not None:
+            setattr(options, name, expand_home(value) if isinstance(value, str) else [expand_home(v) for v in value])

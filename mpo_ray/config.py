@@ -1,7 +1,7 @@
 """The schema of a run file and its defaults.
 
 The models hold what the file says, after `--set` and environment variables. Paths stay as written (relative to the
-working directory), so that a configuration means the same on every machine and its digest names it.
+working directory), so that a configuration means the same on every machine and its digest names it; a `~` is replaced.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from mpo_ray.config_serving import SET_FOR_VLLM, Serve, check_vllm_arguments
 from mpo_ray.config_training import ConstrainedTraining, PolicyTraining, Share, Source, Strict, SupervisedTraining
+from mpo_ray.home import PathText
 from mpo_ray.records import Bound, check_weights, digest, is_reserved
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -34,7 +35,7 @@ class Objective(Strict):
     label_means: dict[str | bool | int | float, Literal["first", "second", "tie", "missing"]] | None = Field(
         None, description="label → the response it prefers, where the label column does not say it"
     )
-    reward: str = Field(
+    reward: PathText = Field(
         "implicit",
         description="`module:function` or `file.py:function`, a sequence classifier (directory or hub id), or "
         "`implicit`: β ℓ_k of the objective's own policy",
@@ -86,7 +87,7 @@ class Embedded(Strict):
 class Reference(Strict):
     """π_ref: a model (directory or hub id) or `embedded`, a tiny Llama from scratch; `sft` trains it further."""
 
-    model: str
+    model: PathText
     sft: SupervisedTraining | None = None
 
 
@@ -234,7 +235,7 @@ class Judge(Strict):
     url: str = Field(description="base URL, such as http://127.0.0.1:8000/v1")
     model: str
     api_key_env: str | None = Field(None, description="environment variable that holds the key")
-    template: str | None = Field(None, description="file with the prompt template (Jinja); the project's own if absent")
+    template: PathText | None = Field(None, description="file with the prompt (Jinja); the project's own if absent")
     criteria: dict[str, str] = Field({}, description="objective → what the judge is told of it; its name if absent")
     num_prompts: PositiveInt = Field(64, description="of the evaluation's prompts; one completion of each is judged")
     max_tokens: PositiveInt = 256
@@ -258,7 +259,7 @@ class Evaluation(Strict):
     soups: bool = Field(True, description="Rewarded Soups: averages of the parameters, uniform and at the fitted λ")
     fits: bool = Field(False, description="the mixtures of the fits that were not chosen, beside the chosen one's")
     mixtures: dict[str, dict[str, float]] = Field({}, description="name → λ: further mixtures to compare")
-    models: dict[str, str] = Field({}, description="name → directory or hub id: other people's models to compare")
+    models: dict[str, PathText] = Field({}, description="name → directory or hub id: other people's models to compare")
     grid: PositiveInt | None = Field(None, description="steps along an edge of the simplex, for the decoded front")
     grid_prompts: PositiveInt = Field(64, description="prompts for each point of the grid")
     judge: Judge | None = None
@@ -268,7 +269,7 @@ class RunConfig(Strict):
     """A whole run file."""
 
     name: Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
-    storage: str = Field("runs", description="directory or fsspec URL that holds the run directory")
+    storage: PathText = Field("runs", description="directory or fsspec URL that holds the run directory")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     reference: Reference
     objectives: Annotated[dict[str, Objective], Field(min_length=1)]

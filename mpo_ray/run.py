@@ -1,69 +1,53 @@
-"""The run directory: where each thing lies, what is complete, and what it was made from (design 3).
+"""The run directory: what is complete, and what it was made from (design 3).
 
-Storage is a local directory or any fsspec URL. A stage builds its output in a local directory and publishes it whole;
-where storage is local that is a rename, elsewhere an upload. `manifest.json` records, per stage, the digest of its
-inputs: a stage whose record matches is complete and is not done again. A Parquet file records the digest of its own
-inputs, so that a stage that is done again makes only what changed.
+`manifest.json` records, per stage, the digest of its inputs, and the size and SHA-256 of every file it made. A stage
+whose record matches is complete and is not done again. A Parquet file records the digest of its own inputs, so that a
+stage that is done again makes only what changed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from mpo_ray.config import RunConfig
 from mpo_ray.records import digest
+from mpo_ray.storage import FileState, RunError, Storage
 
 #: Raised when a stage's output takes another form, so that an older run's output is made anew.
 FORMAT = 2
-#: Where a Parquet file, or a column of one, says what it was made from: a key of its Arrow metadata.
-INPUTS = b"mpo_ray.inputs"
+#: Files on object storage that are fetched for their digest, at most, in bytes.
+SMALL = 1 << 20
 PACKAGES = ("mpo_ray", "torch", "transformers", "peft", "deepspeed", "ray", "datasets", "numpy")
-
-
-class RunError(ValueError):
-    """The run directory cannot be used as asked: another config began it, an output is missing, or it is read-only."""
 
 
 class StageError(RuntimeError):
     """A stage could not be finished. What was complete stays, and the same command goes on from there."""
 
 
-class Run:
-    """One run directory. `root` is an absolute local path or an fsspec URL; `local` is a directory on this machine."""
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A stage's record beside what is there. damaged: node → what is wrong with it; renewed: whether marks moved on."""
 
-    def __init__(self, storage: str, name: str) -> None:
-        self.is_local = "://" not in storage or storage.startswith("file://")
-        if self.is_local:
-            self.root = str(Path(storage.removeprefix("file://")).absolute() / name)
-            self.local = Path(self.root)
-        else:
-            self.root = f"{storage.rstrip('/')}/{name}"
-            self.local = Path(tempfile.gettempdir()) / "mpo_ray" / hashlib.sha256(self.root.encode()).hexdigest()[:16]
-        self.name = name
-        try:
-            # Other processes write here too: a cached listing would hide what they have finished.
-            self._fs, self._base = fsspec.core.url_to_fs(self.root, use_listings_cache=False)
-        except (ImportError, ValueError) as error:
-            raise RunError(
-                f"storage {self.root} cannot be used: {error}. Set `storage:` to a directory, or to a URL whose fsspec "
-                "package is installed (s3fs for s3://, gcsfs for gs://)."
-            ) from error
+    record: dict[str, Any]
+    damaged: dict[str, str]
+    renewed: bool = False
+
+
+class Run(Storage):
+    """One run directory."""
+
+    #: Called before the manifest changes; a command that holds the run's lock has it raise once the lock is lost.
+    still_ours: Callable[[], None] = staticmethod(lambda: None)
 
     @classmethod
     def open(cls, config: RunConfig, *, update: bool = False) -> Run:
@@ -73,12 +57,15 @@ class Run:
         stages whose inputs changed are done again. Raises RunError.
         """
         run = cls.check(config, update=update)
-        if run.read_config() != config.as_json():
-            run.write_text("config.yaml", yaml.safe_dump(config.as_json(), sort_keys=False, allow_unicode=True))
-        if run.is_local:
-            for left_over in run.local.glob(".partial-*"):  # of a process that was killed
-                shutil.rmtree(left_over, ignore_errors=True)
+        run.begin(config)
         return run
+
+    def begin(self, config: RunConfig) -> None:
+        """Write down whose run it is, and remove what a killed command left half written."""
+        text = yaml.safe_dump(config.as_json(), sort_keys=False, allow_unicode=True)
+        if self.read_text("config.yaml") != text:
+            self.write_text("config.yaml", text)
+        self.sweep()
 
     @classmethod
     def check(cls, config: RunConfig, *, update: bool = False) -> Run:
@@ -105,162 +92,104 @@ class Run:
             raise RunError(f"{run.root} is not a run directory: it has no config.yaml. `mpo-ray run CONFIG` makes one.")
         return run
 
-    def check_writable(self) -> None:
-        """Write, read and delete a small file in storage. Raises RunError with the cause."""
-        probe = f".probe-{os.getpid()}-{time.time_ns()}"
-        try:
-            self.write_text(probe, "mpo_ray")
-            if self.read_text(probe) != "mpo_ray":
-                raise OSError("what was written could not be read back")
-            self._fs.rm_file(f"{self._base}/{probe}")
-        except Exception as error:
-            raise RunError(
-                f"storage {self.root} cannot be written: {error}. Set `storage:` to a directory or URL that you may "
-                "write to."
-            ) from error
-
-    # ---- files -------------------------------------------------------------------------------------------------
-
-    def exists(self, node: str) -> bool:
-        return bool(self._fs.exists(f"{self._base}/{node}"))
-
-    def read_text(self, node: str) -> str | None:
-        """Content of a file, None if there is none."""
-        if not self.exists(node):
-            return None
-        return str(self._fs.cat_file(f"{self._base}/{node}").decode("utf-8"))
-
-    def write_text(self, node: str, text: str) -> None:
-        self.write_bytes(node, text.encode("utf-8"))
-
-    def write_bytes(self, node: str, content: bytes) -> None:
-        """Write a file whole: a reader sees the old content or the new, never a part."""
-        target = f"{self._base}/{node}"
-        self._fs.makedirs(os.path.dirname(target), exist_ok=True)
-        if not self.is_local:
-            self._fs.pipe_file(target, content)
-            return
-        partial = Path(f"{target}.partial-{os.getpid()}")
-        partial.write_bytes(content)
-        partial.replace(target)
-
-    def read_json(self, node: str) -> Any:
-        text = self.read_text(node)
-        return None if text is None else json.loads(text)
-
-    def write_json(self, node: str, value: Any) -> None:
-        self.write_text(node, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-    def read_config(self) -> dict[str, Any] | None:
-        text = self.read_text("config.yaml")
-        return None if text is None else yaml.safe_load(text)
-
-    def read_table(self, node: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows of a Parquet file, or of all Parquet files of a directory in the order of their names."""
-        if not node.endswith(".parquet"):
-            return pa.concat_tables(self.read_table(part, columns) for part in self.parts(node))
-        with self._fs.open(f"{self._base}/{node}", "rb") as file:
-            return pq.read_table(file, columns=None if columns is None else list(columns))
-
-    def write_table(self, node: str, table: pa.Table, *, inputs: str | None = None) -> None:
-        """Write a Parquet file whole; `inputs`, the digest of what it was made from, is recorded in it."""
-        buffer = io.BytesIO()
-        pq.write_table(table.replace_schema_metadata({INPUTS: inputs} if inputs else None), buffer)
-        self.write_bytes(node, buffer.getvalue())
-
-    def inputs_of(self, node: str) -> str | None:
-        """The digest that a Parquet file was written with, None if it has none or is damaged. Reads only its footer."""
-        try:
-            with self._fs.open(f"{self._base}/{node}", "rb") as file:
-                recorded = (pq.read_schema(file).metadata or {}).get(INPUTS)
-        except pa.ArrowInvalid:
-            return None
-        return None if recorded is None else recorded.decode()
-
-    def parts(self, node: str) -> list[str]:
-        """The Parquet files below a directory of the run, as nodes, in the order of their names."""
-        found = self._fs.glob(f"{self._base}/{node}/*.parquet")
-        return sorted(f"{node}/{os.path.basename(path)}" for path in found)
-
-    def remove(self, node: str) -> None:
-        if self.exists(node):
-            self._fs.rm(f"{self._base}/{node}", recursive=True)
-
-    def fetch(self, node: str) -> Path:
-        """A directory or file of the run as a path on this machine. Raises RunError if it is not there."""
-        if not self.exists(node):
-            raise RunError(f"{self.root} has no {node}.")
-        if self.is_local:
-            return self.local / node
-        # Processes of one machine share the copies, so a copy has its own place for each content and never changes.
-        source = f"{self._base}/{node}"
-        content = digest([[path, self._fs.ukey(path)] for path in sorted(self._fs.find(source))])
-        path = self.local / content[:16] / os.path.basename(node)
-        if not path.exists():
-            path.parent.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.local))
-            try:
-                self._fs.get(source, str(partial / path.name), recursive=True)
-                with suppress(OSError):  # another process was first
-                    partial.rename(path.parent)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-        return path
-
-    @contextmanager
-    def publishing(self, node: str) -> Iterator[Path]:
-        """Give an empty local directory; what the block leaves there becomes `node`, whole, when it ends well."""
-        self.local.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.local))
-        try:
-            yield partial
-            partial.chmod(0o755)
-            self._replace(node, partial)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-    def _replace(self, node: str, directory: Path) -> None:
-        target = f"{self._base}/{node}"
-        if not self.is_local:
-            if self._fs.exists(target):
-                self._fs.rm(target, recursive=True)
-            self._fs.put(f"{directory}/", f"{target}/", recursive=True)
-            return
-        old = directory.with_name(f"{directory.name}-old")
-        if os.path.exists(target):
-            os.rename(target, old)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        directory.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-
     # ---- completeness and provenance ---------------------------------------------------------------------------
 
     def manifest(self) -> dict[str, Any]:
+        """What is recorded of the stages. A manifest that cannot be read counts as none: see `manifest_problem`."""
+        if self.manifest_problem() is not None:
+            return {"format": FORMAT, "stages": {}}
         return self.read_json("manifest.json") or {"format": FORMAT, "stages": {}}
 
+    def manifest_problem(self) -> str | None:
+        """Why manifest.json cannot be read, None if it can. Each stage then looks for what is there by its inputs."""
+        try:
+            found = self.read_json("manifest.json")
+        except RunError as error:
+            return f"{self.root}/manifest.json cannot be read: {error.__cause__}."
+        if found is None or (isinstance(found, dict) and isinstance(found.get("stages"), dict)):
+            return None
+        return f"{self.root}/manifest.json cannot be read: it has no stages."
+
     def is_complete(self, stage: str, inputs: str) -> bool:
-        """Whether `stage` was finished from inputs with this digest, and its outputs are still there."""
+        """Whether `stage` was finished from inputs with this digest, and what it made is there as it was made."""
+        found = self.finished(stage, inputs)
+        return found is not None and not found.damaged
+
+    def finished(self, stage: str, inputs: str) -> Finished | None:
+        """The record of a stage that was finished from inputs with this digest, beside what is there; else None.
+
+        One listing compares the size of every file. On a file system, one whose time of change is not that of the
+        record is read and its SHA-256 compared; on object storage, where the hash in the listing (or the time) is
+        another, only files of up to `SMALL` bytes that are no tables.
+        """
         record = self.manifest()["stages"].get(stage)
-        return record is not None and record["inputs"] == inputs and all(self.exists(n) for n in record["outputs"])
+        if record is None or record["inputs"] != inputs:
+            return None
+        if "files" not in record:  # as earlier versions recorded a stage
+            return Finished(record, {node: "is missing" for node in record["outputs"] if not self.exists(node)})
+        there: dict[str, FileState] = {}
+        for node in record["outputs"]:
+            there |= self.files(node)
+        damaged = {node: "belongs to no part" for node in there.keys() - record["files"].keys() if _is_table(node)}
+        files = dict(record["files"])
+        for node, (size, stamp, sha) in record["files"].items():
+            state = there.get(node)
+            if state is None:
+                damaged[node] = "is missing"
+            elif state.size != size:
+                damaged[node] = f"has {state.size} bytes instead of {size}"
+            elif state.stamp != stamp:
+                if sha is not None and self._digest(node, state) != sha:
+                    damaged[node] = "has another content than was written"
+                files[node] = [size, state.stamp, sha]
+        return Finished({**record, "files": files}, damaged, renewed=files != record["files"])
+
+    def renew(self, stage: str, found: Finished) -> None:
+        """Record that files whose times changed were read, and are what they were, so that they are not read again."""
+        self._record(stage, found.record)
+
+    def discard(self, found: Finished) -> None:
+        """Remove the files that are not what was recorded, so that nothing takes them for whole."""
+        for node in found.damaged:
+            self.remove(node)
 
     def begin_stage(self, stage: str) -> None:
         """Forget that `stage` was finished: its output is about to change."""
-        manifest = self.manifest()
-        if manifest["stages"].pop(stage, None) is not None:
-            self.write_json("manifest.json", manifest)
+        if stage in self.manifest()["stages"]:
+            self._record(stage, None)
 
     def complete(self, stage: str, inputs: str, *, outputs: list[str], seconds: float, notes: Any = None) -> None:
         """Record that `stage` is finished. Only the driver of the run calls this."""
-        manifest = self.manifest()
-        manifest["versions"] = {name: _version(name) for name in PACKAGES}
-        manifest["stages"][stage] = {
+        files: dict[str, FileState] = {}
+        for node in outputs:
+            files |= self.files(node)
+        record = {
             "inputs": inputs,
             "outputs": outputs,
             "seconds": round(seconds, 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "notes": notes,
+            "files": {node: [state.size, state.stamp, self._digest(node, state)] for node, state in files.items()},
         }
+        self._record(stage, record)
+
+    def _record(self, stage: str, record: dict[str, Any] | None) -> None:
+        """Write the manifest with another record of one stage, or without it."""
+        self.still_ours()
+        manifest = self.manifest()
+        manifest["versions"] = {name: _version(name) for name in PACKAGES}
+        manifest["stages"].pop(stage, None)
+        if record is not None:
+            manifest["stages"][stage] = record
         self.write_json("manifest.json", manifest)
+
+    def _digest(self, node: str, state: FileState) -> str | None:
+        """SHA-256 of a file, None where it would have to be fetched and is large or a table, whose pages have sums."""
+        if self.is_local:
+            return file_digest(str(self.local / node))
+        if state.size > SMALL or _is_table(node):
+            return None
+        return hashlib.sha256(self.read_bytes(node) or b"").hexdigest()
 
 
 def stage_inputs(*values: object) -> str:
@@ -271,7 +200,7 @@ def stage_inputs(*values: object) -> str:
 def file_digest(path: str) -> str:
     """SHA-256 of a file's content (local path or URL), read in blocks."""
     sha = hashlib.sha256()
-    with fsspec.open(path, "rb") as file:
+    with fsspec.open(path, "rb") if "://" in path else Path(path).open("rb") as file:
         while block := file.read(1 << 20):
             sha.update(block)
     return sha.hexdigest()
@@ -283,6 +212,11 @@ def directory_digest(path: str | Path) -> str:
     return digest([[str(f.relative_to(root)), file_digest(str(f))] for f in sorted(root.rglob("*")) if f.is_file()])
 
 
+def _is_table(node: str) -> bool:
+    return node.endswith(".parquet")
+
+
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,9 @@ from pydantic import BaseModel, ValidationError
 from mpo_ray.config import ConfigError, RunConfig
 
 Settings = TypeVar("Settings", bound=BaseModel)
+
+#: Values that a run file may hold once its aliases are written out; the largest in use hold a few hundred.
+MOST_VALUES = 100_000
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -31,15 +35,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; give the path of a run file.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save the run file as UTF-8.") from None
-    try:
-        raw = yaml.safe_load(text)
-        repeated = _repeated_key(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if repeated is not None:
-        line = repeated.start_mark.line + 1
-        raise ConfigError(f"{path}, line {line}: the key {repeated.value!r} is there twice; keep one.")
-    return parse_config(raw, overrides, where=str(path))
+    return parse_config(_read_yaml(text, str(path)), overrides, where=str(path))
 
 
 def parse_config(raw: object, overrides: Iterable[str] = (), *, where: str = "config") -> RunConfig:
@@ -61,9 +57,51 @@ def parse_settings(model: type[Settings], values: Mapping[str, Any], where: str)
         raise ConfigError(f"{where}: {error.error_count()} problem(s):\n{problems}") from None
 
 
-def _repeated_key(text: str) -> yaml.ScalarNode | None:
+def _read_yaml(text: str, where: str) -> Any:
+    """What a YAML text says. Raises ConfigError for one that is none, repeats a key, or would grow without bounds."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None and _num_values(root) > MOST_VALUES:
+            raise ConfigError(
+                f"{where}: with its aliases (*name) written out it holds more than {MOST_VALUES:,} values, or contains "
+                "itself; write what you need without aliases of aliases."
+            )
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: lists and mappings are nested too deeply; a run file needs 6 levels.") from None
+    except ValueError as error:  # such as a date with a thirteenth month
+        raise error if isinstance(error, ConfigError) else ConfigError(f"{where}: not valid YAML: {error}") from None
+    repeated = _repeated_key(root)
+    if repeated is not None:
+        line = repeated.start_mark.line + 1
+        raise ConfigError(f"{where}, line {line}: the key {repeated.value!r} is there twice; keep one.")
+    return raw
+
+
+def _num_values(root: yaml.Node) -> float:
+    """How many nodes a document has once every alias is written out; infinitely many where one holds itself."""
+    known: dict[int, float] = {}
+
+    def count(node: yaml.Node) -> float:
+        if id(node) not in known:
+            known[id(node)] = math.inf  # until it is known: whoever asks meanwhile lies inside it
+            below = node.value if isinstance(node, yaml.CollectionNode) else []
+            known[id(node)] = 1 + sum(count(child) for item in below for child in _nodes(item))
+        return known[id(node)]
+
+    return count(root)
+
+
+def _nodes(item: Any) -> tuple[yaml.Node, ...]:
+    """The nodes of a sequence's item, or of a mapping's pair of key and value."""
+    return item if isinstance(item, tuple) else (item,)
+
+
+def _repeated_key(root: yaml.Node | None) -> yaml.ScalarNode | None:
     """The first key that a mapping holds twice: YAML would silently keep the last."""
-    waiting, seen = [yaml.compose(text, Loader=yaml.SafeLoader)], set()
+    waiting, seen = [root], set()
     while waiting:
         node = waiting.pop()
         if id(node) in seen or not isinstance(node, yaml.CollectionNode):
@@ -112,10 +150,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(below, dict):
             raise ConfigError(f"--set {override!r}: {key!r} is a value, not a mapping.")
         place = below
-    try:
-        place[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+    place[last] = _read_yaml(text, f"--set {override!r}")
 
 
 def _describe(problem: Mapping[str, Any], model: type[BaseModel]) -> str:

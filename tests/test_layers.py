@@ -23,9 +23,13 @@ LAYERS = (
         "mpo_ray.config",
         "mpo_ray.config_training",
         "mpo_ray.config_serving",
+        "mpo_ray.home",
         "mpo_ray.records",
         "mpo_ray.run",
         "mpo_ray.run_file",
+        "mpo_ray.run_lock",
+        "mpo_ray.storage",
+        "mpo_ray.whole_files",
     ),
     (
         "mpo_ray.training",

@@ -14,8 +14,9 @@ import fsspec
 import pytest
 
 from mpo_ray.records import decode_prompt, encode_prompt, prompt_id
-from mpo_ray.run import Run, RunError, directory_digest, file_digest, stage_inputs
+from mpo_ray.run import Run, directory_digest, file_digest, stage_inputs
 from mpo_ray.run_file import parse_config
+from mpo_ray.storage import RunError
 from tests.run_files import MINIMAL
 
 

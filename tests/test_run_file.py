@@ -105,3 +105,62 @@ def test_environment_variables_are_filled_in(raw: dict[str, Any], monkeypatch: p
     assert parse_config(MINIMAL, ["storage=${MPO_TEST_BUCKET}/x"]).storage == "s3://bucket/x"
     raw["storage"] = "${MPO_TEST_ABSENT}/runs"
     assert "the environment variable MPO_TEST_ABSENT in '${MPO_TEST_ABSENT}/runs' is not set" in complaint(raw)
+
+
+def _laughs(levels: int, width: int) -> str:
+    """Lists of aliases of lists: width ** levels values from a few lines."""
+    lines = ["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * width)}]" for n in range(1, levels)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        _laughs(8, 8),
+        "a: &a [1, *a]\n",
+        "a: &a {b: *a}\n",
+        "a0: &a0 {x: 1}\n" + "\n".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 8)),
+    ],
+    ids=["aliases of aliases", "a list in itself", "a mapping in itself", "merge keys"],
+)
+def test_aliases_that_grow_without_bounds_are_refused(tmp_path: Path, raw: dict[str, Any], text: str) -> None:
+    """Counted, not written out: in the file, and in the value of --set."""
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(
+        ConfigError, match=r"run\.yaml: with its aliases .* more than 100,000 values, or contains itself"
+    ):
+        load_config(path)
+    value = text.strip().replace("\n", ", ")
+    assert "more than 100,000 values" in complaint(raw, f"embedded={{{value}}}")
+
+
+def test_aliases_that_a_person_writes_are_taken(tmp_path: Path) -> None:
+    """An anchor for what several objectives share, and a merge key."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "name: trial\nreference: {model: embedded}\nobjectives:\n"
+        "  a: &shared {preferences: {embedded: pairs}}\n  b: *shared\n  c: {<<: *shared, label: a}\n"
+    )
+    objectives = load_config(path).objectives
+    assert objectives["a"] == objectives["b"]
+    assert objectives["c"].label == "a"
+
+
+def test_lists_within_lists_without_end_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: " + "[" * 5000 + "]" * 5000)
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        load_config(path)
+
+
+def test_a_home_directory_stands_for_its_sign(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every path of a run file and of --set; elsewhere in a path, and in a hub id, it is a sign like others."""
+    monkeypatch.setenv("HOME", "/home/me")
+    raw["objectives"]["helpful"]["reward"] = "~/rewards.py:helpful"
+    raw["evaluation"] = {"models": {"theirs": "~/models/theirs"}}
+    config = parse_config(raw, ["storage=~/runs", "reference.model=~/model", "evaluation.models.other=org/a~b"])
+    assert (config.storage, config.reference.model) == ("/home/me/runs", "/home/me/model")
+    assert config.objectives["helpful"].reward == "/home/me/rewards.py:helpful"
+    assert config.evaluation.models == {"theirs": "/home/me/models/theirs", "other": "org/a~b"}
+    assert "there is no home directory for '~nobody-here'" in complaint(raw, "storage=~nobody-here/runs")

@@ -162,7 +162,11 @@ def _tasks(config: RunConfig, inputs: str, t: int, weights: Array, prompts: pa.T
     tasks = []
     for index, start in enumerate(range(0, prompts.num_rows, scoring.prompts_per_part)):
         part = prompts.slice(start, scoring.prompts_per_part)
-        values = {"weights": weights.tolist(), "seed": int(digest([config.seed, "decoded", t, index])[:12], 16)}
+        values = {
+            "weights": weights.tolist(),
+            "objectives": list(config.objectives),
+            "seed": int(digest([config.seed, "decoded", t, index])[:12], 16),
+        }
         made_from = stage_inputs(
             "decoded",
             inputs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
+import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,15 +14,10 @@ import torch.distributed as dist
 from transformers import get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
+from mpo_ray.cluster.checkpoints import TAG, CheckpointError, check_checkpoint
 from mpo_ray.config_training import Training
 from mpo_ray.run import file_digest
 from mpo_ray.training.completion_model import CompletionModel
-
-TAG = "state"
-
-
-class CheckpointError(RuntimeError):
-    """A training checkpoint is missing a file or is damaged."""
 
 
 def deepspeed_config(training: Training, *, world_size: int) -> dict[str, Any]:
@@ -133,7 +128,11 @@ class DeepSpeedEngine:
     def load(self, directory: Path) -> int:
         """Restore what `save` wrote and return its step."""
         check_checkpoint(directory, world_size=self.world_size)
-        path, state = self._engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=False)
+        # DeepSpeed looks for files by a glob pattern: it gets a path in which no character is a part of one.
+        with tempfile.TemporaryDirectory() as scratch:
+            plain = Path(scratch) / "checkpoint"
+            plain.symlink_to(directory.absolute())
+            path, state = self._engine.load_checkpoint(str(plain), tag=TAG, load_module_strict=False)
         if path is None:
             raise CheckpointError(f"{directory}: DeepSpeed found no checkpoint {TAG!r} there.")
         return int(state["step"])
@@ -169,21 +168,3 @@ class DeepSpeedEngine:
                 if self.rank == 0:
                     state[name] = parameter.detach().cpu().clone()
         return state
-
-
-def check_checkpoint(directory: Path, *, world_size: int) -> None:
-    """Compare every worker's files with the digests it wrote. Raises CheckpointError naming the file."""
-    for rank in range(world_size):
-        listing = directory / f"digests-{rank}.json"
-        if not listing.exists():
-            raise CheckpointError(
-                f"the checkpoint {directory} has no part of worker {rank}: it was written by fewer than {world_size} "
-                "workers or is incomplete. Train with the number of workers that wrote it."
-            )
-        for name, expected in json.loads(listing.read_text()).items():
-            path = directory / TAG / name
-            if not path.exists() or file_digest(str(path)) != expected:
-                size = f"{os.path.getsize(path)} bytes" if path.exists() else "missing"
-                raise CheckpointError(
-                    f"the checkpoint {directory} is damaged: {path.name} ({size}) is not what was written."
-                )

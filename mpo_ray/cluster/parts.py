@@ -21,7 +21,8 @@ from rich.console import Console
 
 from mpo_ray.cluster.progress import bars
 from mpo_ray.config import Actors
-from mpo_ray.run import INPUTS, Run
+from mpo_ray.run import Run
+from mpo_ray.storage import INPUTS
 
 #: A worker is made once per actor, by `factory(**arguments)`, and turns one input table into one output table.
 Process = Callable[[pa.Table, dict[str, Any]], pa.Table]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
 import uuid
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-import fsspec
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mpo_ray.config import Actors, ConfigError, RunConfig
 from mpo_ray.config_serving import Serve
-from mpo_ray.run import Run, RunError
+from mpo_ray.run import Run
+from mpo_ray.storage import RunError
 
 Resources = Mapping[str, float]
 
@@ -82,36 +83,39 @@ def check_storage_everywhere(run: Run) -> None:
     Raises RunError that names the first node which cannot.
     """
     token = uuid.uuid4().hex
-    run.write_text(".storage-check/driver", token)
+    place = f".storage-check/{token}"  # of this check alone: another command may check at the same time
+    run.write_text(f"{place}/driver", token)
     try:
         for node in (node for node in ray.nodes() if node["Alive"]):
             where = f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            answer = ray.remote(num_cpus=0)(_probe()).options(scheduling_strategy=there).remote(run.root, token)
-            problem = ray.get(answer)
-            if problem is None and run.read_text(f".storage-check/{token}") != token:
+            probe = ray.remote(num_cpus=0)(_probe()).options(scheduling_strategy=there)
+            problem = ray.get(probe.remote(pickle.dumps(run.filesystem), run.path(place), token))
+            if problem is None and run.read_text(f"{place}/node") != token:
                 problem = "what it wrote is not visible from the driver"
             if problem is not None:
                 raise RunError(
                     f"node {where} cannot use the storage {run.root}: {problem}. Set `storage:` to a place that all "
                     "nodes share: a network file system, or a URL such as s3://bucket/path."
                 )
+            run.remove(f"{place}/node")
     finally:
-        run.remove(".storage-check")
+        run.remove(place)
+        run.remove_empty(".storage-check")
 
 
-def _probe() -> Callable[[str, str], str | None]:
+def _probe() -> Callable[[bytes, str, str], str | None]:
     """What a node does: read the driver's file, and write its own; returns what is wrong.
 
     A function within a function travels whole: the process there need not import this package, which takes seconds.
     """
 
-    def probe(root: str, token: str) -> str | None:
+    def probe(pickled: bytes, place: str, token: str) -> str | None:
         try:
-            filesystem, base = fsspec.core.url_to_fs(root, use_listings_cache=False)
-            if filesystem.cat_file(f"{base}/.storage-check/driver").decode() != token:
+            filesystem = pickle.loads(pickled)  # noqa: S301 - what the driver pickled
+            if filesystem.cat_file(f"{place}/driver").decode() != token:
                 return "the driver's file is not what it wrote"
-            filesystem.pipe_file(f"{base}/.storage-check/{token}", token.encode())
+            filesystem.pipe_file(f"{place}/node", token.encode())
         except FileNotFoundError:
             return "the driver's file is not visible there"
         except Exception as error:  # every kind of storage has its own

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine
@@ -174,7 +173,7 @@ def even_batches(num_examples: int, engine: DeepSpeedEngine, size: int) -> list[
 
 
 def rows_of(run: Run, parts: list[str]) -> list[dict[str, Any]]:
-    return [row for part in parts for row in pq.read_table(run.fetch(part)).to_pylist()]
+    return [row for part in parts for row in run.read_table(part).to_pylist()]
 
 
 def _pair(row: dict[str, Any]) -> Pair:

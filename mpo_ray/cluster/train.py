@@ -15,6 +15,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 from rich.console import Console
 
+from mpo_ray.cluster.checkpoints import checkpoint_to_resume
 from mpo_ray.cluster.progress import bars, reports_of
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.config_training import Workers
@@ -78,9 +79,10 @@ def _fit(job: TrainingJob, progress: Queue) -> str | None:
     resources = {"CPU": workers.cpus_per_worker}
     if workers.gpus_per_worker:
         resources["GPU"] = workers.gpus_per_worker
+    resume = checkpoint_to_resume(Run.at(job.run_root), job)
     trainer = TorchTrainer(
         _train_on_worker,
-        train_loop_config={"job": job.model_dump(mode="json"), "progress": progress},
+        train_loop_config={"job": job.model_dump(mode="json"), "progress": progress, "resume": resume},
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             use_gpu=workers.gpus_per_worker > 0,

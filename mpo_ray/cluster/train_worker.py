@@ -12,8 +12,9 @@ import ray.train.torch
 import torch
 from peft import get_peft_model
 
+from mpo_ray.cluster.checkpoints import TAG, CheckpointError
 from mpo_ray.cluster.constrained_task import ConstrainedTask
-from mpo_ray.cluster.deepspeed_engine import TAG, CheckpointError, DeepSpeedEngine, prepare_sharded_loading
+from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine, prepare_sharded_loading
 from mpo_ray.cluster.event_log import EventLog
 from mpo_ray.cluster.progress import report
 from mpo_ray.cluster.tasks import Figures, PreferenceTask, SupervisedTask, Task
@@ -24,7 +25,7 @@ from mpo_ray.maths.constrained import RunawayError
 from mpo_ray.policies.dropout import restore_dropout
 from mpo_ray.policies.loading import load_model, load_tokenizer
 from mpo_ray.policies.lora_targets import lora_config
-from mpo_ray.run import Run
+from mpo_ray.run import Run, file_digest
 from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.lagged import TRAINED, LaggedModel, add_lagged_adapter, keeps_lagged
 from mpo_ray.training.loop import NonFiniteError, train
@@ -32,11 +33,14 @@ from mpo_ray.training.multipliers import DegenerateRatioError
 from mpo_ray.training.order import num_steps
 
 LOG_EVERY = 10
+#: What a trained model says of itself: what it was trained from, its figures, and the digests of its other files.
+RECORD = "training.json"
 
 
 def train_worker(values: dict[str, Any]) -> str | None:
-    """The function that Ray Train runs on every worker. values: `job`, a TrainingJob, and `progress`, a Ray queue.
+    """The function that Ray Train runs on every worker.
 
+    values: `job`, a TrainingJob; `progress`, a Ray queue; `resume`, see `checkpoint_to_resume`
     Returns why training stopped where its own figures say that it leads nowhere, None where it came to its end. An
     exception would have Ray Train start again from the last checkpoint, and stop at the same step.
     """
@@ -55,7 +59,7 @@ def train_worker(values: dict[str, Any]) -> str | None:
     del sharded
 
     task.begin(engine)
-    start, history = _restore(engine, task, job)
+    start, history = _restore(engine, task, job, values["resume"])
     display = _Display(run, job, values["progress"], start=start, total=total) if engine.rank == 0 else None
     try:
         for step, loss in train(
@@ -152,20 +156,27 @@ def _lora(training: Training) -> Lora | None:
     return training.lora if isinstance(training, PolicyTraining | ConstrainedTraining) else None
 
 
-def _restore(engine: DeepSpeedEngine, task: Task, job: TrainingJob) -> tuple[int, list[dict[str, float]]]:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+def _restore(
+    engine: DeepSpeedEngine, task: Task, job: TrainingJob, resume: str | None
+) -> tuple[int, list[dict[str, float]]]:
+    """The step and history of the last checkpoint, loaded. resume: the one to take where Ray Train knows of none"""
+    checkpoint = ray.train.get_checkpoint() or (resume and ray.train.Checkpoint(resume))
+    if not checkpoint:
         return 0, []
+    remedy = (
+        f"Or delete {job.run_root}/{job.directory} to train {job.name!r} again from the start; everything else in the "
+        "run is kept."
+    )
     with checkpoint.as_directory() as directory:
         try:
             step = engine.load(Path(directory))
+            task.load(Path(directory) / TAG)
+            history = json.loads((Path(directory) / "history.json").read_text())
+        except (ValueError, FileNotFoundError) as error:
+            raise CheckpointError(f"the checkpoint {directory} is damaged: {error}. {remedy}") from error
         except CheckpointError as error:
-            raise CheckpointError(
-                f"{error} Or delete {job.run_root}/{job.directory} to train {job.name!r} again from the start; "
-                "everything else in the run is kept."
-            ) from error
-        task.load(Path(directory) / TAG)
-        return step, json.loads((Path(directory) / "history.json").read_text())
+            raise CheckpointError(f"{error} {remedy}") from error
+        return step, history
 
 
 def _checkpoint(engine: DeepSpeedEngine, task: Task, step: int, history: list[dict[str, float]]) -> None:
@@ -188,7 +199,8 @@ def _export(engine: DeepSpeedEngine, run: Run, job: TrainingJob, tokenizer: Any,
     model = engine.unwrapped
     if not adapted:
         restore_dropout(model.config, job.model)
-    with run.publishing(job.output) as directory:
+    with run.publishing(job.output, mark=RECORD) as directory:
         model.save_pretrained(directory, state_dict=state, **({"selected_adapters": [TRAINED]} if adapted else {}))
         tokenizer.save_pretrained(directory)
-        (directory / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+        record["files"] = {path.name: [path.stat().st_size, file_digest(str(path))] for path in directory.iterdir()}
+        (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from mpo_ray.maths.feasibility import check_feasible
 from mpo_ray.maths.robust import check_radius
 from mpo_ray.maths.simplex import Array
 from mpo_ray.records import Bound
+from mpo_ray.whole_files import write_file
 
 Variant = Literal["lagrangian", "barrier"]
 
@@ -68,10 +70,11 @@ def solve_file(
     result, rho = solve_pool(
         table, bounds, tau=tau, radius=radius, variant=variant, sigma=SIGMA if sigma is None else sigma
     )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "mopo.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(out / "mopo.json", (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode())
     rows = {"prompt_id": table.prompt_ids, "response_id": table.response_ids, "ratio": pa.array(rho)}
-    pq.write_table(pa.table(rows), out / "ratio.parquet")
+    table_bytes = io.BytesIO()
+    pq.write_table(pa.table(rows), table_bytes)
+    write_file(out / "ratio.parquet", table_bytes.getvalue())
     return result
 
 

@@ -17,6 +17,7 @@ from mpo_ray.fitting.figures import fit_figures
 from mpo_ray.fitting.table_fit import Estimator, fit_table
 from mpo_ray.fitting.trade_off import grid_of, predict_trade_off
 from mpo_ray.fitting.trust import warnings
+from mpo_ray.whole_files import write_file
 
 
 def fit_file(paths: Sequence[str], out: Path, settings: Fit, *, seed: int = 0) -> dict[str, Any]:
@@ -30,11 +31,10 @@ def fit_file(paths: Sequence[str], out: Path, settings: Fit, *, seed: int = 0) -
         raise ValueError(f"--out {out} is a file; give a directory, which is made if it is not there.")
     scores = open_scores(list(paths))
     fit, trade_off = fit_scores(scores, settings, seed=seed, method=settings.method)
-    out.mkdir(parents=True, exist_ok=True)
     for name, value in {"fit.json": fit, "trade_off.json": trade_off}.items():
-        (out / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_file(out / name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
     for name, figure in fit_figures(fit, trade_off).items():
-        (out / f"{name}.png").write_bytes(png(figure))
+        write_file(out / f"{name}.png", png(figure))
     return fit
 
 

@@ -175,21 +175,26 @@ def _file_digests(path: Path) -> dict[str, str]:
 
 def _copy(source: Path, target: Path, kinds: Container[str] | None = None) -> None:
     """All of a directory, or the files at its top that have one of these endings."""
-    if kinds is None:
-        shutil.copytree(source.resolve(), target, copy_function=_link, dirs_exist_ok=True)
-        return
-    target.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if file.is_file() and file.suffix in kinds:
-            _link(str(file.resolve()), str(target / file.name))
+    root = source.resolve()
+    for directory, _, files in os.walk(root, followlinks=True):
+        place = target / Path(directory).relative_to(root)
+        if kinds is not None and place != target:
+            break
+        place.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            if kinds is None or Path(name).suffix in kinds:
+                _link(Path(directory, name).resolve(), place / name)
 
 
-def _link(source: str, target: str) -> None:
-    """Hard-link a file, or copy it where the file system cannot."""
+def _link(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it where the file system cannot, or where a new file would get other permissions."""
+    usual = target.parent.stat().st_mode & 0o666  # as the umask left them to the directory
     try:
+        if source.stat().st_mode & 0o777 != usual:
+            raise PermissionError
         os.link(source, target)
     except OSError:
-        shutil.copy2(source, target)
+        shutil.copyfile(source, target)
 
 
 def _generation_config(rendering: Rendering) -> GenerationConfig:

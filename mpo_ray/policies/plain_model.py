@@ -5,8 +5,6 @@ Here the rewarded soup, the average of the parameters. Whatever is written here 
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ from mpo_ray.policies.loading import ModelError, load_tokenizer
 from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.policies.soup import load_soup
 from mpo_ray.records import check_weights
+from mpo_ray.whole_files import written_directory
 
 #: The key of config.json that says what a plain model is.
 LABEL = "mpo_ray"
@@ -67,13 +66,5 @@ def check_new(out: Path) -> None:
 def written_whole(out: Path) -> Iterator[Path]:
     """Give an empty directory; what the block leaves there becomes `out` when it ends well, and nothing does if not."""
     check_new(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".partial-{out.name}-", dir=out.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with written_directory(out) as directory:
+        yield directory

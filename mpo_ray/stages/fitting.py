@@ -97,6 +97,7 @@ FIT = Stage(
     after=("scores",),
     outputs=lambda context: ["fit.json", "trade_off.json"],
     depends_on=lambda context: [
+        list(context.config.objectives),  # in their order: λ is a list from here on
         context.config.fit.model_dump(),
         context.config.decoding.model_dump(),
         {name: content(spec) for name, spec in context.rewards().items()},

@@ -21,6 +21,7 @@ from mpo_ray.evaluation.judgements import Outcome, Tally, judged_candidates, tal
 from mpo_ray.records import GRID_PREFIX, REFERENCE, decode_prompt, digest, turns_of
 from mpo_ray.run import Run
 from mpo_ray.stages.stage import Context, Stage
+from mpo_ray.whole_files import write_file
 
 CACHE = "evaluation/judge_cache.jsonl"
 RESULT = "evaluation/judge.json"
@@ -184,8 +185,7 @@ def _kept_cache(run: Run) -> Iterator[Path]:
         return
     stored = (run.read_text(CACHE) or "").splitlines()
     here = path.read_text(encoding="utf-8").splitlines() if path.exists() else []  # of a process that was killed
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in dict.fromkeys([*stored, *here])), encoding="utf-8")
+    write_file(path, "".join(f"{line}\n" for line in dict.fromkeys([*stored, *here])).encode())
     try:
         yield path
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from mpo_ray.run import RunError
 from mpo_ray.stages.constrained import CERTIFICATES, MOPO, POOLS
 from mpo_ray.stages.data import DATA_STAGE, EMBEDDED_STAGE
 from mpo_ray.stages.evaluating import EVALUATION, REPORT
@@ -11,6 +10,7 @@ from mpo_ray.stages.judging import JUDGE
 from mpo_ray.stages.sampling import SAMPLES, SCORES
 from mpo_ray.stages.stage import STAGES, Context, Stage, run_stage
 from mpo_ray.stages.training import PAIRS, POLICIES, REFERENCE
+from mpo_ray.storage import RunError
 
 ORDER = (
     EMBEDDED_STAGE,
@@ -48,6 +48,7 @@ def stages_of(context: Context) -> list[Stage]:
 
 def run_pipeline(context: Context) -> None:
     """Do every stage that is not complete."""
+    _tell_of_the_manifest(context)
     for stage in stages_of(context):
         run_stage(context, stage)
 
@@ -62,15 +63,26 @@ def run_single(context: Context, *names: str) -> str:
         missing = "section `mopo`" if names[0] == POOLS.name else "reference.sft; the reference is used as it is"
         raise RunError(f"this config has no stage {names[0]!r}: it has no {missing}.")
     needed = {name for stage in wanted for name in _before(stage)} - set(names)
+    _tell_of_the_manifest(context)
     for stage in stages_of(context):
-        if stage.name in needed and not context.run.is_complete(stage.name, context.inputs(stage)):
+        if stage.name not in needed:
+            continue
+        found = context.run.finished(stage.name, context.inputs(stage))
+        if found is None or found.damaged:
+            broken = "" if found is None else "".join(f" {node} {what}." for node, what in found.damaged.items())
             raise RunError(
                 f"{context.run.root}: stage {wanted[0].name!r} needs {stage.name!r}, which is not complete for this "
-                f"config. Run it first, or let `mpo-ray run` do every stage that is missing."
+                f"config.{broken} Run it first, or let `mpo-ray run` do every stage that is missing."
             )
     for stage in wanted:
         run_stage(context, stage)
     return wanted[-1].name
+
+
+def _tell_of_the_manifest(context: Context) -> None:
+    problem = context.run.manifest_problem()
+    if problem is not None:
+        context.console.print(f"{problem} Every stage looks for what is there from the same inputs.", markup=False)
 
 
 def _before(stage: Stage) -> set[str]:

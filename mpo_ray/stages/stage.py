@@ -22,11 +22,15 @@ EMBEDDED = "embedded"
 
 @dataclass
 class Context:
-    """One run as its stages see it. Results go to standard output, progress to `console`."""
+    """One run as its stages see it. Results go to standard output, progress to `console`.
+
+    recorded: whether what is done is entered in the manifest; not so while another command works on the run
+    """
 
     config: RunConfig
     run: Run
     console: Console
+    recorded: bool = True
     _digests: dict[str, str] = field(default_factory=dict)
     _given_content: str | None = None
     _rendered: list[Any] | None = None
@@ -128,16 +132,25 @@ STAGES: dict[str, Stage] = {}
 
 def run_stage(context: Context, stage: Stage) -> bool:
     """Do a stage unless its output is complete and its inputs are unchanged. Returns whether it was done."""
-    inputs = context.inputs(stage)
-    if context.run.is_complete(stage.name, inputs):
+    run, inputs = context.run, context.inputs(stage)
+    found = run.finished(stage.name, inputs)
+    if found is not None and not found.damaged:
         context.console.print(f"[dim]{stage.title}: complete, inputs unchanged; skipped[/dim]")
+        if found.renewed and context.recorded:
+            run.renew(stage.name, found)
         return False
     context.console.print(f"[bold]{stage.title}[/bold]")
     started = time.monotonic()
-    context.run.begin_stage(stage.name)
+    if context.recorded:
+        run.begin_stage(stage.name)
+    if found is not None:
+        for node, problem in found.damaged.items():
+            context.console.print(f"  {node} {problem}: it is made again", markup=False, soft_wrap=True)
+        run.discard(found)
     notes = stage.work(context)
     seconds = time.monotonic() - started
-    context.run.complete(stage.name, inputs, outputs=stage.outputs(context), seconds=seconds, notes=notes)
+    if context.recorded:
+        run.complete(stage.name, inputs, outputs=stage.outputs(context), seconds=seconds, notes=notes)
     context.console.print(f"[dim]  {seconds:.1f} s[/dim]")
     return True
 

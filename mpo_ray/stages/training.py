@@ -9,8 +9,9 @@ from mpo_ray.cluster.score import PairReference
 from mpo_ray.cluster.train import train_all
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.config_training import Training
-from mpo_ray.run import stage_inputs
+from mpo_ray.run import Run, file_digest, stage_inputs
 from mpo_ray.stages.stage import Context, Stage
+from mpo_ray.storage import RunError
 from mpo_ray.training.constrained import Problem
 
 #: What says where and how fast work is done, and not what comes out.
@@ -70,13 +71,33 @@ def train_jobs(context: Context, jobs: list[TrainingJob]) -> None:
     """Do the jobs whose output does not record that it was trained from the same inputs."""
     missing = []
     for job in jobs:
-        recorded = context.run.read_json(f"{job.output}/training.json")
-        if recorded is not None and recorded.get("inputs") == job.inputs:
+        if is_trained(context.run, job):
             context.console.print(f"[dim]  {job.output}: trained from the same inputs; kept[/dim]")
         else:
             missing.append(job)
     if missing:
         train_all(missing, context.console)
+
+
+def is_trained(run: Run, job: TrainingJob) -> bool:
+    """Whether the job's output was trained from the same inputs, and its files are those that training.json names.
+
+    Sizes are compared everywhere; contents, by their SHA-256, where the run is on a file system.
+    """
+    try:
+        recorded = run.read_json(f"{job.output}/training.json")
+    except RunError:
+        return False  # damaged; what it vouched for is written again from the last checkpoint
+    if recorded is None or recorded.get("inputs") != job.inputs:
+        return False
+    there = run.files(job.output)
+    for name, (size, sha) in recorded.get("files", {}).items():
+        node = f"{job.output}/{name}"
+        if node not in there or there[node].size != size:
+            return False
+        if run.is_local and file_digest(str(run.local / node)) != sha:
+            return False
+    return True
 
 
 def training_job(

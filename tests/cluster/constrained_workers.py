@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mpo_ray.cluster.checkpoints import TAG
 from mpo_ray.cluster.constrained_task import ConstrainedTask
-from mpo_ray.cluster.deepspeed_engine import TAG, DeepSpeedEngine, prepare_sharded_loading
+from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine, prepare_sharded_loading
 from mpo_ray.cluster.train_worker import completion_model
 from mpo_ray.config_training import ConstrainedTraining
 from mpo_ray.training.constrained import Problem

@@ -1,5 +1,6 @@
 """The DeepSpeed engine: every ZeRO stage takes the same steps as plain AdamW, and a checkpoint continues them."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,15 +10,17 @@ import torch
 import torch.distributed as dist
 from transformers import get_scheduler
 
+from mpo_ray.cluster.checkpoints import SNAPSHOT, CheckpointError, check_checkpoint, checkpoint_to_resume
 from mpo_ray.cluster.deepspeed_engine import (
-    CheckpointError,
     DeepSpeedEngine,
     deepspeed_config,
     prepare_sharded_loading,
 )
 from mpo_ray.cluster.train_worker import load_trainable
+from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.config_training import PolicyTraining
 from mpo_ray.policies.loading import load_model
+from mpo_ray.run import Run
 from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.loop import train
 from mpo_ray.training.sft import Example, sft_loss
@@ -160,11 +163,49 @@ def test_a_truncated_checkpoint_is_refused_by_name(base: str, tmp_path: Path) ->
 
 
 def test_a_checkpoint_of_fewer_workers_is_refused(base: str, tmp_path: Path) -> None:
-    from mpo_ray.cluster.deepspeed_engine import check_checkpoint
-
     _engine(base, _training()).save(tmp_path, step=0)
     with pytest.raises(CheckpointError, match="no part of worker 1"):
         check_checkpoint(tmp_path, world_size=2)
+
+
+def test_a_checkpoint_loads_from_a_path_with_glob_characters(base: str, tmp_path: Path) -> None:
+    """DeepSpeed finds its files by a glob pattern: in `[1]` it would look for a directory named 1."""
+    training, place = _training(), tmp_path / "runs [1]*"
+    engine = _engine(base, training)
+    _losses(engine, 0, 1)
+    engine.save(place, step=1)
+    assert _engine(base, training).load(place) == 1
+
+
+def test_a_damaged_record_of_ray_train_costs_nothing(base: str, tmp_path: Path) -> None:
+    """The newest whole checkpoint is taken, and the record removed, so that Ray Train begins one that it can read."""
+    run = Run(str(tmp_path), "run")
+    job = TrainingJob(
+        name="helpful",
+        inputs="0123456789abcdef",
+        run_root=run.root,
+        model=base,
+        training=_training(),
+        train_parts=[],
+        heldout_parts=[],
+        output="policies/helpful",
+        seed=0,
+    )
+    place = run.local / job.directory
+    engine = _engine(base, _training())
+    for step in (1, 2, 3):
+        engine.save(place / f"checkpoint_2026-11-30_12-00-0{step}.000000", step=step)
+    newest = place / "checkpoint_2026-11-30_12-00-03.000000" / "state"
+    max(newest.iterdir(), key=lambda path: path.stat().st_size).unlink()  # it was being uploaded
+    names = [f"checkpoint_2026-11-30_12-00-0{step}.000000" for step in (1, 2)]
+    whole = json.dumps({"checkpoint_results": [{"checkpoint_dir_name": name, "metrics": {}} for name in names]})
+    (place / SNAPSHOT).write_text(whole)
+    assert checkpoint_to_resume(run, job) is None
+    assert (place / SNAPSHOT).exists()
+    for damaged in (whole[: len(whole) // 2], "", "[]", whole.replace("00-01", "00-09")):
+        (place / SNAPSHOT).write_text(damaged)
+        assert checkpoint_to_resume(run, job) == str(place / names[1])
+        assert not (place / SNAPSHOT).exists()
 
 
 def test_exported_weights_are_the_trained_ones_at_every_stage(base: str, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from mpo_ray.cluster.parts import Part, in_order, process_parts
 from mpo_ray.config import Actors
-from mpo_ray.run import INPUTS, Run
+from mpo_ray.run import Run
+from mpo_ray.storage import INPUTS
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 
 from mpo_ray.config import RunConfig
-from mpo_ray.run import INPUTS, Run
+from mpo_ray.run import Run
 from mpo_ray.run_file import load_config
 from mpo_ray.stages.pipeline import run_single
 from mpo_ray.stages.stage import Context
+from mpo_ray.storage import INPUTS
 from tests import tiny_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]

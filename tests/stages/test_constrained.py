@@ -22,11 +22,12 @@ from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.loading import load_policy
 from mpo_ray.policies.policy_set import PolicySet
 from mpo_ray.records import REFERENCE
-from mpo_ray.run import Run, RunError
+from mpo_ray.run import Run
 from mpo_ray.stages.constrained import SHORT, certify_policies, solve, train
 from mpo_ray.stages.evaluating import evaluate
 from mpo_ray.stages.pipeline import run_single
 from mpo_ray.stages.stage import Context
+from mpo_ray.storage import RunError
 from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
