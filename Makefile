@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # An environment on top of the first, with vLLM: for CPUs, a third party's build, which also goes by vLLM's own name.
 VLLM := .venv-vllm
+# An environment of its own with clients of the endpoint, which want other versions than the project's.
+CLIENTS := .venv-clients
 # The endpoint's tests that vLLM has to pass as well, behind the same endpoint.
 JUDGES := $(addprefix tests/serving/test_, openai_client.py openapi_document.py lm_eval.py bad_inputs.py streams.py logprobs.py)
 
@@ -11,7 +13,7 @@ JUDGES := $(addprefix tests/serving/test_, openai_client.py openapi_document.py 
 RUNS := tests/stages tests/benchmarks tests/test_cli.py $(addprefix tests/cluster/test_, job_submit.py two_nodes.py \
 	killed_scoring.py constrained_task.py)
 
-.PHONY: quickstart test test-runs test-others test-vllm lint types install
+.PHONY: quickstart test test-runs test-others test-vllm lint types install clients
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
@@ -31,7 +33,14 @@ types: install
 
 test: lint types test-others test-runs
 
-test-others: install
+clients: $(CLIENTS)/.installed
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --requirement tests/clients/requirements.txt
+	touch $@
+
+test-others: install clients
 	$(BIN)/pytest $(addprefix --ignore=, $(RUNS))
 
 test-runs: install

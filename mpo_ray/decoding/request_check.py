@@ -34,8 +34,8 @@ def check_request(request: GenerationRequest, weights: Mapping[str, float], runn
     check_tokens(prompt, runner.vocab_size, param="prompt")
     if len(prompt) + max(sampling.max_tokens, 1) > runner.context:
         raise RequestError(
-            f"this model's maximum context length is {runner.context} tokens; the prompt has {len(prompt)} tokens and "
-            f"the completion up to {sampling.max_tokens}. Shorten the prompt or lower max_tokens.",
+            f"the prompt has {len(prompt)} tokens and the completion up to {sampling.max_tokens}; the context is "
+            f"{runner.context} tokens. Shorten the prompt or lower max_tokens.",
             "prompt",
         )
     _check_sampling(sampling, runner.vocab_size)

@@ -96,10 +96,12 @@ def api_error_of(error: Exception) -> ApiError | None:
 
 
 def context_exceeded(context: int | None, says: str, param: str) -> ApiError:
-    """A prompt that is too long, in the words and with the code by which clients know to take another model."""
-    return ApiError(
-        400, f"this model's maximum context length is {context} tokens; {says}", param, "context_length_exceeded"
-    )
+    """A prompt that is too long, in the words and with the code by which clients know to take another model.
+
+    litellm looks for the first words, LangChain for the others, and both in the message alone.
+    """
+    words = f"this model's maximum context length is {context} tokens; the prompt is too long: {says}"
+    return ApiError(400, words, param, "context_length_exceeded")
 
 
 def unexpected(request_id: str) -> ApiError:

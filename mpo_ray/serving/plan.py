@@ -122,7 +122,7 @@ def _max_tokens(body: Sampling, prompt_tokens: int, served: Served) -> int:
     if room < needed:
         raise context_exceeded(
             served.context,
-            f"the prompt has {prompt_tokens} tokens and the completion at least {needed}. Shorten the prompt or lower "
+            f"it has {prompt_tokens} tokens, and the completion at least {needed}. Shorten the prompt or lower "
             f"{body.limit_field}.",
             body.prompt_field,
         )

@@ -56,7 +56,7 @@ class PromptTokens:
         if self._longest is not None and number > self._longest:
             raise context_exceeded(
                 self._context or self._longest,
-                f"the prompt has {number} tokens, and at most {self._longest} are allowed.",
+                f"it has {number} tokens, and at most {self._longest} are allowed.",
                 param,
             )
 
@@ -64,7 +64,7 @@ class PromptTokens:
         if self._longest is not None and length > CHARACTERS_PER_TOKEN * self._longest:
             raise context_exceeded(
                 self._context or self._longest,
-                f"the prompt has {length} characters, which is more than {self._longest} tokens, all that are allowed.",
+                f"it has {length} characters, which is more than {self._longest} tokens, all that are allowed.",
                 param,
             )
 

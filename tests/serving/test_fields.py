@@ -228,13 +228,13 @@ def test_prompt_and_completion_must_fit_the_context() -> None:
     assert ask("/v1/completions", completion(prompt=[7] * 15), recorder=recorder).status_code == 200
     assert recorder.asked[0].sampling.max_tokens == 1
     for fields, complaint in (
-        ({"prompt": [7] * 16}, "the prompt has 16 tokens, and at most 15 are allowed"),
-        ({"prompt": [7] * 10, "max_tokens": 7}, "the prompt has 10 tokens and the completion at least 7"),
+        ({"prompt": [7] * 16}, "it has 16 tokens, and at most 15 are allowed"),
+        ({"prompt": [7] * 10, "max_tokens": 7}, "it has 10 tokens, and the completion at least 7"),
     ):
         error = ask("/v1/completions", completion(**fields)).json()["error"]
         assert error["code"] == "context_length_exceeded"
         assert complaint in error["message"]
-        assert error["message"].startswith("this model's maximum context length is 16 tokens; ")  # clients look for it
+        assert error["message"].startswith("this model's maximum context length is 16 tokens; the prompt is too long: ")
 
 
 def test_unknown_models_routes_and_methods_are_json_errors() -> None:

@@ -113,6 +113,22 @@ def test_chat_completions_plain_and_streamed(client: openai.OpenAI, fields: dict
             }
 
 
+def test_a_message_of_an_answer_goes_back_unchanged(client: openai.OpenAI) -> None:
+    """As the client's object, as what it dumps with all its nulls, as JSON, and as a stream adds it up."""
+    asked: dict[str, Any] = {"model": NAME, "max_tokens": 4, "seed": 1, "stop": " "}
+    question = MESSAGES[0]
+    message = client.chat.completions.create(messages=[question], **asked).choices[0].message
+    dumped = message.model_dump()
+    assert None in dumped.values()
+    with client.chat.completions.stream(messages=[question], **asked) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    said = []
+    for again in (message, dumped, message.model_dump(mode="json", exclude_unset=True), streamed.model_dump()):
+        answer = client.chat.completions.create(messages=[question, again, *MESSAGES], **asked)
+        said.append(answer.choices[0].message.content)
+    assert len(set(said)) == 1
+
+
 def test_the_client_knows_the_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as wrong:
         client.completions.create(model=NAME, prompt=PROMPT, max_tokens=1000)

@@ -145,7 +145,7 @@ def test_a_wrong_or_missing_key_is_refused(url: str) -> None:
 def test_errors_reach_the_client_in_openais_form(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="'other' does not exist; there are tiny, tiny/helpful"):
         client.completions.create(model="other", prompt=PROMPT)
-    with pytest.raises(openai.BadRequestError, match="the prompt has 71 tokens, and at most 63") as caught:
+    with pytest.raises(openai.BadRequestError, match="it has 71 tokens, and at most 63") as caught:
         client.completions.create(model=NAME, prompt="the " * 70)
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match=r"sum to 0\.5, not 1"):
