@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %} {{ message['content'] }} {{ eos_token }}"
+    "{% if message['role'] == 'assistant' %} <assistant> {{ message['content'] }} {{ eos_token }}"
     "{% else %} <user> {{ message['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %} <assistant>{% endif %}"
 )
