@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mpo_ray.maths.sequence_logprob import token_kl
 from mpo_ray.policies.loading import load_model
+from mpo_ray.stages.distilling import Schooling, _train
+from mpo_ray.training import local_engine
 from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.distillation import distillation_loss
 from mpo_ray.training.local_engine import LocalEngine
+from mpo_ray.training.loop import NonFiniteError
 from mpo_ray.training.sft import Example
 from tests.tiny import next_logprobs, tiny_llama, tiny_tokenizer
 
@@ -68,3 +72,51 @@ def test_a_step_in_pieces_is_the_step_of_the_whole(directories: list[Path]) -> N
     torch.testing.assert_close(*gradients)
     torch.testing.assert_close(*moved)
     assert not torch.equal(moved[0], torch.cat([p.flatten() for p in before]))
+
+
+def test_the_gradient_does_not_depend_on_the_size_of_a_forward_pass(
+    directories: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """∇ Σ KL / Σ tokens over the step, for forward passes of 1, 2, 4 and 8 completions of 2 to 20 tokens."""
+    monkeypatch.setattr(local_engine, "MAX_GRADIENT_NORM", 1e9)
+    lengths = [2, 3, 2, 20, 4, 15, 2, 9]
+    lessons = [Example([1, 7 + n], [*(7 + (3 * i + n) % 16 for i in range(m - 1)), 2]) for n, m in enumerate(lengths)]
+    seen: list[torch.Tensor] = []
+    losses = []
+    for size in (1, 2, 4, 8):
+        student, teacher = _models(directories)
+
+        def watch(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            seen.append(torch.cat([p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]))
+
+        handle = register_optimizer_step_pre_hook(watch)
+        try:
+            [step] = _train(
+                teacher,  # type: ignore[arg-type]  # a mixture is one more teacher
+                student.causal_lm,
+                lessons,
+                Schooling(steps=1, batch_size=8, micro_batch_size=size),
+                pad_id=0,
+                seed=0,
+                show=lambda *_: None,
+            )
+        finally:
+            handle.remove()
+        losses.append(step["loss"])
+    student, teacher = _models(directories)
+    whole = distillation_loss(student, teacher, lessons, pad_id=0, device="cpu") / sum(lengths)
+    whole.backward()
+    gradient = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+    assert losses == pytest.approx([float(whole.detach())] * 4, rel=1e-5)
+    for found in seen:
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_distillation_stops_at_a_loss_that_is_not_finite(directories: list[Path]) -> None:
+    student, teacher = _models(directories)
+    with torch.no_grad():
+        next(iter(teacher.parameters()))[14] = torch.nan
+    lessons = [Example([1, 8], [9, 2]), Example([1, 8], [14, 10, 2])]
+    how = Schooling(steps=1, batch_size=2, micro_batch_size=1)
+    with pytest.raises(NonFiniteError, match="step 1: the loss is not finite in the forward pass of completion 2 of 2"):
+        _train(teacher, student.causal_lm, lessons, how, pad_id=0, seed=0, show=lambda *_: None)  # type: ignore[arg-type]
