@@ -164,18 +164,24 @@ class _Numbering:
 
 
 def _texts(column: pa.Array, name: str, places: Places, start: int) -> pa.DictionaryArray:
-    """The column's distinct texts and their indices; whole numbers are ids too, as the text of their digits."""
+    """The column's distinct texts and their indices; whole numbers are ids too, as the text of their digits.
+
+    They may be stored as floats.
+    """
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     if column.null_count:
         row = start + int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
         raise ScoreTableError(f"{places.of(row)}: {name} is empty. {_EVERY_ROW}")
+    plain = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    if name == PROMPT and pa.types.is_floating(kind) and bool(pc.all(pc.equal(plain, pc.floor(plain))).as_py()):
+        plain = plain.cast(pa.int64())
+        kind = plain.type
     if not (is_text or (name == PROMPT and pa.types.is_integer(kind))):
         wanted = "texts or whole numbers" if name == PROMPT else "texts"
         raise ScoreTableError(
             f"{places.names[0]}: the column {name!r} has the type {column.type}; it must hold {wanted}."
         )
-    plain = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
     return plain.dictionary_encode()
 
 

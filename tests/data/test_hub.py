@@ -178,6 +178,13 @@ def test_a_data_set_that_does_not_load_is_named_with_the_cause(hub: Path, tmp_pa
         assert "network" not in missing
 
 
+def test_a_tilde_stands_for_the_home_directory(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(hub.parent))
+    source = Source(hub="~/hub", data_dir="helpful-base")
+    assert values(source)[0]["chosen"] == "helpful-base train 0"
+    assert fingerprint(source) == fingerprint(Source(hub=str(hub), data_dir="helpful-base"))
+
+
 def test_what_belongs_to_a_hub_data_set_is_refused_elsewhere() -> None:
     with pytest.raises(ValueError, match="revision belongs to a hub data set, and the source has path"):
         Source(path="x.jsonl", revision="main")
