@@ -11,6 +11,7 @@ A completion depends on its row's prompt and number, not on its part or actor, s
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ from mpo_ray.run import Run
 PROMPTS, COMPLETIONS, JSONL = "prompts", "completions", "jsonl"
 #: Prompts that cannot be used and are named in the message.
 NUM_NAMED = 5
+
+logger = logging.getLogger(__name__)
 
 _PROMPT_SCHEMA = pa.schema(
     [
@@ -173,6 +176,8 @@ def prompt_rows(artefact: str, prompts: Sequence[PlacedPrompt], recipe: Recipe) 
         else:
             text, is_chat = encode_prompt(prompt)
             rows.append({"row": number, "id": placed.id, "prompt": text, "is_chat": is_chat, "prompt_ids": ids})
+    for key, times in sorted(rendering.unread.items()):
+        logger.warning("the chat template does not read %r (messages that have it: %d)", key, times)
     if refused:
         more = [f"… and {len(refused) - NUM_NAMED} more"] if len(refused) > NUM_NAMED else []
         lines = "\n  ".join([*refused[:NUM_NAMED], *more])

@@ -145,6 +145,11 @@ def read_opening(values: Values) -> Prompt:
 def with_tools(prompt: Prompt, values: Values) -> Prompt:
     """A prompt with the field `tools`, which goes with chat messages alone."""
     tools = _read_tools(values)
+    if values.get("chat_template_kwargs") and not isinstance(prompt, str):
+        raise BadFieldError(
+            "field 'chat_template_kwargs' is not read row by row. Set data.chat_template_kwargs in the run file, for "
+            "all rows alike, and leave the column out"
+        )
     if tools and isinstance(prompt, str):
         raise BadFieldError(
             "field 'tools' goes with chat messages, and the prompt is text. Give the column another name by `rename:` "

@@ -201,7 +201,7 @@ def _write_texts(context: Context, rendering: Rendering, limits: Limits) -> dict
 def _tell_unread(context: Context, rendering: Rendering, what: str) -> None:
     """Say which keys of messages the model will not see."""
     for key, number in sorted(rendering.unread.items()):
-        context.console.print(f"  {what}: the chat template does not read {key!r}, which {number} messages have")
+        context.console.print(f"  {what}: the chat template does not read {key!r} (messages that have it: {number})")
     rendering.unread.clear()
 
 

@@ -123,6 +123,7 @@ def test_what_a_row_says_beside_its_messages_is_kept_or_refused(tmp_path: Path) 
         {"prompt": [user], "chosen": [{"role": "assistant", "content": "", "name": "x"}], "rejected": "no"},
         {"prompt": "hi", "chosen": [calling], "rejected": "no"},
         {"prompt": [user], "chosen": [{**calling, "tool_calls": "f()"}], "rejected": "no"},
+        {"prompt": [user], "chosen": "yes", "rejected": "no", "chat_template_kwargs": {"enable_thinking": False}},
     )
     rendering = Rendering(chat_tokenizer(TOOL_TEMPLATE))
     parsed = read_comparisons(source, "helpful", accept=rendering.accept)
@@ -130,6 +131,7 @@ def test_what_a_row_says_beside_its_messages_is_kept_or_refused(tmp_path: Path) 
     assert [c.prompt for c in parsed.comparisons] == [ToolChat((plain,), tuple(tools)), (plain,)]
     assert parsed.comparisons[0].chosen == {"role": "assistant", "content": "", "tool_calls": [call]}
     expected = ("'tools' goes with chat", "no list of tools", "is empty", "which no chat template", "no list of calls")
+    expected += ("not read row by row",)
     for refusal, words in zip(parsed.refused, expected, strict=True):
         assert words in refusal.reason
     (first, *_) = read_prompt_rows(write(tmp_path / "prompts.jsonl", {"prompt": [user], "tools": tools}))

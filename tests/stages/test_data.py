@@ -52,7 +52,7 @@ def test_tools_and_calls_reach_the_actors_and_what_is_not_read_is_told(tmp_path:
     rows = [{"prompt": [USER], "tools": [TOOL], "chosen": [CALLING], "rejected": "No."}]
     run = context(tmp_path, TOOL_TEMPLATE, rows)
     prepare_data(run)
-    assert "objective 'helpful': the chat template does not read 'mood', which 1 messages have" in said(run)
+    assert "objective 'helpful': the chat template does not read 'mood' (messages that have it: 1)" in said(run)
     (part,) = [part for part in run.run.parts("comparisons/helpful") if "train" in part]
     reference = PairReference(str(tmp_path / "model"), Scoring(batch_size=2).model_dump(), run.config.data.rendering)
     scored = reference(run.run.read_table(part), {})
