@@ -121,7 +121,7 @@ def report(rates: dict[int, list[float]], seconds: dict[str, np.ndarray], *, num
 def stage(run: Run, arguments: dict[str, Any], actors: Actors, target: str, num_parts: int) -> tuple[float, Scores]:
     """Sequences per second once every actor has finished a file, and what was written."""
     parts = [Part(f"samples/{i:03d}.parquet", f"{target}/{i:03d}.parquet", target) for i in range(num_parts)]
-    given = {**arguments, "actors": actors.model_dump()}
+    given = {**arguments, "actors": actors.model_dump(), "rendering": {}}
     process_parts(run, parts, SampleScorer, given, actors=actors, console=Console(quiet=True), title="scores")
     tables = [run.read_table(part.target) for part in parts]
     finished = sorted((run.local / part.target).stat().st_mtime for part in parts)

@@ -89,7 +89,7 @@ def test_the_table_is_the_same(cluster: None, tmp_path: Path) -> None:
     for engine in ("mpo", "vllm"):
         scoring = SCORING.model_copy(update={"engine": engine})
         parts = [Part(node, f"{engine}/{node}", "all", columns=columns) for node in run.parts("samples")]
-        arguments = {"reference": reference, "policies": policies, "rewards": REWARDS, "beta": 0.5}
+        arguments = {"reference": reference, "policies": policies, "rewards": REWARDS, "beta": 0.5, "rendering": {}}
         process_parts(
             run,
             parts,
