@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,7 +25,11 @@ class TextTokens:
         known = tokenizer.added_tokens_decoder
         self.special = frozenset(tokenizer.all_special_ids) | {id for id, token in known.items() if token.special}
         self.added = self.special | frozenset(known)
-        self._spelled = tuple(sorted({str(token) for id, token in known.items() if id in self.special} - {""}))
+        spelled = sorted({str(token) for id, token in known.items() if id in self.special} - {""})
+        self._beginnings = sorted({token[0] for token in spelled})
+        self._begun = {token[:n] for token in spelled for n in range(1, len(token))}
+        self._longest = max(map(len, spelled), default=0)
+        self._spelled = re.compile(f"(?={'|'.join(map(re.escape, spelled))})") if spelled else None
         self._before = self._written_before()
 
     def as_tokens(self, text: str, *, add_start: bool = False) -> list[int]:
@@ -48,9 +53,8 @@ class TextTokens:
         """Characters that `values` do not have, for the first ones of special tokens. Raises RenderingError."""
         text = json.dumps(values, ensure_ascii=False, default=str)
         unused = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
-        beginnings = sorted({token[0] for token in self._spelled})
-        masks = dict(zip(beginnings, unused, strict=False))
-        if len(masks) < len(beginnings):
+        masks = dict(zip(self._beginnings, unused, strict=False))
+        if len(masks) < len(self._beginnings):
             raise RenderingError("the messages use every character of Unicode's private use area")
         return masks
 
@@ -93,14 +97,12 @@ class TextTokens:
             place = end
 
     def _masked_text(self, text: str, masks: Mapping[str, str]) -> str:
-        places = set()
-        for token in self._spelled:
-            place = text.find(token)
-            while place >= 0:
-                places.add(place)
-                place = text.find(token, place + 1)
-            ends = (n for n in range(1, len(token)) if text.endswith(token[:n]))
-            places.update(len(text) - n for n in ends)  # which the next text may complete
+        if self._spelled is None or not any(beginning in text for beginning in self._beginnings):
+            return text
+        places = {found.start() for found in self._spelled.finditer(text)}
+        # what the text begins to spell at its end, the next one may complete
+        lengths = range(1, min(self._longest, len(text) + 1))
+        places.update(len(text) - n for n in lengths if text[-n:] in self._begun)
         if not places:
             return text
         return "".join(masks[one] if place in places else one for place, one in enumerate(text))
