@@ -11,6 +11,8 @@ import torch
 from mpo_ray.cli import main
 from mpo_ray.data.rendering import Rendering
 from mpo_ray.policies.loading import load_policy
+from mpo_ray.run import Run
+from mpo_ray.run_lock import locked
 from tests import tiny_run
 from tests.evaluation.judge_server import JudgeServer
 from tests.tiny import WORDS, tiny_llama, tiny_lora, tiny_tokenizer
@@ -371,3 +373,26 @@ def test_a_judge_without_its_key_stops_a_run_before_it_begins(
     judge = "evaluation.judge={url: 'http://127.0.0.1:9/v1', model: judge-1, api_key_env: NO_SUCH_KEY}"
     assert main(["run", str(run_file), "--set", judge]) == 1
     assert "The environment variable NO_SUCH_KEY (evaluation.judge.api_key_env) is not set" in capsys.readouterr().err
+
+
+def test_a_second_command_on_a_run_is_refused_before_ray_starts(
+    run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every verb that writes into the run; afterwards the lock is the first one's still."""
+    with locked(Run(str(run_file.parent / "runs"), "mine"), "mpo-ray train"):
+        for verb in ("run", "data", "train", "fit", "export", "evaluate"):
+            assert main([verb, str(run_file)]) == 1
+            assert "is in use by `mpo-ray train`, process " in capsys.readouterr().err
+        assert not (run_file.parent / "runs" / "mine" / "config.yaml").exists()
+
+
+def test_a_home_directory_stands_for_its_sign_at_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell leaves it in --out=~/x and in NAME=~/x."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    base = tiny_llama(tmp_path / "base", tiny_tokenizer(), seed=0)
+    for seed, name in enumerate(("a", "b")):
+        tiny_lora(tmp_path / name, base, seed=seed)
+    assert main(["mix", "a=~/a", "b=~/b", "--reference=~/base", "--out=~/mixture"]) == 0, capsys.readouterr().err
+    assert (tmp_path / "mixture" / "config.json").is_file()

@@ -33,6 +33,7 @@ from mpo_ray.policies.loading import load_rendering
 from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.records import chat_of, decode_prompt, digest, encode_prompt
 from mpo_ray.run import Run
+from mpo_ray.run_lock import locked
 
 PROMPTS, COMPLETIONS, JSONL = "prompts", "completions", "jsonl"
 #: Prompts that cannot be used and are named in the message.
@@ -121,36 +122,38 @@ def generate_parts(
     """
     rows, context = prompt_rows(artefact, prompts, recipe)
     run = _directory(out, _record(artefact, recipe, num_samples, seed))
-    check_actors(actors)
-    check_storage_everywhere(run)
-    settings = run.read_config()
-    assert settings is not None
-    parts = []
-    for number, start in enumerate(range(0, len(rows), actors.prompts_per_part)):
-        part = rows[start : start + actors.prompts_per_part]
-        name, inputs = f"part-{number:05d}", digest([_decides(settings), part])
-        source = f"{PROMPTS}/{name}.parquet"
-        if not run.exists(source) or run.inputs_of(source) != inputs:
-            run.write_table(source, pa.Table.from_pylist(part, schema=_PROMPT_SCHEMA), inputs=inputs)
-        parts.append(Part(source, f"{COMPLETIONS}/{name}.parquet", inputs, {"seed": seed}))
-    for left_over in set(run.parts(PROMPTS)) - {part.source for part in parts}:
-        run.remove(left_over)
-    process_parts(
-        run,
-        parts,
-        Generator,
-        {
-            "artefact": str(Path(artefact).absolute()),
-            "recipe": recipe,
-            "num_samples": num_samples,
-            "num_lanes": lanes_for(recipe, num_lanes),
-            "context": context,
-        },
-        actors=actors,
-        console=console,
-        title="completions",
-    )
-    return _summary(run, parts, jsonl=jsonl)
+    with locked(run, "mpo-ray generate", say=console.print):
+        run.sweep()
+        check_actors(actors)
+        check_storage_everywhere(run)
+        settings = run.read_config()
+        assert settings is not None
+        parts = []
+        for number, start in enumerate(range(0, len(rows), actors.prompts_per_part)):
+            part = rows[start : start + actors.prompts_per_part]
+            name, inputs = f"part-{number:05d}", digest([_decides(settings), part])
+            source = f"{PROMPTS}/{name}.parquet"
+            if not run.exists(source) or run.inputs_of(source) != inputs:
+                run.write_table(source, pa.Table.from_pylist(part, schema=_PROMPT_SCHEMA), inputs=inputs)
+            parts.append(Part(source, f"{COMPLETIONS}/{name}.parquet", inputs, {"seed": seed}))
+        for left_over in set(run.parts(PROMPTS)) - {part.source for part in parts}:
+            run.remove(left_over)
+        process_parts(
+            run,
+            parts,
+            Generator,
+            {
+                "artefact": str(Path(artefact).absolute()),
+                "recipe": recipe,
+                "num_samples": num_samples,
+                "num_lanes": lanes_for(recipe, num_lanes),
+                "context": context,
+            },
+            actors=actors,
+            console=console,
+            title="completions",
+        )
+        return _summary(run, parts, jsonl=jsonl)
 
 
 def prompt_rows(artefact: str, prompts: Sequence[PlacedPrompt], recipe: Recipe) -> tuple[list[dict[str, Any]], int]:

@@ -33,6 +33,21 @@ def test_the_artefact_holds_what_the_design_lists(artefact: Path) -> None:
     assert not [path for path in artefact.rglob("*") if path.suffix in {".bin", ".pt"}]
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_permissions_follow_the_umask_and_not_the_policies(material: Path, tmp_path: Path, umask: int) -> None:
+    """safetensors writes for the owner alone, and a hard link would keep that; the policies stay as they are."""
+    source = material / "lora" / "positive" / "adapter_model.safetensors"
+    assert source.stat().st_mode & 0o777 == 0o600
+    before = os.umask(umask)
+    try:
+        write(material, tmp_path / "mixture", "lora")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "mixture" / "policies").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+    assert source.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_moved_artefact_still_opens(artefact: Path, tmp_path: Path) -> None:
     """Nothing inside it names the place where it was written."""
     shutil.copytree(artefact, tmp_path / "moved")

@@ -1,12 +1,14 @@
-"""What samples and scores depend on."""
+"""What samples, scores and the fit depend on."""
 
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from mpo_ray.records import digest
 from mpo_ray.run import Run
 from mpo_ray.run_file import load_config
+from mpo_ray.stages.fitting import FIT
 from mpo_ray.stages.sampling import SCORES
 from mpo_ray.stages.stage import Context
 from tests.tiny_run import CONFIG, overrides
@@ -19,3 +21,13 @@ def test_who_computes_the_scores_decides_nothing_about_them(tmp_path: Path) -> N
 
     by_vllm = depends_on("scoring.engine=vllm", "scoring.vllm={max_model_len: 64}", "scoring.num_actors=3")
     assert by_vllm == depends_on() != depends_on("scoring.precision=bf16")
+
+
+def test_the_fit_depends_on_the_order_of_the_objectives_and_the_scores_do_not(tmp_path: Path) -> None:
+    """Scores have a column for each name; λ is a list, whose numbers would change their owners."""
+    config = load_config(CONFIG, overrides(tmp_path, "ordered"))
+    turned = config.model_copy(update={"objectives": dict(reversed(config.objectives.items()))})
+    contexts = [Context(one, Run(str(tmp_path), "ordered"), Console(quiet=True)) for one in (config, turned)]
+    before, after = (FIT.depends_on(context) for context in contexts)
+    assert digest(before) != digest(after)
+    assert digest(SCORES.depends_on(contexts[0])) == digest(SCORES.depends_on(contexts[1]))
