@@ -173,7 +173,7 @@ def _restore(
             task.load(Path(directory) / TAG)
             history = json.loads((Path(directory) / "history.json").read_text())
         except (ValueError, FileNotFoundError) as error:
-            raise CheckpointError(f"the checkpoint {directory} is damaged: {error}. {remedy}") from error
+            raise CheckpointError(f"the checkpoint {directory} cannot be loaded: {error}. {remedy}") from error
         except CheckpointError as error:
             raise CheckpointError(f"{error} {remedy}") from error
         return step, history
@@ -202,5 +202,8 @@ def _export(engine: DeepSpeedEngine, run: Run, job: TrainingJob, tokenizer: Any,
     with run.publishing(job.output, mark=RECORD) as directory:
         model.save_pretrained(directory, state_dict=state, **({"selected_adapters": [TRAINED]} if adapted else {}))
         tokenizer.save_pretrained(directory)
-        record["files"] = {path.name: [path.stat().st_size, file_digest(str(path))] for path in directory.iterdir()}
+        files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+        record["files"] = {
+            str(path.relative_to(directory)): [path.stat().st_size, file_digest(str(path))] for path in files
+        }
         (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -16,11 +16,12 @@ from mpo_ray.cluster.deepspeed_engine import (
     deepspeed_config,
     prepare_sharded_loading,
 )
-from mpo_ray.cluster.train_worker import load_trainable
+from mpo_ray.cluster.train_worker import _export, load_trainable
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.config_training import PolicyTraining
-from mpo_ray.policies.loading import load_model
+from mpo_ray.policies.loading import load_model, load_tokenizer
 from mpo_ray.run import Run
+from mpo_ray.stages.training import is_trained
 from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.loop import train
 from mpo_ray.training.sft import Example, sft_loss
@@ -177,10 +178,8 @@ def test_a_checkpoint_loads_from_a_path_with_glob_characters(base: str, tmp_path
     assert _engine(base, training).load(place) == 1
 
 
-def test_a_damaged_record_of_ray_train_costs_nothing(base: str, tmp_path: Path) -> None:
-    """The newest whole checkpoint is taken, and the record removed, so that Ray Train begins one that it can read."""
-    run = Run(str(tmp_path), "run")
-    job = TrainingJob(
+def _job(run: Run, base: str) -> TrainingJob:
+    return TrainingJob(
         name="helpful",
         inputs="0123456789abcdef",
         run_root=run.root,
@@ -191,6 +190,25 @@ def test_a_damaged_record_of_ray_train_costs_nothing(base: str, tmp_path: Path) 
         output="policies/helpful",
         seed=0,
     )
+
+
+def test_a_trained_model_vouches_for_each_of_its_files(base: str, tmp_path: Path) -> None:
+    """What is lost or changed afterwards is not taken for trained, and neither is what other inputs made."""
+    run = Run(str(tmp_path), "run")
+    job, tokenizer = _job(run, base), load_tokenizer(base)
+    for name in ("model.safetensors", "tokenizer.json", "training.json"):
+        for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(b"x" + path.read_bytes()[1:])):
+            _export(_engine(base, job.training), run, job, tokenizer, {"inputs": job.inputs, "steps": 1})
+            assert is_trained(run, job)
+            assert not is_trained(run, job.model_copy(update={"inputs": "other"}))
+            damage(run.local / "policies" / "helpful" / name)
+            assert not is_trained(run, job), name
+
+
+def test_a_damaged_record_of_ray_train_costs_nothing(base: str, tmp_path: Path) -> None:
+    """The newest whole checkpoint is taken, and the record removed, so that Ray Train begins one that it can read."""
+    run = Run(str(tmp_path), "run")
+    job = _job(run, base)
     place = run.local / job.directory
     engine = _engine(base, _training())
     for step in (1, 2, 3):
