@@ -48,6 +48,10 @@ class Data(Strict):
     overlong: Literal["error", "drop"] = Field("error", description="what happens to rows longer than the context")
     max_prompt_tokens: PositiveInt = 512
     max_response_tokens: PositiveInt = 512
+    cut_replies: Literal["unfinished", "finished"] = Field(
+        "unfinished",
+        description="what replies are whose rows say that they were cut at a limit: without an end token, or finished",
+    )
     max_pairs: PositiveInt | None = Field(None, description="per objective, the first ones after a seeded shuffle")
     text: Literal["rendered", "plain"] = Field(
         "rendered",

@@ -42,7 +42,10 @@ GRID_PREFIX = "grid-"
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One human judgement: for `prompt`, `chosen` was preferred to `rejected` (completions without the prompt)."""
+    """One human judgement: for `prompt`, `chosen` was preferred to `rejected` (completions without the prompt).
+
+    chosen_cut, rejected_cut: whether the reply was cut at a limit, so that it does not end where it stops
+    """
 
     id: str
     prompt: Prompt
@@ -50,6 +53,8 @@ class Comparison:
     rejected: Reply
     weight: float = 1.0
     margin: float | None = None
+    chosen_cut: bool = False
+    rejected_cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,11 @@ class PairReference:
         columns: dict[str, list[Any]] = {"id": [row["id"] for row in rows]}
         for side in ("chosen", "rejected"):
             replies = [decode_reply(row[side], row.get(f"{side}_is_message", False)) for row in rows]
-            ids = [self._rendering.ids(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
+            finished = [not row.get(f"{side}_is_cut", False) for row in rows]
+            ids = [
+                self._rendering.ids(prompt, reply, finished=whole)
+                for prompt, reply, whole in zip(prompts, replies, finished, strict=True)
+            ]
             columns["prompt_ids"], columns[f"{side}_ids"] = (list(part) for part in zip(*ids, strict=True))
             columns[f"log_ref_{side}"] = logprobs(
                 self._policies, [REFERENCE], ids, self._actors, self._rendering.tokenizer.pad_token_id

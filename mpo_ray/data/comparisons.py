@@ -42,6 +42,7 @@ class Parsed:
     """What a source says about one objective. Every row is accounted for:
 
     num_rows = comparisons + refused + skipped, where a comparison of the form `ratings` counts for its two rows.
+    cut: how many replies were cut, `known` and `suspected`, and of how many tokens those are (`cuts`)
     """
 
     comparisons: list[Comparison]
@@ -50,6 +51,7 @@ class Parsed:
     form: str
     num_rows: int
     reading: Told | None = None
+    cut: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +255,8 @@ def _with_ids(pairs: Iterable[Pair]) -> list[Comparison]:
             content = digest([*encode_prompt(pair.prompt), pair.chosen, pair.rejected])[:16]
             name = content if not repeats[content] else f"{content}-{repeats[content]}"
             repeats[content] += 1
-        comparisons.append(Comparison(name, pair.prompt, pair.chosen, pair.rejected, pair.weight, pair.margin))
+        judged = (pair.prompt, pair.chosen, pair.rejected, pair.weight, pair.margin)
+        comparisons.append(Comparison(name, *judged, chosen_cut=pair.chosen_cut, rejected_cut=pair.rejected_cut))
     return comparisons
 
 
@@ -283,5 +286,6 @@ def _pair_by_rating(rated: Iterable[tuple[str, Rated]], tally: _Tally) -> list[C
                 continue
             name = None if better.id is None or worse.id is None else f"{better.id}/{worse.id}"
             weight, margin = (better.weight + worse.weight) / 2, better.rating - worse.rating
-            pairs.append(Pair(better.prompt, better.response, worse.response, weight, margin, name))
+            cut = (better.is_cut, worse.is_cut)
+            pairs.append(Pair(better.prompt, better.response, worse.response, weight, margin, name, *cut))
     return _with_ids(pairs)

@@ -9,6 +9,7 @@ from typing import Literal
 from transformers import AutoConfig
 
 from mpo_ray.data.comparisons import Parsed
+from mpo_ray.data.cuts import suspected
 from mpo_ray.data.rendering import Rendering
 from mpo_ray.data.sources import DataError
 
@@ -42,11 +43,18 @@ def model_context(model: str) -> int:
 def check_lengths(
     parsed: Parsed, rendering: Rendering, limits: Limits, *, objective: str, overlong: Literal["error", "drop"]
 ) -> Parsed:
-    """Leave out the comparisons that are too long, and count them; with "error", raise DataError if there are any."""
-    kept, first = [], ""
+    """Leave out the comparisons that are too long, and count them; with "error", raise DataError if there are any.
+
+    Replies that were cut are counted as well, before any is left out.
+    """
+    kept, first, lengths, known = [], "", list[int](), 0
     for comparison in parsed.comparisons:
-        both = [rendering.ids(comparison.prompt, reply) for reply in (comparison.chosen, comparison.rejected)]
+        cut = (comparison.chosen_cut, comparison.rejected_cut)
+        replies = zip((comparison.chosen, comparison.rejected), cut, strict=True)
+        both = [rendering.ids(comparison.prompt, reply, finished=not short) for reply, short in replies]
         prompt, response = len(both[0][0]), max(len(ids) for _, ids in both)
+        known += sum(cut)
+        lengths += [len(ids) - 1 for (_, ids), short in zip(both, cut, strict=True) if not short]
         if limits.allow(prompt, response):
             kept.append(comparison)
         elif not first:
@@ -57,4 +65,8 @@ def check_lengths(
             f"objective {objective!r}: {num_overlong} of {len(parsed.comparisons)} pairs are longer than {limits}; "
             f"first {first}. Raise the limits, use a model with a longer context, or set data.overlong: drop."
         )
-    return dataclasses.replace(parsed, comparisons=kept, skipped={**parsed.skipped, OVERLONG: num_overlong})
+    number, length = suspected(lengths, limits.response)
+    cut_replies = {"known": known, "suspected": number, "of_tokens": length} if known or number else {}
+    return dataclasses.replace(
+        parsed, comparisons=kept, skipped={**parsed.skipped, OVERLONG: num_overlong}, cut=cut_replies
+    )

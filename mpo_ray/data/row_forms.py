@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from mpo_ray.config_training import Source
+from mpo_ray.data.cuts import is_cut
 from mpo_ray.data.fields import (
     BadFieldError,
     Values,
@@ -46,6 +47,8 @@ class Pair:
     weight: float
     margin: float | None
     id: str | None
+    chosen_cut: bool = False
+    rejected_cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class Rated:
     rating: float
     weight: float
     id: str | None
+    is_cut: bool = False
 
 
 def find_form(columns: list[str], source: Source, label: str | None) -> str:
@@ -99,13 +103,17 @@ def response_columns(columns: list[str]) -> tuple[str, str] | None:
     return next((pair for pair in RESPONSE_COLUMNS if set(pair) <= set(columns)), None)
 
 
-def _make_pair(prompt: Prompt, chosen: Reply, rejected: Reply, values: Values) -> Pair:
+def _make_pair(
+    prompt: Prompt, chosen: Reply, rejected: Reply, values: Values, names: tuple[str, str] = ("chosen", "rejected")
+) -> Pair:
+    """names: of the columns of both replies"""
     if chosen == rejected:
         raise BadFieldError("chosen is equal to rejected")
     margin = read_number(values, "margin")
     if margin is not None and margin < 0:
         raise BadFieldError(f"margin is negative: {margin:g}, and it says how much better chosen is")
-    return Pair(prompt, chosen, rejected, _read_weight(values), margin, read_id(values))
+    cut = (is_cut(values, name) for name in names)
+    return Pair(prompt, chosen, rejected, _read_weight(values), margin, read_id(values), *cut)
 
 
 def _read_weight(values: Values) -> float:
@@ -146,7 +154,7 @@ def _read_labelled(column: str, names: tuple[str, str], reading: Reading, values
     if meaning == "tie":
         return TIES
     chosen, rejected = names if meaning == "first" else names[::-1]
-    return _make_pair(*_read_replies(values, chosen, rejected), values)
+    return _make_pair(*_read_replies(values, chosen, rejected), values, (chosen, rejected))
 
 
 def _read_rated(column: str, sign: float, values: Values) -> Rated | str:
@@ -154,4 +162,5 @@ def _read_rated(column: str, sign: float, values: Values) -> Rated | str:
     if rating is None:
         return MISSING
     prompt, response = read_reply(values, "response", read_prompt(values))
-    return Rated(prompt, response, sign * rating, _read_weight(values), read_id(values))
+    cut = is_cut(values, "response")
+    return Rated(prompt, response, sign * rating, _read_weight(values), read_id(values), cut)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from mpo_ray.config_training import Source
+from mpo_ray.data.cuts import is_cut
 from mpo_ray.data.fields import (
     Accept,
     BadFieldError,
@@ -28,11 +29,13 @@ class Text:
     """What the model learns to write: `response`, after `prompt` where there is one.
 
     opening: of the conversation that it is a turn of, None elsewhere; all turns of one are on one side of a split
+    is_cut: whether the response was cut at a limit, so that it does not end where it stops
     """
 
     prompt: Prompt | None
     response: Reply
     opening: Prompt | None = None
+    is_cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +91,12 @@ _Read = Callable[[Values], tuple[list[Text], list[str]]]
 def _find_form(columns: list[str], source: Source) -> _Read:
     has = set(columns).issuperset
     if has({"text"}):
-        return lambda values: ([Text(None, read_text(values, "text"))], [])
+        return lambda values: ([Text(None, read_text(values, "text"), is_cut=is_cut(values, "text"))], [])
     for response in ("response", "chosen"):
         if has({"prompt", response}):
             return partial(_read_reply, response)
     if has({"chosen", "rejected"}):
-        return lambda values: ([Text(*read_transcripts(values)[:2])], [])
+        return lambda values: ([Text(*read_transcripts(values)[:2], is_cut=is_cut(values, "chosen"))], [])
     if has({"messages"}):
         return _read_conversation
     raise DataError(
@@ -104,10 +107,12 @@ def _find_form(columns: list[str], source: Source) -> _Read:
 
 
 def _read_reply(response: str, values: Values) -> tuple[list[Text], list[str]]:
-    return [Text(*read_reply(values, response, read_prompt(values)))], []
+    return [Text(*read_reply(values, response, read_prompt(values)), is_cut=is_cut(values, response))], []
 
 
 def _read_conversation(values: Values) -> tuple[list[Text], list[str]]:
     turns = read_turns(values)
     opening = turns.learned[0][0]
-    return [Text(prompt, reply, opening) for prompt, reply in turns.learned], turns.left_out
+    texts = [Text(prompt, reply, opening) for prompt, reply in turns.learned]
+    texts[-1] = replace(texts[-1], is_cut=is_cut(values, "messages"))  # what a row says is about its last reply
+    return texts, turns.left_out

@@ -63,6 +63,7 @@ def write_report(
     training: Mapping[str, Mapping[str, Any]],
     judge: Mapping[str, Any] | None = None,
     mopo: Mapping[str, Any] | None = None,
+    samples: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Path:
     """Write report.html, metrics.json and the pictures into `directory`, and return the path of report.html.
 
@@ -75,6 +76,7 @@ def write_report(
     provenance: what the run was made with (versions, seed, digest of the config, …), nested as deep as need be
     judge: what judge.json holds; None without a judge
     mopo: `solved`, `trained` and `certificates` of `mopo_section`; None without problems
+    samples: proposal → `samples`, `finished` (share) and `num_tokens` of what it drew for the fit; None if unknown
     training: objective → `steps`, `heldout` (named numbers) and `history` (a list of {"step", "loss"}), each optional
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -100,6 +102,7 @@ def write_report(
         fit=fit_section(fit, predicted, metrics),
         examples=_examples(metrics, completions),
         counts=_table_of(counts),
+        samples=_table_of({name: _sample_numbers(values) for name, values in (samples or {}).items()}),
         conflict=conflict,
         training=_table_of({name: _training_numbers(values) for name, values in training.items()}),
         provenance=_flat(provenance),
@@ -171,6 +174,11 @@ def _training_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
         **{key: value for key, value in values.items() if key not in ("heldout", "history")},
         **{f"held-out {key}": value for key, value in (values.get("heldout") or {}).items()},
     }
+
+
+def _sample_numbers(values: Mapping[str, float]) -> dict[str, Any]:
+    cut = f"{number(100 * (1 - values['finished']), 0)}\u2009%"
+    return {"samples": values["samples"], "cut at the limit": cut, "tokens, mean": number(values["num_tokens"], 1)}
 
 
 def _table_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:

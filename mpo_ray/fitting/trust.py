@@ -123,7 +123,7 @@ def _flat_rewards(scores: ScoreTable) -> list[str]:
         return []
     return [
         f"The reward of {' and '.join(names)} is the same for all samples: its win rate is ½ whatever the weights are. "
-        "Check the reward function (rewards)."
+        "Check the reward of the objective."
     ]
 
 

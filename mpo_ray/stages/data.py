@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +13,7 @@ from mpo_ray.config import RunConfig
 from mpo_ray.data import embedded
 from mpo_ray.data.comparisons import Parsed, check_refused, check_share, read_comparisons
 from mpo_ray.data.conflict import conflict_report
+from mpo_ray.data.cuts import suspected
 from mpo_ray.data.limits import Limits, check_lengths, model_context
 from mpo_ray.data.prompts import is_heldout, read_prompts, select_prompts
 from mpo_ray.data.rendering import Rendering
@@ -82,7 +83,12 @@ def read_objective(context: Context, name: str, rendering: Rendering, limits: Li
     parsed = read_comparisons(source, name, objective.label, objective.label_means, accept=accept)
     _tell_unread(context, rendering, f"objective {name!r}")
     check_refused(parsed, objective=name, allow=data.allow_bad_rows)
-    return check_lengths(parsed, rendering, limits, objective=name, overlong=data.overlong)
+    found = check_lengths(parsed, rendering, limits, objective=name, overlong=data.overlong)
+    _tell_cut(context, f"objective {name!r}", found.cut)
+    if data.cut_replies == "finished":
+        whole = [replace(c, chosen_cut=False, rejected_cut=False) for c in found.comparisons]
+        found = replace(found, comparisons=whole)
+    return found
 
 
 def heldout(config: RunConfig, prompt: Prompt) -> bool:
@@ -117,6 +123,9 @@ def _write_comparisons(context: Context, name: str, parsed: Parsed) -> dict[str,
         if any(not isinstance(reply, str) for c in comparisons for reply in (c.chosen, c.rejected)):
             for row, c in zip(rows, comparisons, strict=True):
                 row |= {f"{side}_is_message": encode_reply(getattr(c, side))[1] for side in ("chosen", "rejected")}
+        if any(c.chosen_cut or c.rejected_cut for c in comparisons):
+            for row, c in zip(rows, comparisons, strict=True):
+                row |= {"chosen_is_cut": c.chosen_cut, "rejected_is_cut": c.rejected_cut}
         _write_parts(context, f"comparisons/{name}", side, rows, ROWS_PER_PART)
     reasons = Counter(refusal.reason.partition(":")[0] for refusal in parsed.refused)
     return {
@@ -127,6 +136,7 @@ def _write_comparisons(context: Context, name: str, parsed: Parsed) -> dict[str,
         "heldout": len(sides["heldout"]),
         "skipped": parsed.skipped,
         "refused": dict(reasons),
+        "cut": parsed.cut,
     }
 
 
@@ -172,9 +182,13 @@ def _write_texts(context: Context, rendering: Rendering, limits: Limits) -> dict
     allow = context.config.data.allow_bad_rows
     check_share(parsed.refused, parsed.num_rows, what="reference.sft.source", allow=allow)
     sides: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": []}
-    dropped = 0
+    dropped, known, lengths = 0, 0, list[int]()
     for text in parsed.texts:
-        prompt, response = rendering.ids("" if text.prompt is None else text.prompt, text.response)
+        is_cut = text.is_cut and context.config.data.cut_replies == "unfinished"
+        before = "" if text.prompt is None else text.prompt
+        prompt, response = rendering.ids(before, text.response, finished=not is_cut)
+        known += text.is_cut
+        lengths += [] if text.is_cut else [len(response) - 1]
         if not limits.allow(len(prompt), len(response)):
             dropped += 1
             continue
@@ -192,9 +206,12 @@ def _write_texts(context: Context, rendering: Rendering, limits: Limits) -> dict
     context.run.remove("texts")
     for side, rows in sides.items():
         _write_parts(context, "texts", side, rows, 64 * ROWS_PER_PART)
+    number, length = suspected(lengths, limits.response)
+    cut = {"known": known, "suspected": number, "of_tokens": length} if known or number else {}
+    _tell_cut(context, "reference.sft.source", cut)
     for reason, number in parsed.left_out.items():
         context.console.print(f"reference.sft.source: {number} {reason} are not learned", soft_wrap=True)
-    told = {"refused": len(parsed.refused), "overlong": dropped, "left_out": parsed.left_out}
+    told = {"refused": len(parsed.refused), "overlong": dropped, "left_out": parsed.left_out, "cut": cut}
     return {name: len(rows) for name, rows in sides.items()} | told
 
 
@@ -203,6 +220,27 @@ def _tell_unread(context: Context, rendering: Rendering, what: str) -> None:
     for key, number in sorted(rendering.unread.items()):
         context.console.print(f"  {what}: the chat template does not read {key!r} (messages that have it: {number})")
     rendering.unread.clear()
+
+
+def _tell_cut(context: Context, what: str, cut: Mapping[str, int]) -> None:
+    """Say how many replies were cut, or are likely to be, and what is learned of them."""
+    if not cut:
+        return
+    learned = (
+        "get no end token" if context.config.data.cut_replies == "unfinished" else "are learned as if they ended there"
+    )
+    if cut["known"]:
+        told = (
+            f"{what}: {cut['known']} replies were cut at a limit, as their rows say, and {learned} (data.cut_replies)"
+        )
+        context.console.print(told, markup=False, soft_wrap=True)
+    if cut["suspected"]:
+        told = (
+            f"{what}: {cut['suspected']} replies have exactly {cut['of_tokens']} tokens: they were probably cut at a "
+            "limit, and are learned as if they ended there, as no row says so. Give their rows "
+            "`finish_reason: length`, or leave them out"
+        )
+        context.console.print(told, markup=False, soft_wrap=True)
 
 
 def _prompt_columns(prompt: Prompt) -> dict[str, Any]:

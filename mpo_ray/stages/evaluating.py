@@ -24,6 +24,7 @@ from mpo_ray.records import digest
 from mpo_ray.run import stage_inputs
 from mpo_ray.stages.check import check_compared_models
 from mpo_ray.stages.constrained import last_figures
+from mpo_ray.stages.sampling import sample_counts
 from mpo_ray.stages.stage import Context, Stage, content
 from mpo_ray.stages.training import ACTOR_PLACEMENT
 
@@ -178,6 +179,7 @@ def report(context: Context) -> None:
             training=trained,
             judge=run.read_json("evaluation/judge.json") if config.evaluation.judge else None,
             mopo=_mopo(context),
+            samples=sample_counts(run),
         )
 
 

@@ -51,15 +51,23 @@ def sample(context: Context) -> dict[str, Any]:
         console=context.console,
         title="samples",
     )
+    found = sample_counts(run)
+    shares = ", ".join(f"{name} {1 - one['finished']:.0%}" for name, one in found.items())
+    context.console.print(f"  samples that were cut at {config.samples.max_new_tokens} tokens: {shares}", markup=False)
+    return {name: found[name] for name in names}
+
+
+def sample_counts(run: Run) -> dict[str, dict[str, float]]:
+    """Of every proposal: how many samples it drew, which share of them finished, and their mean length."""
     drawn = run.read_table("samples", ["proposal", "finished", "num_tokens"])
     by, finished, lengths = (np.array(drawn[name].to_pylist()) for name in drawn.column_names)
     return {
-        name: {
+        str(name): {
             "samples": int((by == name).sum()),
             "finished": float(finished[by == name].mean()),
             "num_tokens": float(lengths[by == name].mean()),
         }
-        for name in names
+        for name in dict.fromkeys(by.tolist())
     }
 
 
