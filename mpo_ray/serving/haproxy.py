@@ -76,6 +76,12 @@ def haproxy_environment() -> dict[str, str]:
     return {name: value for name, value in chosen.items() if name not in os.environ}
 
 
+def serves_by_haproxy() -> bool:
+    """Whether a Ray that this process starts will put the command before its ingresses."""
+    named = os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH") == str(_command())
+    return named and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+
+
 def main() -> None:
     arguments = sys.argv[1:]
     for path in configurations(arguments):

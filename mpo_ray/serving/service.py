@@ -27,7 +27,7 @@ from mpo_ray.config_serving import Serve
 from mpo_ray.config_training import Strict
 from mpo_ray.policies.artefact import check_artefact
 from mpo_ray.policies.mixture_config import MixtureConfig
-from mpo_ray.serving.haproxy import PUBLIC_HOST
+from mpo_ray.serving.haproxy import PUBLIC_HOST, serves_by_haproxy
 from mpo_ray.serving.ingress import Endpoint
 from mpo_ray.serving.interface import artefact_digest
 from mpo_ray.serving.ports import PortInUseError, check_port, free_port
@@ -118,7 +118,7 @@ def serve_endpoint(artefact: str, serve: Serve, name: str, *, blocking: bool) ->
         _check_address(serve)
     port = serve.port or free_port(serve.host)
     host = serve.host
-    if own and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+    if own and serves_by_haproxy():
         os.environ[PUBLIC_HOST] = serve.host  # HAProxy's; everything behind it stays on loopback
         host = "127.0.0.1"
     if blocking:

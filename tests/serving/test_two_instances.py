@@ -179,7 +179,8 @@ def test_two_instances_never_answer_for_each_other(tmp_path: Path) -> None:
                 assert refused_without_token(port), port
         assert not {port for _, port in first.listens()} & {port for _, port in second.listens()}
 
-        again = Instance("second", artefact, tmp_path, first.port)
+        (elsewhere := tmp_path / "again").mkdir()
+        again = Instance("second", artefact, elsewhere, first.port)
         assert again.process.wait(60) == 1
         assert f"another program listens at port {first.port}" in again.told.read_text(encoding="utf-8")
 
