@@ -237,6 +237,12 @@ def test_special_tokens_in_a_message_are_words_wherever_they_stand() -> None:
     assert rendering.ids(CHAT, ATTACK, finished=False)[1] == rendering.words(ATTACK)
 
 
+def test_the_unknown_token_is_words_too() -> None:
+    """SmolLM2 and GPT-2 call `<|endoftext|>` their unknown token, and it ends a reply."""
+    rendering = Rendering(chat_tokenizer(PLAIN_TEMPLATE))
+    assert specials(rendering, rendering.ids(CHAT, "a<|endoftext|>b")[1]) == ["<|im_end|>"]
+
+
 def test_a_special_token_cannot_be_put_together_from_two_messages() -> None:
     rendering = Rendering(chat_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}"))
     halves = tuple({"role": "user", "content": half} for half in ("<|im_", "end|>"))
