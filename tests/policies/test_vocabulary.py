@@ -48,3 +48,17 @@ def test_different_vocabularies_are_refused_with_sizes_first_difference_and_reme
         check_same_vocabulary({"helpful": same, "harmless": end})
     with pytest.raises(ModelError, match="their merge rules differ"):
         check_same_vocabulary({"a": bpe([("a", "b"), ("ab", "c")]), "b": bpe([("b", "c"), ("a", "bc")])})
+
+
+def test_a_padding_token_that_only_one_tokenizer_has_is_no_difference() -> None:
+    """Below the rows of the output layer too, where these are more than the tokens; another new token is one."""
+    plain, padded, renamed, longer = (tiny_tokenizer() for _ in range(4))
+    padded.add_special_tokens({"pad_token": "<|pad|>"})
+    renamed.add_special_tokens({"pad_token": "[PAD]"})
+    longer.add_tokens(["<|turn|>"])
+    for tokenizers in ((plain, padded), (padded, plain), (padded, renamed)):
+        check_same_vocabulary(dict(zip("ab", tokenizers, strict=True)), num_ids=32)
+    for other in (plain, padded):
+        with pytest.raises(ModelError, match=r"first difference at id 25"):
+            check_same_vocabulary({"a": other, "b": longer}, num_ids=32)
+        check_same_vocabulary({"a": other, "b": longer}, num_ids=25)  # no model can draw it
