@@ -235,7 +235,13 @@ def main() -> int:
     started = time.monotonic()
     for _ in range(STARTS):
         if "report" not in _seconds(unbroken):
-            Command(unbroken.parent).process.wait()
+            command = Command(unbroken.parent)
+            command.process.wait()
+    if "report" not in _seconds(unbroken):
+        time.sleep(1.0)
+        command.hear()
+        print("\n".join(["the unbroken run did not come to its end:", *command.said]), file=sys.stderr)
+        return 1
     seconds = _seconds(unbroken)
     print(f"unbroken: {sum(seconds.values()):.0f} s of work in {len(seconds)} stages", flush=True)
     titles = {stage.name: stage.title for stage in ORDER}
