@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from mpo_ray.config_serving import SET_FOR_VLLM, Serve, check_vllm_arguments
 from mpo_ray.config_training import ConstrainedTraining, PolicyTraining, Share, Source, Strict, SupervisedTraining
@@ -27,12 +27,16 @@ class ConfigError(ValueError):
     """The run file, or a `--set`, is wrong. The message lists every problem with its place, value and remedy."""
 
 
+#: A label as YAML reads it, a number or a truth value as well, as text.
+LabelText = Annotated[str, BeforeValidator(lambda label: str(label) if isinstance(label, int | float) else label)]
+
+
 class Objective(Strict):
     """One preference objective: its comparisons and the reward that scores it."""
 
     preferences: Source
     label: str | None = Field(None, description="label or rating column; the objective's name if absent")
-    label_means: dict[str | bool | int | float, Literal["first", "second", "tie", "missing"]] | None = Field(
+    label_means: dict[LabelText, Literal["first", "second", "tie", "missing"]] | None = Field(
         None, description="label → the response it prefers, where the label column does not say it"
     )
     reward: PathText = Field(

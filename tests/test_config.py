@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mpo_ray.config import RunConfig
-from mpo_ray.records import check_weights
+from mpo_ray.records import check_weights, digest
 from mpo_ray.run_file import load_config, parse_config
 from tests.run_files import complaint
 
@@ -187,6 +187,20 @@ def test_candidates_that_cannot_be_told_apart_or_weighed_are_refused(
 @pytest.mark.parametrize("name", ["soup-uniform", "soup-mpo", "fit-paper", "grid-soup-3"])
 def test_an_objective_cannot_have_the_name_of_a_candidate(raw: dict[str, Any], name: str) -> None:
     assert f"objective '{name}': names are" in complaint({**raw, "objectives": {name: raw["objectives"]["helpful"]}})
+
+
+def test_labels_are_texts_whatever_yaml_makes_of_them(raw: dict[str, Any]) -> None:
+    """Keys of one kind, so that a digest of them exists."""
+    means: dict[Any, str] = {0: "first", 1: "second", 0.5: "tie", "tie": "tie", -1: "missing"}
+    objective = next(iter(raw["objectives"].values()))
+    objective["label_means"] = means
+    config = RunConfig.model_validate(raw)
+    found = next(iter(config.objectives.values())).label_means
+    assert found == {str(label): meaning for label, meaning in means.items()}
+    assert digest(found)
+    objective["label_means"] = {0: "best"}
+    with pytest.raises(ValueError, match="label_means"):
+        RunConfig.model_validate(raw)
 
 
 def test_accumulation_is_what_is_left_of_the_batch(raw: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from mpo_ray.config_training import Source
 from mpo_ray.data.fields import Accept, BadFieldError, Values, accept_all
-from mpo_ray.data.labels import BOTH, AmbiguousError, Label, LabelColumn, Meaning, read_labels
+from mpo_ray.data.labels import BOTH, AmbiguousError, LabelColumn, Meaning, read_labels
 from mpo_ray.data.row_forms import (
     FORMS,
     RESPONSE_COLUMNS,
@@ -78,7 +78,7 @@ def read_comparisons(
     source: Source,
     objective: str,
     label: str | None = None,
-    label_means: Mapping[Label, Meaning] | None = None,
+    label_means: Mapping[str, Meaning] | None = None,
     *,
     accept: Accept = accept_all,
 ) -> Parsed:
@@ -113,7 +113,7 @@ def _read_labels(
     rows: Sequence[Row | Refusal],
     columns: list[str],
     column: str,
-    label_means: Mapping[Label, Meaning] | None,
+    label_means: Mapping[str, Meaning] | None,
     tally: _Tally,
 ) -> tuple[list[Comparison], Told]:
     """All labels are looked at before one is read, as they together say what each of them means."""

@@ -15,7 +15,6 @@ from mpo_ray.data.fields import is_missing
 from mpo_ray.data.files import DataError
 
 Meaning = Literal["first", "second", "tie", "missing"]
-Label = str | bool | int | float
 
 BOTH: tuple[Meaning, Meaning] = ("first", "second")
 WORDS: Mapping[str, Meaning] = {
@@ -77,7 +76,7 @@ class AmbiguousError(DataError):
     """A label column allows two readings. The message has both."""
 
 
-def read_labels(labels: Iterable[object], column: LabelColumn, given: Mapping[Label, Meaning] | None = None) -> Reading:
+def read_labels(labels: Iterable[object], column: LabelColumn, given: Mapping[str, Meaning] | None = None) -> Reading:
     """Find out what each of the labels means; one that is unknown is left out.
 
     given: what the run file says of them; then nothing else counts. Raises AmbiguousError.

@@ -292,7 +292,7 @@ def test_labels_of_two_readings_are_refused_unless_the_run_file_says_what_they_m
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"rows.jsonl: the column 'kind' holds -1, 0, 1, where -1 .* `label_means: "):
         read_comparisons(Source(path=str(path)), "kind")
-    parsed = read_comparisons(Source(path=str(path)), "kind", label_means={"-1": "second", 0: "tie", 1: "first"})
+    parsed = read_comparisons(Source(path=str(path)), "kind", label_means={"-1": "second", "0.0": "tie", "1": "first"})
     assert texts(parsed) == [("p", "-1", "x"), ("p", "x", "1")]
     assert parsed.skipped == {"ties": 1}
 
