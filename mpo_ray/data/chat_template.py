@@ -69,8 +69,9 @@ class ChatTemplate:
         """
         if self._source is None:
             raise RenderingError(
-                f"the prompt {str(messages[0].get('content', ''))[:80]!r} is a list of chat messages, but the "
-                "tokenizer has no chat template; use plain string prompts, or a model whose tokenizer has one."
+                "the prompt is a list of chat messages, and the tokenizer has no chat template: it begins "
+                f"{str(messages[0].get('content', ''))[:80]!r}. Use plain string prompts, or a model whose tokenizer has "
+                "a template."
             )
         given = [self._as_read(message) for message in messages]
         try:

@@ -33,7 +33,7 @@ from mpo_ray.records import Comparison, Prompt, Reply, digest, encode_prompt, en
 UNPAIRED = "unpaired responses"
 #: What to do where labels allow two readings.
 REMEDY = "Say under the objective what each label means, such as `label_means: {0: first, 1: second, 2: tie}`."
-#: How many bad rows an error shows.
+#: How many bad rows, and how many reasons with their counts, an error shows.
 NUM_SHOWN = 5
 
 
@@ -192,7 +192,9 @@ def check_share(
     lines = [
         f"{what}: {len(refused)} of {num_rows} rows are bad, a share of {share:.2g}; allowed is {allow:g}. {remedy}"
     ]
-    lines += [f"  {number} × {reason}" for reason, number in counts.most_common()]
+    lines += [f"  {number} × {reason}" for reason, number in counts.most_common(NUM_SHOWN)]
+    if (kinds := len(counts) - NUM_SHOWN) > 0:
+        lines.append(f"  … and {kinds} other reasons")
     lines += [f"  {refusal.where}: {refusal.reason}" for refusal in refused[:NUM_SHOWN]]
     if (more := len(refused) - NUM_SHOWN) > 0:
         lines.append(f"  … and {more} more")

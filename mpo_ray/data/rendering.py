@@ -76,7 +76,7 @@ class Rendering:
     def ids(self, prompt: Prompt, reply: Reply, *, finished: bool = True) -> tuple[list[int], list[int]]:
         """Ids of a prompt and of a reply to it, the reply with its end token if it is `finished`.
 
-        Raises RenderingError, also where the prompt is no beginning of the whole.
+        Raises RenderingError, also where the prompt is no beginning of the conversation.
         """
         if isinstance(prompt, str):
             return self._ids_of_text(prompt, reply, finished)
@@ -207,7 +207,7 @@ def _no_beginning(before: str, whole: str) -> str:
         (n for n, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole))
     )
     return (
-        f"the chat template writes {before[place:][:NUM_SHOWN]!r} before a reply that is to come, and "
-        f"{whole[place:][:NUM_SHOWN]!r} where the reply is there: the prompt is no beginning of the whole. Perhaps "
+        f"the prompt is no beginning of its conversation: the chat template writes {before[place:][:NUM_SHOWN]!r} before "
+        f"a reply that is to come, and {whole[place:][:NUM_SHOWN]!r} where the reply is there. Perhaps "
         "`data.chat_template_kwargs` can change that (`enable_thinking: false`), or `reasoning_content` in the reply."
     )

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from mpo_ray.config_training import Source
-from mpo_ray.data.comparisons import Parsed, check_refused, read_comparisons
+from mpo_ray.data.comparisons import Parsed, check_refused, check_share, read_comparisons
 from mpo_ray.data.sources import DataError, Refusal
 from mpo_ray.records import Comparison
 from tests.data.parsed import reasons, texts
@@ -396,6 +396,14 @@ def test_bad_rows_stop_a_run_unless_their_share_is_allowed(read: Any, tmp_path: 
     assert "rows.jsonl:6: " not in message
     assert message.endswith("… and 3 more")
     check_refused(parsed, objective="kind", allow=0.4)
+
+
+def test_an_error_counts_the_commonest_reasons_and_says_how_many_there_are() -> None:
+    refused = [Refusal(f"rows.jsonl:{n}", f"kind {n // 2}: row {n}") for n in range(14)]
+    with pytest.raises(DataError) as caught:
+        check_share(refused, 14, what="rows", allow=0.0)
+    lines = str(caught.value).splitlines()
+    assert lines[1:7] == [*(f"  2 × kind {n}" for n in range(5)), "  … and 2 other reasons"]
 
 
 def test_an_objective_with_no_pairs_is_an_error_whatever_is_allowed(read: Any) -> None:

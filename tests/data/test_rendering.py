@@ -141,11 +141,19 @@ def test_thoughts_before_a_reply_are_where_the_template_writes_them() -> None:
     assert texts(Rendering(tokenizer), CHAT, thought)[1] == "<think>\nhm\n</think>\n\ngood<|im_end|>"
 
 
-def test_a_prompt_that_is_no_beginning_of_the_whole_is_a_bad_row_that_says_so() -> None:
+def test_a_prompt_that_is_no_beginning_of_its_conversation_is_a_bad_row_that_says_so() -> None:
+    """The kind of the reason, up to the colon, is the same for all such rows."""
     rendering = Rendering(chat_tokenizer(THINKING_TEMPLATE), template_values={"enable_thinking": False})
-    thought = {"role": "assistant", "content": "good", "reasoning_content": "hm"}
-    with pytest.raises(RenderingError, match=r"the prompt is no beginning of the whole.*chat_template_kwargs"):
-        rendering.accept(CHAT, thought)
+    reasons = []
+    for words in ("hm", "well"):
+        thought = {"role": "assistant", "content": "good", "reasoning_content": words}
+        with pytest.raises(
+            RenderingError, match=r"^the prompt is no beginning of its conversation: .*kwargs"
+        ) as caught:
+            rendering.accept(CHAT, thought)
+        reasons.append(str(caught.value))
+    assert reasons[0] != reasons[1]
+    assert len({reason.partition(":")[0] for reason in reasons}) == 1
 
 
 def test_values_that_the_template_does_not_read_are_refused() -> None:
@@ -318,7 +326,7 @@ def test_whatever_a_template_raises_is_told_in_its_words(template: str) -> None:
 
 
 def test_messages_without_a_template_are_refused() -> None:
-    with pytest.raises(RenderingError, match=r"the film.*no chat template"):
+    with pytest.raises(RenderingError, match=r"no chat template: it begins .*the film"):
         Rendering(tiny_tokenizer(chat_template=False)).accept(CHAT)
 
 
