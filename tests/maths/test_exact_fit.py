@@ -95,7 +95,7 @@ def test_a_fit_that_is_not_finished_says_so_and_does_not_answer() -> None:
         solve(table, max_passes=2)
 
 
-SCALES = (1e-6, 1e-3, 1.0, 30.0, 1e3, 1e6)
+SCALES = (1e-9, 1e-6, 1e-3, 1.0, 30.0, 1e3, 1e6)
 
 
 @pytest.mark.parametrize("scale", SCALES)
