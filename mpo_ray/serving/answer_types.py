@@ -28,10 +28,13 @@ class ErrorBody(TypedDict):
 
 @with_config(ConfigDict(extra="forbid"))
 class Model(TypedDict):
+    """has_chat_template: whether /v1/chat/completions answers"""
+
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    has_chat_template: bool
 
 
 @with_config(ConfigDict(extra="forbid"))

@@ -68,12 +68,15 @@ def create_app(
 
     @app.get("/v1/models", responses=errors(401, 429))
     async def models() -> ModelList:
-        return {"object": "list", "data": [_model(one, started) for one in model_ids(served)]}
+        return {
+            "object": "list",
+            "data": [_model(one, started, prompts.has_chat_template) for one in model_ids(served)],
+        }
 
     @app.get("/v1/models/{model:path}", responses=errors(400, 401, 404, 429))
     async def model(model: str) -> Model:
         parse_model_id(model, served)
-        return _model(model, started)
+        return _model(model, started, prompts.has_chat_template)
 
     @app.post("/v1/completions", responses=streamed(CompletionAnswer) | COMPLETION_ERRORS)
     async def completions(request: Request, body: CompletionRequest) -> Response:
@@ -116,5 +119,11 @@ def create_app(
     return app
 
 
-def _model(model: str, created: int) -> Model:
-    return {"id": model, "object": "model", "created": created, "owned_by": "mpo_ray"}
+def _model(model: str, created: int, has_chat_template: bool) -> Model:
+    return {
+        "id": model,
+        "object": "model",
+        "created": created,
+        "owned_by": "mpo_ray",
+        "has_chat_template": has_chat_template,
+    }

@@ -33,6 +33,10 @@ class PromptTokens:
         self._longest, self._context = longest, context
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._rendering.has_template
+
     async def of_text(self, text: str, *, add_special: bool = True) -> list[int]:
         """Ids of a prompt, after the tokenizer's own start token. Raises ApiError."""
         self._check_length(len(text), "prompt")
@@ -44,7 +48,7 @@ class PromptTokens:
 
         Messages may have any keys that a template reads; null stands for no content.
         """
-        if not self._rendering.has_template:
+        if not self.has_chat_template:
             raise ApiError(400, "this model has no chat template; use /v1/completions.", "messages")
         self._check_length(sum(map(_length, [*messages, *tools])), "messages")
         chat = tuple(dict(message) for message in messages)

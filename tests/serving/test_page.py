@@ -26,7 +26,7 @@ from tests.tiny import tiny_tokenizer
 
 KEY = "a-key-for-tests"
 DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
-EVERYBODY = ["reference", *WEIGHTS, "mixture"]
+EVERYBODY = ["mixture", *WEIGHTS, "reference"]
 PATIENCE_MS = 30_000  # a browser beside other tests; only what fails takes as long
 expect.set_options(timeout=PATIENCE_MS)
 
@@ -160,14 +160,15 @@ def test_errors_are_said_in_words(tab: Tab, live: Live) -> None:
         tab.ask(PROMPT, key=KEY)
         assert all(parts["completion"] for parts in tab.answered().values())
         tab.ask(PROMPT, **{"max-tokens": "1000"})
-        refusal = "max_tokens 1000 is above this endpoint's limit of 40."
-        assert {parts["error"] for parts in tab.answered().values()} == {refusal}
+        expect(status).to_have_text("max_tokens 1000 is above this endpoint's limit of 40.")
+        expect(tab.page.locator(".answer")).to_have_count(0)  # once, and not once for each model
         tab.ask(PROMPT, key="wrong")
-        assert {parts["error"] for parts in tab.answered().values()} == {"The API key is wrong."}
+        expect(status).to_have_text("The API key is wrong.")
         kept = tab.page.evaluate("[localStorage.length, sessionStorage.length, document.cookie, location.href]")
         assert kept == [0, 0, "", f"{url}/"]
     tab.ask(PROMPT)
-    assert {parts["error"] for parts in tab.answered().values()} == {"The endpoint cannot be reached."}
+    expect(status).to_have_text("The endpoint cannot be reached.")
+    expect(tab.page.locator(".answer")).to_have_count(0)
     logged = ("Failed to load resource: the server responded with a status of 40", "Failed to load resource: net::ERR")
     assert all(line.startswith(logged) for line in tab.complaints), tab.complaints  # by the browser, not by the page
     tab.complaints.clear()
@@ -188,9 +189,11 @@ def test_prompts_answers_and_objectives_are_text(tab: Tab) -> None:
     with serving(app) as url:
         tab.page.goto(url)
         expect(tab.page.locator("#model")).to_have_text(MARKUP)
+        expect(tab.page.locator("#sliders output")).to_have_text(["1.000"])
+        tab.page.select_option("#kind", "completions")
         tab.ask(MARKUP)
         found = tab.answered()
-        assert list(found) == [objective, "mixture"]
+        assert list(found) == ["mixture", objective]
         assert {(parts["prompt"], parts["completion"]) for parts in found.values()} == {(MARKUP, MARKUP)}
         expect(tab.page.locator("main :is(script, img, b, i)")).to_have_count(0)
         assert tab.page.evaluate("window.hurt") is None
@@ -227,6 +230,8 @@ def test_answers_show_as_they_come_and_stop_when_told(tab: Tab, live: Live) -> N
     with serving(create_app(SERVED, live.tokenizer, generate)) as url, ExitStack() as stack:
         stack.callback(go_on.set)  # nothing may be held when the server ends
         tab.page.goto(url)
+        expect(tab.page.locator("#sliders output")).to_have_count(len(WEIGHTS))
+        tab.page.select_option("#kind", "completions")
         tab.ask(PROMPT, temperature="0", **{"max-tokens": "40"})
         expect(tab.page.locator(".answer.mixture.running .completion")).not_to_be_empty()
         whole = live.complete(max_tokens=40, temperature=0.0)["choices"][0]["text"]
@@ -239,6 +244,41 @@ def test_answers_show_as_they_come_and_stop_when_told(tab: Tab, live: Live) -> N
         tab.page.click("#ask")
         assert tab.answered()["mixture"]["completion"] == whole
     assert live.engine.statistics().rows_used == 0
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_a_model_with_a_chat_template_is_asked_as_a_chat(tab: Tab, has_template: bool) -> None:
+    """By default; one without it cannot be."""
+
+    async def generate(requests: Sequence[GenerationRequest]) -> AsyncGenerator[Batch]:
+        yield [(0, Delta((9,), "yes", finish_reason="stop", diagnostics=Diagnostics("token", {"kind": 1.0})))]
+
+    tokenizer = tiny_tokenizer(chat_template=has_template)
+    with serving(create_app(Served("one", ("kind",), context=64, max_tokens=40), tokenizer, generate)) as url:
+        tab.page.goto(url)
+        expect(tab.page.locator("#sliders output")).to_have_count(1)
+        expect(tab.page.locator("#kind")).to_have_value("chat" if has_template else "completions")
+        tab.ask(PROMPT)
+        assert {parts["completion"] for parts in tab.answered().values()} == {"yes"}
+        assert any(url.endswith("v1/chat/completions") for url in tab.asked) == has_template
+
+
+def test_the_page_scrolls_on_a_phone(tab: Tab, live: Live) -> None:
+    """The answers come into view by themselves, the mixture's first, and a finger gets to every part of the page."""
+    tab.page.set_viewport_size({"width": 375, "height": 667})
+    tab.page.goto(live.url)
+    expect(tab.page.locator("#sliders output")).to_have_count(len(WEIGHTS))
+    assert tab.page.evaluate("scrollY") == 0
+    tab.ask(PROMPT)
+    tab.answered()
+    expect(tab.page.locator(".answer").first.locator("h2")).to_have_text("mixture")
+    expect(tab.page.locator(".answer").first).to_be_in_viewport(ratio=0.9)
+    assert tab.page.evaluate("document.documentElement.scrollWidth") == 375
+    tab.page.mouse.move(180, 300)
+    tab.page.mouse.wheel(0, 5000)
+    expect(tab.page.locator("footer")).to_be_in_viewport()
+    tab.page.mouse.wheel(0, -5000)
+    expect(tab.page.locator("h1")).to_be_in_viewport()
 
 
 def test_the_files_of_the_page_need_no_key_and_may_load_nothing_else(live: Live) -> None:

@@ -8,13 +8,14 @@ export class EndpointError extends Error {
   }
 }
 
-/** What is served: {name, objectives, hasReference}. */
+/** What is served: {name, objectives, hasReference, hasChatTemplate}. */
 export async function readModels(key) {
   const answer = await (await send("v1/models", { key })).json();
   const [name, ...others] = answer.data.map((model) => model.id);
   const policies = others.map((id) => id.slice(name.length + 1));
   const objectives = policies.filter((policy) => policy !== "reference");
-  return { name, objectives, hasReference: objectives.length < policies.length };
+  const hasChatTemplate = answer.data[0].has_chat_template;
+  return { name, objectives, hasReference: objectives.length < policies.length, hasChatTemplate };
 }
 
 /** The weights that the endpoint decodes with where none are given, by objective: those of an answer of no token. */

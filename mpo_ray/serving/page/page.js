@@ -6,7 +6,7 @@ const TONES = 8;
 const find = (id) => document.getElementById(id);
 const key = () => find("key").value.trim();
 
-let served = null; // {name, objectives, hasReference, own}, once the endpoint has said it
+let served = null; // {name, objectives, hasReference, hasChatTemplate, own}, once the endpoint has said it
 let connecting = null; // the promise of that, while it is being asked
 let running = null; // the AbortController of the answers that are being made
 
@@ -23,6 +23,8 @@ async function connect() {
     served = found;
     find("model").textContent = served.name;
     document.title = `${served.name} · mpo_ray`;
+    find("kind").value = served.hasChatTemplate ? "chat" : "completions";
+    find("kind").querySelector("[value=chat]").disabled = !served.hasChatTemplate;
     makeSliders();
     say("");
     return true;
@@ -99,14 +101,14 @@ function request() {
   return { path: "v1/completions", prompt, body: { ...body, prompt } };
 }
 
-/** Everything that answers: the reference, each policy, the mixture. */
+/** Everything that answers: the mixture, each policy, the reference. */
 function candidates() {
   const alone = (policy) => ({ title: policy, model: `${served.name}/${policy}` });
   const reference = { ...alone("reference"), says: "before any objective" };
   const policies = served.objectives.map((one, number) => ({ ...alone(one), says: "this objective alone", number }));
   const shares = Object.entries(weights()).map(([objective, share]) => `${objective}\u00a0${share.toFixed(3)}`);
   const mixture = { title: "mixture", model: served.name, says: shares.join("\u00a0· "), weights: weights() };
-  return [...(served.hasReference ? [reference] : []), ...policies, mixture];
+  return [mixture, ...policies, ...(served.hasReference ? [reference] : [])];
 }
 
 async function answerAll() {
@@ -115,10 +117,25 @@ async function answerAll() {
   if (!(await connected())) return;
   const asked = request();
   busy(true);
+  say("");
   const answers = candidates().map((candidate) => ({ candidate, card: makeCard(candidate, asked) }));
   find("answers").replaceChildren(...answers.map(({ card }) => card));
-  await Promise.all(answers.map(({ candidate, card }) => answer(candidate, card, asked, mine.signal)));
-  if (running === mine) busy(false);
+  showAnswers();
+  const refusals = await Promise.all(answers.map(({ candidate, card }) => answer(candidate, card, asked, mine.signal)));
+  if (running !== mine) return;
+  busy(false);
+  if (refusals[0] && refusals.every((refusal) => refusal === refusals[0])) {
+    find("answers").replaceChildren();
+    say(refusals[0], true);
+    find("status").scrollIntoView({ block: "nearest" });
+  } else {
+    refusals.forEach((refusal, number) => refusal && sayIn(answers[number].card, refusal));
+  }
+}
+
+/** Bring the answers into view where they begin far down, as on a phone. */
+function showAnswers() {
+  if (find("answers").getBoundingClientRect().top > 0.7 * innerHeight) find("answers").scrollIntoView();
 }
 
 function makeCard(candidate, { path, prompt }) {
@@ -133,7 +150,7 @@ function makeCard(candidate, { path, prompt }) {
   return card;
 }
 
-/** Let one model answer into its card, piece by piece. */
+/** Let one model answer into its card, piece by piece. Returns why it said nothing, where it was refused. */
 async function answer(candidate, card, { path, body }, signal) {
   const put = (place, text) => (card.querySelector(place).textContent = text);
   const asked = { ...body, model: candidate.model };
@@ -152,12 +169,19 @@ async function answer(candidate, card, { path, body }, signal) {
     if (error.name === "AbortError") {
       put(".end", "stop");
     } else {
-      put(".error", words(error));
-      card.querySelector(".error").hidden = false;
+      put(".end", "error");
+      if (!card.querySelector(".completion").textContent) return words(error);
+      sayIn(card, words(error));
     }
   } finally {
     card.classList.remove("running");
   }
+  return "";
+}
+
+function sayIn(card, text) {
+  card.querySelector(".error").textContent = text;
+  card.querySelector(".error").hidden = false;
 }
 
 /** Three digits, with a true minus, and no minus before nothing. */
