@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import AutoConfig
 
@@ -36,8 +36,24 @@ class Limits:
 
 def model_context(model: str) -> int:
     """The longest sequence a model takes, by its configuration."""
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    return int(getattr(config.get_text_config(), "max_position_embeddings", 1 << 30))
+    longest = longest_text(AutoConfig.from_pretrained(model, trust_remote_code=False))
+    return 1 << 30 if longest is None else longest
+
+
+def longest_text(config: Any) -> int | None:
+    """The longest sequence of which a model of this configuration says the same alone and in a batch, in tokens.
+
+    LongRoPE's positions of all sequences of a batch change where its longest is longer than the model first was
+    trained for (transformers 5.23), so that the context ends there. None where the configuration names no end.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    limits = [getattr(text, "max_position_embeddings", None)]
+    for part in (rope, *rope.values()):
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            first = part.get("original_max_position_embeddings")
+            limits.append(first or getattr(text, "original_max_position_embeddings", None))
+    return min((int(limit) for limit in limits if limit), default=None)
 
 
 def check_lengths(

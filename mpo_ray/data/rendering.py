@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from mpo_ray.data.chat_template import ChatTemplate
 from mpo_ray.data.end_tokens import ends_of
-from mpo_ray.data.text_tokens import RenderingError, TextTokens
+from mpo_ray.data.text_tokens import RenderingError, TextTokens, UnknownIdError
 from mpo_ray.records import Message, Prompt, Reply, ToolChat, chat_of
 
 #: Keys without which a conversation means something else: a template that reads none of them cannot have the row.
@@ -31,6 +31,7 @@ class Rendering:
     template_values: variables of the chat template, such as `enable_thinking`: `data.chat_template_kwargs`
     text: whether a prompt that is text is rendered already, or plain words: `data.text`
     model_ends: the end tokens that the model itself names
+    num_ids: how many token ids the model has rows for, if that is known; a text with another is refused
     end: the id of the token that ends a reply to messages, which training learns; of a reply to text it is the
         tokenizer's own
     ends: all ids that end a reply, in order
@@ -44,11 +45,13 @@ class Rendering:
         template_values: Mapping[str, Any] | None = None,
         text: Literal["rendered", "plain"] = "rendered",
         model_ends: Iterable[int] = (),
+        num_ids: int | None = None,
     ) -> None:
         """Raises ValueError for template values that the template does not read."""
         self.tokenizer = tokenizer
         self.template_values = dict(template_values or {})
         self.unread: Counter[str] = Counter()
+        self._num_ids = num_ids
         self._text, self._is_plain = TextTokens(tokenizer), text == "plain"
         named = {*model_ends, *ends_of(tokenizer)}
         self._template = ChatTemplate(self._text, self.template_values, named)
@@ -68,10 +71,10 @@ class Rendering:
         """
         if isinstance(prompt, str):
             ids = self._text_ids(prompt)
-            return ids or [self._text.start()]
+            return self._known(ids) or [self._text.start()]
         messages, tools, masks = self._template.words_masked(*chat_of(prompt))
         rendered = self._template.render(messages, tools, generation_prompt=True)
-        return self._text.ids_and_ends(rendered, masks)[0] or [self._text.start()]
+        return self._known(self._text.ids_and_ends(rendered, masks)[0]) or [self._text.start()]
 
     def ids(self, prompt: Prompt, reply: Reply, *, finished: bool = True) -> tuple[list[int], list[int]]:
         """Ids of a prompt and of a reply to it, the reply with its end token if it is `finished`.
@@ -79,8 +82,10 @@ class Rendering:
         Raises RenderingError, also where the prompt is no beginning of the conversation.
         """
         if isinstance(prompt, str):
-            return self._ids_of_text(prompt, reply, finished)
-        return self._ids_of_chat(prompt, reply, finished)
+            before, after = self._ids_of_text(prompt, reply, finished)
+        else:
+            before, after = self._ids_of_chat(prompt, reply, finished)
+        return self._known(before), self._known(after)
 
     def words(self, text: str) -> list[int]:
         """Ids of a plain text by itself, in which nothing is a special token. Raises RenderingError."""
@@ -106,6 +111,16 @@ class Rendering:
         if len(set(rendered)) < len(rendered):
             raise RenderingError("the replies are equal once they are rendered")
         return prompt, list(replies)
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """The same ids. Raises UnknownIdError for one that the model has no row for."""
+        unknown = None if self._num_ids is None else next((id for id in ids if id >= self._num_ids), None)
+        if unknown is not None:
+            token = self.tokenizer.convert_ids_to_tokens(unknown)
+            raise UnknownIdError(
+                f"it has the token {token!r} with the id {unknown}, and the model has rows for {self._num_ids} ids"
+            )
+        return ids
 
     def _text_ids(self, text: str) -> list[int]:
         read = self._text.as_words if self._is_plain else self._text.as_tokens

@@ -14,6 +14,10 @@ class RenderingError(BadFieldError):
     """A prompt or a reply has no token ids. The message says why, in the words of the template or the tokenizer."""
 
 
+class UnknownIdError(RenderingError):
+    """A prompt or a reply has a token that the model has no row for."""
+
+
 class TextTokens:
     """A tokenizer's two readings of a text. Not for two threads at a time.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mpo_ray.maths.log_linear import log_normalizer
+from mpo_ray.policies.apart import ApartCache
 from mpo_ray.policies.cache import growing_cache
 from mpo_ray.policies.mixture import MixtureForCausalLM
+from mpo_ray.policies.own_cache import keeps_its_cache
+from mpo_ray.policies.slot_support import carries_states
 
 #: Ended rows are dropped once they are this share of the batch: dropping copies the cache of the others.
 DROPPED_SHARE = 0.125
@@ -119,7 +123,7 @@ class DecodedBatch:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
         columns = torch.arange(width, device=model.device)
         mask = (columns >= width - lengths[:, None]).long()
-        self._cache = _empty_cache(model)
+        self._cache = _empty_cache(model, len(prompts))
         self._mask = None if bool(mask.all()) else mask
         logits = self._forward(torch.tensor(padded, device=model.device), (mask.cumsum(-1) - 1).clamp(min=0))
 
@@ -168,6 +172,8 @@ class DecodedBatch:
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """The logits (rows, V) of the tokens after these."""
+        if isinstance(self._cache, ApartCache) and not isinstance(self._model, MixtureForCausalLM):
+            return self._cache.extend(lambda _: nullcontext(self._model), input_ids, self._mask, 1)[0][:, -1]
         positions = {"position_ids": position_ids} if self._takes_positions else {}
         output = self._model(
             input_ids=input_ids,
@@ -182,9 +188,13 @@ class DecodedBatch:
         return logits
 
 
-def _empty_cache(model: Any) -> Any:
-    """A mixture makes its own, one for each policy."""
-    return None if isinstance(model, MixtureForCausalLM) else growing_cache(model.config)
+def _empty_cache(model: Any, num_rows: int) -> Any:
+    """A mixture makes its own, one for each policy. Rows of a family that carries states are computed apart."""
+    if isinstance(model, MixtureForCausalLM):
+        return None
+    if carries_states(model.config) is not None:
+        return ApartCache(num_rows, {0: keeps_its_cache(model)})
+    return growing_cache(model.config)
 
 
 def cut(ids: list[int], end_ids: Sequence[int], **figures: float | None) -> Completion:

@@ -58,8 +58,7 @@ class MixtureRunner:
 
     def __init__(self, mixture: MixtureForCausalLM, *, num_lanes: int, context: int | None = None) -> None:
         """Raises NotInSlotsError for an architecture that gives something else when its rows lie in slots."""
-        own = mixture.config.max_position_embeddings
-        limits = [value for value in (own, context) if value is not None]
+        limits = [limit for limit in (*mixture.longest_texts(), context) if limit is not None]
         if not limits:
             raise NotInSlotsError("the model names no longest sequence, and none is given")
         self.context: int = min(limits)

@@ -5,41 +5,28 @@ Slower than `MixtureRunner`, and right for every family: nothing is batched, not
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mpo_ray.decoding.branch import Piece, Predictions
 from mpo_ray.maths.log_linear import log_normalizer
-from mpo_ray.policies.adapters import AdapterStack
 from mpo_ray.policies.mixture import MixtureForCausalLM
-from mpo_ray.policies.own_cache import OwnCache, keeps_its_cache
-from mpo_ray.records import REFERENCE
+from mpo_ray.policies.own_cache import OwnCache
 
 
 class SequenceRunner:
     """A `Runner` on the models' own caches. Arguments as of `MixtureRunner`; memory grows with the texts."""
 
     def __init__(self, mixture: MixtureForCausalLM, *, num_lanes: int, context: int | None = None) -> None:
-        limits = [limit for limit in (mixture.config.max_position_embeddings, context) if limit is not None]
+        limits = [limit for limit in (*mixture.longest_texts(), context) if limit is not None]
         self.context: int = min(limits, default=1 << 30)
         self.num_policies = len(mixture.objectives)
-        self._models: dict[int, tuple[Any, str]] = {}
-        self._caches: dict[int, bool] = {}
-        for place, policies in mixture.branches_of(range(self.num_policies)).items():
-            branch: Any = mixture.branches[place]
-            stacked = isinstance(branch, AdapterStack)
-            caches = keeps_its_cache(branch.base if stacked else branch)
-            for k in (*policies, self.num_policies) if stacked else policies:
-                self._models[k] = (branch, REFERENCE if k == self.num_policies else mixture.objectives[k])
-                self._caches[k] = caches
-        self.has_reference = self.num_policies in self._models
-        first: Any = mixture.branches[0]
-        model = first.base if isinstance(first, AdapterStack) else first
-        self.vocab_size: int = model.config.get_text_config().vocab_size
+        self._mixture, self._caches = mixture, mixture.caches_kept()
+        self.has_reference = self.num_policies in self._caches
+        with mixture.running(0) as model:
+            self.vocab_size: int = model.config.get_text_config().vocab_size
         self.rows = num_lanes * self.num_policies
         self.device = mixture.device
         self._lanes: dict[int, dict[int, OwnCache]] = {}
@@ -80,7 +67,7 @@ class SequenceRunner:
             rows = range(first, first := first + piece.wanted)
             for k, sequence in self._lanes[piece.lane].items():
                 sequence.rewind(piece.start)
-                with self._running(k) as model:
+                with self._mixture.running(k) as model:
                     found = sequence.extend(model, piece.tokens, piece.wanted)
                 if not piece.wanted:
                     continue
@@ -92,12 +79,3 @@ class SequenceRunner:
             if piece.wanted and piece.separate:
                 log_z[rows] = log_normalizer(logits[rows]).double()
         return Predictions(logits, log_z, policies)
-
-    @contextmanager
-    def _running(self, policy: int) -> Iterator[Any]:
-        branch, name = self._models[policy]
-        if isinstance(branch, AdapterStack):
-            with branch.running([name]) as model:
-                yield model
-        else:
-            yield branch

@@ -112,6 +112,15 @@ class StackedLinear(nn.Module):
         sizes = [layer.out_features for layer in layers]
         self.factors = StackedFactors(*stacked_factors(sizes, layers[0].in_features, factors, self.linear.weight))
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's, for models that read it; as in PEFT, an adapter changes nothing there."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias
+
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs: (…, in); whatever the leading dimensions, they hold the rows, or tokens, group after group.
 

@@ -20,9 +20,10 @@ from transformers import AutoConfig, GenerationConfig
 
 from mpo_ray.data.chat_template import with_defaults
 from mpo_ray.data.end_tokens import ends_of, model_ends
+from mpo_ray.data.limits import longest_text
 from mpo_ray.data.rendering import Rendering
 from mpo_ray.policies.given import KEPT, Tell, check_together, keep, look_at
-from mpo_ray.policies.loading import PRECISIONS, ModelError, is_adapter, load_tokenizer
+from mpo_ray.policies.loading import PRECISIONS, ModelError, is_adapter, load_tokenizer, pad_within
 from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.policies.vocabulary import vocabulary_digest
 from mpo_ray.policies.weight_files import check_weight_files
@@ -89,6 +90,7 @@ def write_artefact(
         _copy(Path(reference), directory / REFERENCE)
     if fit:
         (directory / "fit.json").write_text(json.dumps(fit, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    pad_within(tokenizer, found[names[0]].vocab_size)
     models = [reference, *(str(directory / POLICIES / name) for name in names)]
     ends = {*ends_of(*tokenizers), *(end for model in models for end in model_ends(model))}
     rendering = Rendering(tokenizer, template_values=template_values, model_ends=ends)
@@ -107,7 +109,7 @@ def write_artefact(
         policy_files={name: _file_digests(directory / POLICIES / name) for name in names},
         vocabulary_digest=vocabulary_digest(tokenizer),
         vocab_size=base.vocab_size,
-        max_position_embeddings=getattr(base, "max_position_embeddings", None),
+        max_position_embeddings=longest_text(base),
         text=text,
         text_config=base,
         architectures=["MixtureForCausalLM"],

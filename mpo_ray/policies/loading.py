@@ -15,9 +15,11 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -39,7 +41,10 @@ class ModelError(ValueError):
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Open the tokenizer of a model directory or hub id; its end token pads where it names no padding token."""
+    """Open the tokenizer of a model directory or hub id.
+
+    Its end token pads where it names no padding token, or one that the model has no row for.
+    """
     _check_place(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -47,9 +52,27 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise ModelError(f"{path}: no tokenizer could be opened there: {_short(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{path}: the tokenizer has no end token (eos_token); responses could never end. Set one.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    pad_within(tokenizer, num_token_ids(path))
     return tokenizer
+
+
+def pad_within(tokenizer: PreTrainedTokenizerBase, num_ids: int | None) -> None:
+    """Let the end token pad where the padding token is none of a model's `num_ids`: padding needs no row of its own."""
+    if tokenizer.pad_token_id is None or (num_ids is not None and tokenizer.pad_token_id >= num_ids):
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def num_token_ids(path: str) -> int | None:
+    """How many token ids the model of a directory or hub id has rows for, by its configuration; None where it has none.
+
+    A directory with an adapter or a tokenizer alone has no configuration.
+    """
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(path)
+    except OSError:
+        return None
+    size = {**config, **(config.get("text_config") or {})}.get("vocab_size")
+    return None if size is None else int(size)
 
 
 def load_rendering(path: str, **settings: Any) -> Rendering:
@@ -57,7 +80,22 @@ def load_rendering(path: str, **settings: Any) -> Rendering:
 
     Raises ModelError, and ValueError for chat_template_kwargs that its template does not read.
     """
-    return Rendering(load_tokenizer(path), model_ends=model_ends(path), **settings)
+    return Rendering(load_tokenizer(path), model_ends=model_ends(path), num_ids=num_token_ids(path), **settings)
+
+
+def empty_model(path: str) -> PreTrainedModel:
+    """A causal language model on the meta device: its layers with their names and sizes, without weights.
+
+    Raises ModelError for a directory or hub id that `load_model` could not open.
+    """
+    check_model_files(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{path}: no causal language model could be made of it: {_short(error)}") from error
+    return model.eval()
 
 
 def load_model(path: str, *, precision: str = "fp32", without_dropout: bool = False) -> PreTrainedModel:

@@ -5,7 +5,8 @@ It is q of equation (7), decoded token by token, not the sequence-level mixture 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
 
+from mpo_ray.data.limits import longest_text
 from mpo_ray.data.tokens import TokenBatch
 from mpo_ray.maths.log_linear import mix_logprobs
 from mpo_ray.policies.adapters import AdapterStack, repeat_rows
+from mpo_ray.policies.apart import ApartCache
 from mpo_ray.policies.artefact import check_artefact, policy_path, reference_path
 from mpo_ray.policies.cache import CachePart, MixtureCache, growing_cache
 from mpo_ray.policies.loading import PRECISIONS, ModelError, is_adapter, load_model
 from mpo_ray.policies.lora_file import check_stackable
 from mpo_ray.policies.mixture_config import MixtureConfig
-from mpo_ray.records import check_weights
+from mpo_ray.policies.own_cache import keeps_its_cache
+from mpo_ray.policies.slot_support import carries_states
+from mpo_ray.records import REFERENCE, check_weights
 from mpo_ray.training.completion_model import CompletionModel
 
 
@@ -50,6 +56,9 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         self.branches = nn.ModuleList([*stacks, *full.values()])
         places = {name: len(stacks) + index for index, name in enumerate(full)}
         self._places = [places.get(name, 0) for name in config.objectives]
+        bases = [branch.base if isinstance(branch, AdapterStack) else branch for branch in self.branches]
+        self._rows_apart = any(carries_states(base.config) is not None for base in bases)
+        self._caches_kept: dict[int, bool] | None = None
         self.requires_grad_(False)
         self.set_weights(config.weights)
 
@@ -130,7 +139,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: MixtureCache | None = None,
+        past_key_values: MixtureCache | ApartCache | None = None,
         use_cache: bool | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -150,6 +159,8 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         active = (weights != 0).any(dim=0).nonzero()[:, 0].tolist()
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values
+        if isinstance(cache, ApartCache) or (cache is None and use_cache and self._rows_apart):
+            return self._forward_apart(input_ids, attention_mask, cache, logits_to_keep, weights, active)
         if cache is None:
             branches = self.branches_of(active)
             if use_cache:
@@ -157,10 +168,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         elif cache.policies >= set(active):
             branches = {place: part.policies for place, part in cache.parts.items()}
         else:
-            raise ValueError(
-                "past_key_values was filled while some of the policies had weight 0; give every policy its weight from "
-                "the first token on, or begin again without past_key_values."
-            )
+            raise ValueError(_LATE_POLICY)
         logprobs = []
         for place, policies in branches.items():
             logits = self._run(
@@ -183,6 +191,58 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
         result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return result if return_dict is not False else result.to_tuple()
+
+    def _forward_apart(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: ApartCache | None,
+        logits_to_keep: int | Tensor,
+        weights: Tensor,
+        active: Sequence[int],
+    ) -> CausalLMOutputWithPast:
+        """`forward` with a cache for families whose rows are computed one after the other."""
+        if cache is None:
+            kept = self.caches_kept()
+            cache = ApartCache(input_ids.shape[0], {k: kept[k] for k in active})
+        elif not cache.policies >= {*active}:
+            raise ValueError(_LATE_POLICY)
+        num_kept = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        found = cache.extend(self.running, input_ids, attention_mask, num_kept)
+        logprobs = torch.stack([logits.log_softmax(-1) for logits in found.values()])
+        logits = mix_logprobs(logprobs, weights[:, [*found]].T.to(input_ids.device))
+        if isinstance(logits_to_keep, Tensor):
+            logits = slice_logits_to_keep(logits, logits_to_keep)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    @contextmanager
+    def running(self, policy: int) -> Iterator[Any]:
+        """The causal LM of one policy by its number, or the adapters' base for K, in this thread and while in here."""
+        if policy == len(self._places):
+            place, name = 0, REFERENCE
+        else:
+            place, name = self._places[policy], self.config.objectives[policy]
+        branch: Any = self.branches[place]
+        if isinstance(branch, AdapterStack):
+            with branch.running([name]) as model:
+                yield model
+        else:
+            yield branch
+
+    def longest_texts(self) -> list[int | None]:
+        """How many tokens the artefact, and each model in it, can take; None where one names no end."""
+        bases = [branch.base if isinstance(branch, AdapterStack) else branch for branch in self.branches]
+        return [self.config.max_position_embeddings, *(longest_text(base.config) for base in bases)]
+
+    def caches_kept(self) -> dict[int, bool]:
+        """By policy, K for the adapters' base, whether transformers' own cache can be kept for it. Found by trying."""
+        if self._caches_kept is None:
+            bases = [branch.base if isinstance(branch, AdapterStack) else branch for branch in self.branches]
+            kept = [keeps_its_cache(base) for base in bases]
+            self._caches_kept = {k: kept[place] for k, place in enumerate(self._places)}
+            if isinstance(self.branches[0], AdapterStack):
+                self._caches_kept[len(self._places)] = kept[0]
+        return self._caches_kept
 
     @torch.no_grad()
     def predictions(self, batch: TokenBatch) -> Tensor:
@@ -229,6 +289,10 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         return False
 
 
+_LATE_POLICY = (
+    "past_key_values was filled while some of the policies had weight 0; give every policy its weight from the first "
+    "token on, or begin again without past_key_values."
+)
 #: Keywords that AutoModelForCausalLM adds on the way, and those that a mixture satisfies anyway.
 _HANDLED_BY_AUTO = {
     "adapter_kwargs",

@@ -17,6 +17,7 @@ from mpo_ray.policies.given import check_comparable, find_policy
 from mpo_ray.policies.loading import check_model_files, load_tokenizer
 from mpo_ray.policies.weight_files import check_weight_files
 from mpo_ray.run import Run
+from mpo_ray.stages.check_model import check_reference
 from mpo_ray.stages.data import prepare_data, write_embedded
 from mpo_ray.stages.judging import check_judge
 from mpo_ray.stages.stage import EMBEDDED, Context
@@ -77,11 +78,11 @@ def check_run(config: RunConfig, console: Console, *, update: bool = False) -> F
     return findings
 
 
-def check_model(context: Context) -> None:
-    """Refuse a reference that could not be opened. Raises ModelError."""
-    if context.config.reference.model != EMBEDDED:
-        check_model_files(context.given_model())
-        load_tokenizer(context.given_model())
+def check_model(context: Context) -> str | None:
+    """Refuse a reference that this run could not train, mix and decode; says how it is decoded. Raises ModelError."""
+    if context.config.reference.model == EMBEDDED and not context.run.exists(f"{EMBEDDED}/model"):
+        return None
+    return check_reference(context.given_model(), context.config)
 
 
 def check_weights(context: Context) -> None:

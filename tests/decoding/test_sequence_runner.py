@@ -79,7 +79,7 @@ def test_both_runners_draw_the_same(kind: str, mode: Mode, artefacts: dict[str, 
             prompt_tokens=3,
         )
         requests = [
-            request(n, prompt, mode=mode, temperature=1.0, seed=n, weights=weights)
+            request(n, prompt, mode=mode, temperature=1.0, seed=n, weights=weights, max_tokens=4)
             for n, (prompt, weights) in enumerate(
                 zip(PROMPTS, [None, {"positive": 1.0}, {"concise": 0.5, "detailed": 0.5}, None], strict=True)
             )

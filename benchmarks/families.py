@@ -1,0 +1,297 @@
+"""What the product does with each family of models: python -m benchmarks.families [FAMILY …] [--write docs/models.md]
+
+A tiny random model of every family is trained (two DPO steps, LoRA and all weights), mixed, and decoded in every way
+that the product has. Each log-probability is compared with the product of what plain transformers and PEFT say.
+`--write` puts the table into the document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from peft import PeftModel
+from torch import Tensor
+
+from benchmarks.family_models import FAMILIES, write_reference
+from mpo_ray.cluster.train_worker import load_trainable
+from mpo_ray.config_training import PolicyTraining
+from mpo_ray.decoding.batch import DecodedBatch
+from mpo_ray.decoding.open_engine import open_engine
+from mpo_ray.decoding.protocol import Delta, GenerationRequest, Sampling
+from mpo_ray.decoding.sequence_runner import SequenceRunner
+from mpo_ray.policies.artefact import write_artefact
+from mpo_ray.policies.loading import ModelError, load_tokenizer
+from mpo_ray.policies.mixture import MixtureForCausalLM
+from mpo_ray.policies.policy_set import PolicySet
+from mpo_ray.records import REFERENCE
+from mpo_ray.run_file import load_config
+from mpo_ray.stages.check_model import check_reference
+from mpo_ray.training.completion_model import CompletionModel
+from mpo_ray.training.local_engine import LocalEngine
+from mpo_ray.training.loop import train
+from mpo_ray.training.preference import Pair, preference_loss
+
+CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+#: Between these the table stands in a document.
+BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
+NAMES = ("helpful", "brief")
+#: λ of the requests that are decoded side by side.
+WEIGHTS = ((0.7, 0.3), (0.25, 0.75), (1.0, 0.0))
+PROMPT_LENGTHS = (5, 19, 40)
+NUM_NEW = 4
+#: How far a loss may be from log 2, and log-probabilities from the explicit product, nats; in float32 but for one.
+TOLERANCES = {"first loss": 1e-4, "first loss, bf16": 5e-2, "engine": 1e-4, "generate": 1e-4, "sampler": 1e-4}
+
+
+#: What is compared, in the order of the table.
+CELLS = ("first loss", "first loss, bf16", "engine", "generate", "sampler")
+
+
+@dataclass
+class Row:
+    """What was found for one family: the largest difference of each cell, in nats, or why `check` refuses it."""
+
+    family: str
+    differences: dict[str, float] = field(default_factory=dict)
+    by_own_cache: bool = False
+    refused: str | None = None
+
+    def add(self, cell: str, difference: float) -> None:
+        # the other way round, a NaN would be lost
+        self.differences[cell] = max(difference, self.differences.get(cell, 0.0))
+
+    @property
+    def wrong(self) -> list[str]:
+        """What is off by more than its tolerance, or was not reached."""
+        if self.refused is not None:
+            return []
+        return [cell for cell in CELLS if not self.differences.get(cell, math.nan) <= TOLERANCES[cell]]
+
+    def as_line(self) -> str:
+        if self.refused is not None:
+            return f"| {self.family} | refused by `check`: {self.refused} |" + " |" * len(CELLS)
+        how = "equal, by transformers' own decoding" if self.by_own_cache else "equal"
+        verdict = f"**wrong**: {', '.join(self.wrong)}" if self.wrong else how
+        cells = [f"{self.differences.get(cell, math.nan):.0e}" for cell in CELLS]
+        return f"| {self.family} | {verdict} | {' | '.join(cells)} |"
+
+
+def texts(seed: int, lengths: Sequence[int]) -> list[list[int]]:
+    """Random token ids, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(6, 40, (length,), generator=generator).tolist() for length in lengths]
+
+
+def first_losses(model: str, out: Path, training: PolicyTraining, pairs: Sequence[Pair], *, seed: int) -> list[float]:
+    """Train two steps and save the policy as a worker does; returns the losses."""
+    causal_lm = load_trainable(model, training, seed=seed)
+    engine = LocalEngine(CompletionModel(causal_lm), learning_rate=2e-2, total_steps=2, accumulation=1)
+
+    def loss_of(rows: np.ndarray) -> Tensor:
+        chosen = [pairs[i] for i in rows]
+        how: dict[str, Any] = {"loss": "dpo", "beta": training.beta, "length_normalized": False, "pad_id": 0}
+        return preference_loss(engine.model, chosen, **how, device="cpu").losses.mean()
+
+    lengths = np.array([pair.num_tokens for pair in pairs])
+    how: dict[str, Any] = {"batch_size": 4, "micro_batch_size": 4, "start_step": 0, "total_steps": 2, "seed": seed}
+    losses = [loss for _, loss in train(engine, loss_of, lengths=lengths, **how)]
+    causal_lm.save_pretrained(out)
+    load_tokenizer(model).save_pretrained(out)
+    return losses
+
+
+def pairs_of(model: str, *, precision: str = "fp32") -> list[Pair]:
+    prompts, chosen, rejected = (
+        texts(seed, lengths) for seed, lengths in ((1, (3, 9, 14, 30)), (2, (4, 7, 2, 9)), (3, (6, 3, 5, 8)))
+    )
+    reference = PolicySet(model, {}, precision=precision)
+    log_ref = [
+        reference.logprobs([REFERENCE], list(zip(prompts, side, strict=True)), batch_size=2, pad_id=0)[REFERENCE]
+        for side in (chosen, rejected)
+    ]
+    return [Pair(*values) for values in zip(prompts, chosen, rejected, *log_ref, strict=True)]
+
+
+class Product:
+    """Σ_k λ_k log π_k, normalised, by plain transformers and PEFT: one text at a time, without a cache."""
+
+    def __init__(self, reference: str, policies: Sequence[Path], *, adapters: bool) -> None:
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        self._models = [
+            (PeftModel.from_pretrained(load(reference), path) if adapters else load(path)).eval() for path in policies
+        ]
+
+    @torch.no_grad()
+    def logprobs(self, ids: Sequence[int], weights: Sequence[float]) -> Tensor:
+        """After every token, (T, V)."""
+        mixed = sum(
+            weight * model(input_ids=torch.tensor([list(ids)])).logits[0].double().log_softmax(-1)
+            for model, weight in zip(self._models, weights, strict=True)
+            if weight
+        )
+        assert isinstance(mixed, Tensor)
+        return mixed.log_softmax(-1)
+
+
+def engine_difference(artefact: Path, product: Product) -> tuple[float, bool]:
+    """Requests with λ of their own, side by side: every log-probability of prompt and answer against the product's.
+
+    Returns the largest difference, and whether the engine decodes in transformers' own cache.
+    """
+    engine = open_engine(str(artefact), num_lanes=len(WEIGHTS), context=64, prompt_tokens=16)
+    prompts = texts(5, PROMPT_LENGTHS)
+    sampling = Sampling(NUM_NEW, seed=0, num_logprobs=40, prompt_logprobs=True, ignore_eos=True)
+    requests = [
+        GenerationRequest(str(n), tuple(prompt), sampling, weights=dict(zip(NAMES, weights, strict=True)))
+        for n, (prompt, weights) in enumerate(zip(prompts, WEIGHTS, strict=True))
+    ]
+    told: dict[str, list[Delta]] = {request.id: [] for request in requests}
+    for request in requests:
+        engine.submit(request)
+    while engine.has_work:
+        for name, item in engine.step():
+            if not isinstance(item, Delta):
+                raise item
+            told[name].append(item)
+    most = 0.0
+    for request, weights in zip(requests, WEIGHTS, strict=True):
+        deltas = told[request.id]
+        drawn = [token for delta in deltas for token in delta.tokens]
+        expected = product.logprobs([*request.prompt_ids, *drawn], weights)
+        prompt = next(delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs)
+        found = [*[one for one in prompt if one is not None], *[one for delta in deltas for one in delta.logprobs]]
+        assert len(found) == len(request.prompt_ids) + len(drawn) - 1
+        for place, one in enumerate(found):
+            most = max(most, *(abs(value - float(expected[place, token])) for token, value in one.top))
+    return most, isinstance(engine._runner, SequenceRunner)
+
+
+@torch.no_grad()
+def generate_difference(artefact: Path, product: Product) -> float:
+    """transformers' own `generate` on the mixture, a padded batch with λ by row."""
+    mixture = MixtureForCausalLM.from_pretrained(artefact)
+    prompts = texts(6, PROMPT_LENGTHS)
+    width = max(PROMPT_LENGTHS)
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    out = mixture.generate(
+        ids, attention_mask=mask, mixture_weights=torch.tensor(WEIGHTS), max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW,
+        do_sample=False, output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    most = 0.0
+    for n, (prompt, weights) in enumerate(zip(prompts, WEIGHTS, strict=True)):
+        drawn = out.sequences[n, width:].tolist()
+        expected = product.logprobs([*prompt, *drawn], weights)[len(prompt) - 1 : -1]
+        found = torch.stack([step[n] for step in out.logits]).double().log_softmax(-1)
+        most = max(most, float((found - expected).abs().max()))
+    return most
+
+
+def sampler_difference(model: Any, logprobs: Callable[[Sequence[int]], Tensor]) -> float:
+    """The run's sampler, two completions of each prompt: the distribution of every place."""
+    prompts = texts(7, PROMPT_LENGTHS)
+    with torch.no_grad():
+        batch = DecodedBatch(model, prompts, 2, 0)
+        drawn = torch.zeros(6, NUM_NEW, dtype=torch.long)
+        uniforms = torch.rand(NUM_NEW, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        unfinished, most = torch.ones(6, dtype=torch.bool), 0.0
+        for place in range(NUM_NEW):
+            for row, logits in zip(batch.rows.tolist(), batch.logits, strict=True):
+                expected = logprobs([*prompts[row // 2], *drawn[row, :place].tolist()])[-1]
+                most = max(most, float((logits.double().log_softmax(-1) - expected).abs().max()))
+            if place == 1:  # as when completions end, and particles are drawn again
+                keep = torch.tensor([0, 0, 2, 5])
+                rows, drawn = torch.tensor([0, 1, 2, 5]), drawn[torch.tensor([0, 0, 2, 3, 4, 5])]
+                batch.select(keep, rows)
+            if not batch.step(drawn, unfinished, uniforms, place=place, temperature=1.0, ends=torch.tensor([2])):
+                break
+    return most
+
+
+def try_kind(row: Row, root: Path, model: str, *, lora: bool) -> None:
+    """Train, mix and decode policies that are adapters, or that have weights of their own."""
+    kind = "lora" if lora else "full"
+    training = PolicyTraining() if lora else PolicyTraining(lora=None)
+    pairs = pairs_of(model)
+    swapped = [Pair(p.prompt_ids, p.rejected_ids, p.chosen_ids, p.log_ref_rejected, p.log_ref_chosen) for p in pairs]
+    policies = {name: root / kind / name for name in NAMES}
+    for seed, (name, own) in enumerate(zip(NAMES, (pairs, swapped), strict=True)):
+        losses = first_losses(model, policies[name], training, own, seed=seed)
+        row.add("first loss", abs(losses[0] - math.log(2)))
+    if lora:
+        half = training.model_copy(update={"precision": "bf16"})
+        losses = first_losses(model, root / kind / "bf16", half, pairs_of(model, precision="bf16"), seed=0)
+        row.add("first loss, bf16", abs(losses[0] - math.log(2)))
+    artefact = root / kind / "mixture"
+    weights = dict(zip(NAMES, WEIGHTS[0], strict=True))
+    write_artefact(artefact, objectives=policies, reference=model, copy_reference=True, weights=weights, fit={})
+    product = Product(model, list(policies.values()), adapters=lora)
+    difference, by_own_cache = engine_difference(artefact, product)
+    row.add("engine", difference)
+    row.by_own_cache |= by_own_cache
+    row.add("generate", generate_difference(artefact, product))
+    policy_set = PolicySet(model, {name: str(path) for name, path in policies.items()})
+    with policy_set.model(NAMES[1]) as one:
+        row.add("sampler", sampler_difference(one, lambda ids: product.logprobs(ids, (0.0, 1.0))))
+    mixture = MixtureForCausalLM.from_pretrained(artefact)
+    row.add("sampler", sampler_difference(mixture, lambda ids: product.logprobs(ids, WEIGHTS[0])))
+
+
+def try_family(family: str, root: Path) -> Row:
+    """Everything that a run does with a family, in one process; what `check` refuses is not tried."""
+    row = Row(family)
+    model = str(write_reference(family, root / "reference"))
+    try:
+        check_reference(model, load_config(CONFIG))
+    except ModelError as error:
+        row.refused = str(error)
+        return row
+    for lora in (True, False):
+        try_kind(row, root, model, lora=lora)
+    return row
+
+
+def write_table(document: Path, rows: Sequence[Row]) -> None:
+    """Replace what stands between the document's marks."""
+    before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not after:
+        raise ValueError(f"{document}: has no {BEGIN} … {END} for the table to stand between.")
+    lines = [f"| family | verdict | {' | '.join(CELLS)} |", "|---" * (len(CELLS) + 2) + "|", *map(Row.as_line, rows)]
+    document.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after, encoding="utf-8")
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(FAMILIES))
+    parser.add_argument("--write", type=Path, metavar="DOCUMENT")
+    given = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("mpo_ray").setLevel(logging.ERROR)
+    rows = []
+    for family in given.families or FAMILIES:
+        with tempfile.TemporaryDirectory() as scratch:
+            row = try_family(family, Path(scratch))
+        print(row.as_line(), flush=True)
+        rows.append(row)
+    if given.write is not None:
+        write_table(given.write, rows)
+    return int(any(row.wrong for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
