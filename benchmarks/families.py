@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from peft import PeftModel
@@ -40,7 +39,6 @@ from mpo_ray.run_file import load_config
 from mpo_ray.stages.check_model import check_reference
 from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.local_engine import LocalEngine
-from mpo_ray.training.loop import train
 from mpo_ray.training.preference import Pair, preference_loss
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -99,14 +97,16 @@ def first_losses(model: str, out: Path, training: PolicyTraining, pairs: Sequenc
     causal_lm = load_trainable(model, training, seed=seed)
     engine = LocalEngine(CompletionModel(causal_lm), learning_rate=2e-2, total_steps=2, accumulation=1)
 
-    def loss_of(rows: np.ndarray) -> Tensor:
-        chosen = [pairs[i] for i in rows]
-        how: dict[str, Any] = {"loss": "dpo", "beta": training.beta, "length_normalized": False, "pad_id": 0}
-        return preference_loss(engine.model, chosen, **how, device="cpu").losses.mean()
-
-    lengths = np.array([pair.num_tokens for pair in pairs])
-    how: dict[str, Any] = {"batch_size": 4, "micro_batch_size": 4, "start_step": 0, "total_steps": 2, "seed": seed}
-    losses = [loss for _, loss in train(engine, loss_of, lengths=lengths, **how)]
+    losses = []
+    engine.model.train()
+    for _ in range(2):
+        found = preference_loss(
+            engine.model, pairs, loss="dpo", beta=training.beta, length_normalized=False, pad_id=0, device="cpu"
+        )
+        loss = found.losses.mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
     causal_lm.save_pretrained(out)
     load_tokenizer(model).save_pretrained(out)
     return losses

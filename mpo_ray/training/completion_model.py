@@ -24,6 +24,15 @@ class CompletionModel(nn.Module):
         self.causal_lm = causal_lm
         self.packs = enable_packing(causal_lm)
 
+    def train(self, mode: bool = True) -> CompletionModel:
+        """As of every module, without the noise that some experts' routers add then: a policy and its reference must
+        choose the same experts."""
+        super().train(mode)
+        for module in self.modules():
+            if any("jitter_noise" in name for name in vars(module)):
+                module.training = False
+        return self
+
     def forward(self, batch: TokenBatch, *, length_normalized: bool = False) -> torch.Tensor:
         """log π(completion | prompt), nats: summed, or averaged over tokens if `length_normalized`. Returns (B,)."""
         logits = self.predictions(batch)
