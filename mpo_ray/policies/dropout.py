@@ -11,15 +11,16 @@ from collections.abc import Iterator
 
 from transformers import AutoConfig, PreTrainedConfig
 
-#: Fields of configurations: attention_dropout, resid_pdrop, layerdrop, router_jitter_noise, …
-_FIELD = re.compile("drop|jitter")
+#: Fields of configurations: attention_dropout, resid_pdrop, layerdrop, … Not the noise of routers: Phi-MoE chooses its
+#: experts by that number in evaluation as well. `CompletionModel.train` leaves the noise itself out.
+_FIELD = re.compile("drop")
 
 
 def config_without_dropout(path: str) -> PreTrainedConfig:
-    """The configuration of the model at `path`, every dropout and jitter in it 0, to open the model with."""
+    """The configuration of the model at `path`, every dropout in it 0, to open the model with."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     for part, field in _fields(config):
-        setattr(part, field, 0.0)
+        setattr(part, field, type(getattr(part, field))(0))  # some fields take whole numbers only
     return config
 
 

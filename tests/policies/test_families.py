@@ -11,6 +11,7 @@ from benchmarks.family_models import FAMILIES
 
 #: One of each kind: layers that flatten their rows, transposed layers, a window in the mask alone, a state.
 CHEAP = ("Qwen2-MoE", "GPT-2", "Phi-MoE", "LFM2")
+PROJECT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -30,6 +31,13 @@ def test_what_a_run_does_with_a_family_is_the_product_of_its_policies(family: st
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in CHEAP])
 def test_so_it_is_with_all_other_families(family: str, tmp_path: Path) -> None:
     check(family, tmp_path)
+
+
+def test_the_document_has_every_family_and_no_wrong_cell() -> None:
+    text = (PROJECT / "docs" / "models.md").read_text(encoding="utf-8")
+    table = text.partition(BEGIN)[2].partition(END)[0]
+    assert [line.split("|")[1].strip() for line in table.strip().splitlines()[2:]] == list(FAMILIES)
+    assert "wrong" not in table
 
 
 def test_a_difference_that_is_too_large_or_no_number_is_wrong(tmp_path: Path) -> None:
