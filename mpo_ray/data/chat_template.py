@@ -70,8 +70,8 @@ class ChatTemplate:
         if self._source is None:
             raise RenderingError(
                 "the prompt is a list of chat messages, and the tokenizer has no chat template: it begins "
-                f"{str(messages[0].get('content', ''))[:80]!r}. Use plain string prompts, or a model whose tokenizer has "
-                "a template."
+                f"{str(messages[0].get('content', ''))[:80]!r}. Use plain string prompts, or a model whose tokenizer "
+                "has a template."
             )
         given = [self._as_read(message) for message in messages]
         try:

@@ -222,7 +222,7 @@ def _no_beginning(before: str, whole: str) -> str:
         (n for n, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole))
     )
     return (
-        f"the prompt is no beginning of its conversation: the chat template writes {before[place:][:NUM_SHOWN]!r} before "
-        f"a reply that is to come, and {whole[place:][:NUM_SHOWN]!r} where the reply is there. Perhaps "
+        f"the prompt is no beginning of its conversation: the chat template writes {before[place:][:NUM_SHOWN]!r} "
+        f"before a reply that is to come, and {whole[place:][:NUM_SHOWN]!r} where the reply is there. Perhaps "
         "`data.chat_template_kwargs` can change that (`enable_thinking: false`), or `reasoning_content` in the reply."
     )
