@@ -74,7 +74,8 @@ def test_every_completion_is_that_of_its_prompt_and_seed_alone(artefact: Path, m
         given = ROWS[row["row"]]["prompt"]
         prompt = given if isinstance(given, str) else tuple(given)
         ids = Rendering(tiny_tokenizer()).prompt_ids(prompt)
-        [alone] = complete(engine, [recipe.request("alone", ids, seed=row["seed"])])
+        request = recipe.request("alone", ids, seed=row["seed"], continues_text=isinstance(prompt, str))
+        [alone] = complete(engine, [request])
         assert alone.diagnostics is not None
         assert (row["tokens"], row["completion"]) == (list(alone.tokens), alone.text)
         for name in ("log_z", "log_z_hat", "effective_sample_size"):
