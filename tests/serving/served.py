@@ -27,12 +27,15 @@ def write_mixture(root: Path, *, seed: int = 1, weights: Mapping[str, float] = W
 
 
 def generated(artefact: Path, prompt: str, weights: dict[str, float] | None = None, num_tokens: int = 12) -> str:
-    """Greedy text by the artefact's own `generate`."""
+    """Greedy text by the artefact's own `generate`: behind a prompt that is text; of a rendered chat, the reply."""
     model = AutoModelForCausalLM.from_pretrained(artefact, **({} if weights is None else {"weights": weights}))
     tokenizer = AutoTokenizer.from_pretrained(artefact)
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not prompt.startswith("<s>")).input_ids
-    output = model.generate(ids, max_new_tokens=num_tokens, do_sample=False)[0, ids.shape[1] :]
-    return str(tokenizer.decode(output, skip_special_tokens=True))
+    is_chat = prompt.startswith("<s>")
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not is_chat).input_ids
+    whole = model.generate(ids, max_new_tokens=num_tokens, do_sample=False)[0]
+    if is_chat:
+        return str(tokenizer.decode(whole[ids.shape[1] :], skip_special_tokens=True))
+    return str(tokenizer.decode(whole, skip_special_tokens=True)).removeprefix(prompt)
 
 
 class Load:

@@ -36,7 +36,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def greedy(client: openai.OpenAI, **extra: Any) -> str:
     made = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=12, temperature=0, extra_body=extra)
-    return made.choices[0].text.strip()
+    return made.choices[0].text
 
 
 def test_vllm_serve(artefact: Path) -> None:
@@ -76,7 +76,7 @@ def check_answers(client: openai.OpenAI, artefact: Path) -> None:
     weights = {"mixture_weights": "helpful=0.1,harmless=0.9"}
     assert greedy(client, vllm_xargs=weights) == generated(artefact, PROMPT, SHIFTED) != generated(artefact, PROMPT)
     pieces = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=12, temperature=0, stream=True)
-    assert "".join(piece.choices[0].text for piece in pieces).strip() == generated(artefact, PROMPT)
+    assert "".join(piece.choices[0].text for piece in pieces) == generated(artefact, PROMPT)
     messages: Any = [{"role": "user", "content": "was it good"}]
     chat = client.chat.completions.create(model=NAME, messages=messages, max_tokens=12, temperature=0)
     assert (chat.choices[0].message.content or "").strip() == generated(artefact, "<s> user was it good assistant")
