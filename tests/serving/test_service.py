@@ -311,8 +311,8 @@ def test_weights_that_were_fitted_for_another_decoding_are_said_to_be(
     (tmp_path / "mixture" / "fit.json").write_text(fit)
     with pytest.raises(PlacementError):
         serve_endpoint(str(tmp_path / "mixture"), Serve(port=0, gpus_per_replica=3), "fitted", blocking=False)
-    out = capsys.readouterr().out
-    assert ("caution: the weights were fitted for completions that are drawn whole, with 8 particles" in out) is said
+    warned = capsys.readouterr().err
+    assert ("warning: these weights were fitted for exact sampling with 8 particles" in warned) is said
 
 
 def test_a_damaged_artefact_is_refused_before_any_replica_starts(artefact: Path, tmp_path: Path) -> None:
