@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from mpo_ray.policies.adapters import AdapterStack
 from mpo_ray.policies.loading import (
@@ -24,6 +23,7 @@ from mpo_ray.policies.loading import (
     check_adapter,
     check_loads,
     check_model_files,
+    empty_model,
     is_adapter,
     load_tokenizer,
 )
@@ -199,14 +199,6 @@ def check_together(
     if chosen.pad_token_id is not None and chosen.pad_token_id >= size:
         chosen.pad_token = chosen.eos_token  # a token without a row in the embeddings cannot be put into a batch
     return chosen
-
-
-def empty_model(reference: str) -> PreTrainedModel:
-    """A model of the reference's shape whose weights take no memory (device "meta")."""
-    config = AutoConfig.from_pretrained(reference, trust_remote_code=False)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return model
 
 
 def _with_template(tokenizers: Mapping[str, PreTrainedTokenizerBase], tell: Tell) -> PreTrainedTokenizerBase:
