@@ -200,7 +200,7 @@ def stage_inputs(*values: object) -> str:
 def file_digest(path: str) -> str:
     """SHA-256 of a file's content (local path or URL), read in blocks."""
     sha = hashlib.sha256()
-    with fsspec.open(path, "rb") if "://" in path else Path(path).open("rb") as file:
+    with fsspec.open(path, "rb") if "://" in path else Path(path).expanduser().open("rb") as file:
         while block := file.read(1 << 20):
             sha.update(block)
     return sha.hexdigest()

@@ -197,7 +197,10 @@ def _export(engine: DeepSpeedEngine, run: Run, job: TrainingJob, tokenizer: Any,
     if engine.rank != 0:
         return
     model = engine.unwrapped
-    if not adapted:
+    if adapted:
+        layout = model.peft_config[TRAINED]
+        layout.target_modules = sorted(layout.target_modules)  # PEFT writes a set in another order in each process
+    else:
         restore_dropout(model.config, job.model)
     with run.publishing(job.output, mark=RECORD) as directory:
         model.save_pretrained(directory, state_dict=state, **({"selected_adapters": [TRAINED]} if adapted else {}))

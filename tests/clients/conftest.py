@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.serving.live import running, serving, write_tiny
+from mpo_ray.decoding.protocol import GenerationRequest
+from mpo_ray.serving.side_by_side import Batch, side_by_side
+from tests.serving.live import Live, running, serving, write_tiny
 
 KEY = "a-key-for-tests"
 
@@ -22,11 +25,19 @@ class Endpoint:
 
 @pytest.fixture(scope="session")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    """A tiny mixture of a context of 64 tokens, which asks for a key."""
+    """A tiny mixture of a context of 64 tokens, which asks for a key. No answer is empty, though it is drawn."""
     with running(write_tiny(tmp_path_factory.mktemp("clients"))) as live:
+        live.generate = partial(long_enough, live)  # type: ignore[method-assign]
         digest = hashlib.sha256(KEY.encode()).hexdigest()
         with serving(live.app(key_digests=(digest,))) as url:
             yield Endpoint(f"{url}/v1", KEY)
+
+
+def long_enough(live: Live, requests: Sequence[GenerationRequest]) -> AsyncGenerator[Batch]:
+    """The endpoint's own way to its engine, for answers that do not end before their fourth token."""
+    drawn = [replace(one.sampling, min_tokens=min(4, one.sampling.max_tokens)) for one in requests]
+    longer = [replace(one, sampling=sampling) for one, sampling in zip(requests, drawn, strict=True)]
+    return side_by_side(live.engine, longer)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,11 @@
 """The DeepSpeed engine: every ZeRO stage takes the same steps as plain AdamW, and a checkpoint continues them."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import get_scheduler
 
 from mpo_ray.cluster.checkpoints import SNAPSHOT, CheckpointError, check_checkpoint, checkpoint_to_resume
@@ -29,22 +27,12 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 
 EXAMPLES = [Example([1, 7 + i], [7 + (3 * i + j) % 18 for j in range(2 + i % 3)]) for i in range(16)]
 STEPS = 6
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_llama(tmp_path_factory.mktemp("base"), tiny_tokenizer(), seed=0))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A gloo group of one, as Ray Train would have made it."""
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("LOCAL_RANK", "0")
-        yield
-    dist.destroy_process_group()
 
 
 def _training(**changes: object) -> PolicyTraining:

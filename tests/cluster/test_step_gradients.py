@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.distributed as dist
 
 from mpo_ray.maths.constrained import ratio
 from mpo_ray.policies.loading import load_model
@@ -39,17 +37,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     found = Run(str(tmp_path_factory.mktemp("runs")), "run")
     write_parts(found)
     return found
-
-
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A gloo group of one, as Ray Train would have made it."""
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("LOCAL_RANK", "0")
-        yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
