@@ -94,7 +94,6 @@ class Command:
             text=True,
             cwd=ROOT,
             env=environment,
-            start_new_session=True,  # what it does to its process group is not done to this one
         )
         self.said: list[str] = []
         self._lines: queue.Queue[str] = queue.Queue()
