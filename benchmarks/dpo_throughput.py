@@ -32,8 +32,7 @@ from shared_material import find_testbed
 
 from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine
 from mpo_ray.config_training import PolicyTraining
-from mpo_ray.data.tokens import prompt_token_ids, response_token_ids
-from mpo_ray.policies.loading import load_model, load_tokenizer
+from mpo_ray.policies.loading import load_model, load_rendering, load_tokenizer
 from mpo_ray.policies.policy_set import sequence_logprobs
 from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.loop import train
@@ -117,13 +116,13 @@ def main() -> int:
 
 def read_pairs(testbed: Path, objective: str, *, most: int) -> list[Pair]:
     """The testbed's pairs with a preference and two responses, tokenised, with log π_ref of both."""
-    tokenizer = load_tokenizer(str(testbed / "base"))
+    rendering = load_rendering(str(testbed / "base"))
     with gzip.open(testbed / "pairs.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     rows = [row for row in rows if row[objective] in (0, 1) and row["a"] and row["b"]][:most]
-    prompts = [prompt_token_ids(tokenizer, row["prompt"]) for row in rows]
-    chosen = [response_token_ids(tokenizer, row["a" if row[objective] == 1 else "b"]) for row in rows]
-    rejected = [response_token_ids(tokenizer, row["b" if row[objective] == 1 else "a"]) for row in rows]
+    prompts = [rendering.prompt_ids(row["prompt"]) for row in rows]
+    chosen = [rendering.ids(row["prompt"], row["a" if row[objective] == 1 else "b"])[1] for row in rows]
+    rejected = [rendering.ids(row["prompt"], row["b" if row[objective] == 1 else "a"])[1] for row in rows]
     reference = load_model(str(testbed / "base"))
     log_ref = [
         sequence_logprobs(reference, list(zip(prompts, side, strict=True)), batch_size=64, pad_id=0)

@@ -39,7 +39,7 @@ from mpo_ray.evaluation.divergence import divergences
 from mpo_ray.evaluation.estimates import number, written
 from mpo_ray.evaluation.metrics import Metrics, evaluate_completions
 from mpo_ray.evaluation.rewards import IMPLICIT
-from mpo_ray.policies.loading import load_model, load_policy, load_tokenizer
+from mpo_ray.policies.loading import load_model, load_policy, load_rendering
 from mpo_ray.policies.policy_set import PolicySet
 from mpo_ray.records import digest
 from mpo_ray.run import Run
@@ -178,7 +178,7 @@ def compare(context: Context, policies: Mapping[str, Path]) -> Metrics:
 def completions(context: Context, name: str, path: Path) -> pa.Table:
     """What the evaluation stage makes of a candidate, in this process: completions, rewards, KL."""
     base, evaluation, actors = context.reference(), context.config.evaluation, context.config.scoring
-    tokenizer, specs = load_tokenizer(base), context.rewards()
+    rendering, specs = load_rendering(base, **context.config.data.rendering), context.rewards()
     rewards = load_rewards(specs, actors)
     judges: PolicySet | None = None
     if IMPLICIT in specs.values():
@@ -188,17 +188,17 @@ def completions(context: Context, name: str, path: Path) -> pa.Table:
     for index, part in enumerate(context.run.parts("prompts/evaluation")):
         rows = draw(
             policy,
-            tokenizer,
+            rendering,
             context.run.read_table(part),
             num=evaluation.completions_per_prompt,
             max_new_tokens=evaluation.max_new_tokens,
             temperature=evaluation.temperature,
             seed=int(digest([context.config.seed, name, index])[:12], 16),
         )
-        pad = tokenizer.pad_token_id
+        pad = rendering.tokenizer.pad_token_id
         kl, log_z = divergences(policy, reference, sequences(rows), batch_size=actors.batch_size, pad_id=pad)
         ratios = {} if judges is None else log_ratios(judges, list(specs), rows, actors, pad)
-        rows = with_rewards(rows, rewards, tokenizer, ratios, context.config.policies.beta)
+        rows = with_rewards(rows, rewards, rendering, ratios, context.config.policies.beta)
         lengths = [len(ids) for ids in rows["response_ids"].to_pylist()]
         rows = rows.append_column("candidate", pa.array([name] * rows.num_rows))
         rows = rows.append_column("num_tokens", pa.array(lengths, pa.int32()))

@@ -49,7 +49,7 @@ from ray import serve as ray_serve
 from shared_material import find_testbed
 
 from mpo_ray.config_serving import Serve
-from mpo_ray.data.tokens import prompt_token_ids
+from mpo_ray.data.rendering import Rendering
 from mpo_ray.decoding.engine_thread import EngineThread
 from mpo_ray.decoding.open_engine import open_engine
 from mpo_ray.decoding.protocol import GenerationRequest, Sampling
@@ -206,7 +206,7 @@ async def through_engine(engine: EngineThread, tokenizer: Any, requests: list[di
         for index, body in waiting:
             record: dict[str, Any] = {"start": time.perf_counter(), "first": None, "tokens": 0, "status": 200}
             sampling = Sampling(max_tokens=body["max_tokens"], seed=body["seed"])
-            ids = tuple(prompt_token_ids(tokenizer, body["prompt"]))
+            ids = tuple(Rendering(tokenizer).prompt_ids(body["prompt"]))
             async for delta in engine.generate(GenerationRequest(str(index), ids, sampling)):
                 record["first"] = record["first"] or time.perf_counter()
                 record["tokens"] += len(delta.tokens)

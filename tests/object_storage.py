@@ -8,7 +8,6 @@ moto needs versions of packages that this project's other tools exclude:
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -25,7 +24,7 @@ BUCKET = "bucket"
 
 def moto_server() -> str:
     """The program; skips the test where there is none."""
-    found = os.environ.get("MPO_RAY_MOTO_SERVER") or shutil.which("moto_server")
+    found = os.environ.get("MPO_RAY_MOTO_SERVER")
     own = ROOT / ".venv-moto" / "bin" / "moto_server"
     if found is None and not own.exists():
         pytest.skip(f"moto_server is not installed; {__doc__.splitlines()[-1].strip()}, or set MPO_RAY_MOTO_SERVER")

@@ -139,8 +139,8 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
         made.append(
             Stage(name, name, after, lambda _, outputs=outputs: outputs, lambda context: context.config.seed, work)  # type: ignore[misc]
         )
-    monkeypatch.setattr("mpo_ray.stages.stage.STAGES", {stage.name: stage for stage in made})
-    STAGES.update({stage.name: stage for stage in made})
+    for stage in made:
+        monkeypatch.setitem(STAGES, stage.name, stage)
     return made
 
 
