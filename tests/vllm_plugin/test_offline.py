@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mpo_ray.policies.artefact import write_artefact
+from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from tests.vllm_plugin.mixtures import MARKS, NAMES, TOKENIZER, WEIGHTS, logits, requests, write_mixture
 
@@ -181,20 +182,19 @@ def test_a_damaged_artefact_is_refused_at_start(tmp_path: Path, open_llm: Callab
         open_llm(artefact)
 
 
-def test_a_policy_that_lacks_a_tensor_is_refused_at_start(tmp_path: Path, open_llm: Callable[..., Any]) -> None:
-    """Its artefact is what was written; what was written was not whole."""
+def test_a_policy_that_lacks_a_tensor_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     write_mixture(tmp_path, "llama", "fff")
     policy = tmp_path / "policy-harmless"
     tensors = load_file(policy / "model.safetensors")
     del tensors["model.layers.1.post_attention_layernorm.weight"]
     save_file(tensors, policy / "model.safetensors", metadata={"format": "pt"})
-    whole = {name: tmp_path / f"policy-{name}" for name in NAMES}
+    given = {name: tmp_path / f"policy-{name}" for name in NAMES}
     again = tmp_path / "again"
-    write_artefact(
-        again, objectives=whole, reference=tmp_path / "reference", copy_reference=True, weights=WEIGHTS, fit={}
-    )
-    with pytest.raises(Exception, match=r"harmless: there are no weights for 'model\.layers\.1\.post_attention"):
-        open_llm(again)
+    with pytest.raises(ModelError, match=r"policy-harmless: 1 weights .*'model\.layers\.1\.post_attention"):
+        write_artefact(
+            again, objectives=given, reference=tmp_path / "reference", copy_reference=True, weights=WEIGHTS, fit={}
+        )
+    assert not again.exists()
 
 
 def drop_sizes(artefact: Path) -> None:
