@@ -212,7 +212,7 @@ def strike(command: Command, kill: Kill, rng: random.Random) -> None:
         _, alive = psutil.wait_procs(tree, timeout=60)
         kill.outcome = f"ended with {command.process.returncode} after {elapsed:.1f} s"
         if alive:
-            kill.outcome += f"; {len(alive)} of Ray's processes a minute later"
+            kill.problems += f"{len(alive)} processes outlived it by a minute. "
             for process in alive:
                 process.kill()
     elif elapsed >= PATIENCE_S:
