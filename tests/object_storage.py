@@ -1,8 +1,6 @@
 """An S3 over HTTP on loopback, by moto's server, where it is installed in an environment of its own.
 
-moto needs versions of packages that this project's other tools exclude:
-
-    python -m venv .venv-moto && .venv-moto/bin/pip install "moto[server]>=5"
+moto needs versions of packages that this project's other tools exclude; `make moto` installs it.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ def moto_server() -> str:
     found = os.environ.get("MPO_RAY_MOTO_SERVER")
     own = ROOT / ".venv-moto" / "bin" / "moto_server"
     if found is None and not own.exists():
-        pytest.skip(f"moto_server is not installed; {__doc__.splitlines()[-1].strip()}, or set MPO_RAY_MOTO_SERVER")
+        pytest.skip("moto_server is not installed; run `make moto`, or set MPO_RAY_MOTO_SERVER")
     return found or str(own)
 
 

@@ -181,7 +181,7 @@ def test_a_tokenizer_pads_with_its_end_token_where_it_has_no_other(base: Path, t
 def test_a_model_to_compare_shares_the_references_vocabulary_and_output_layer(base: Path, tmp_path: Path) -> None:
     """Nothing is opened but files; the message names the place in the run file, both models and the difference."""
     check_comparable("theirs", str(tiny_llama(tmp_path / "twin", tiny_tokenizer(), seed=9)), str(base))
-    fewer = tiny_llama(tmp_path / "fewer", tiny_tokenizer(words=["the", "film"]), seed=1)
+    fewer = tiny_llama(tmp_path / "fewer", tiny_tokenizer(words=["the", "film"]), seed=1, vocab_size=25)
     with pytest.raises(ModelError, match=r"evaluation\.models\.theirs: .*different vocabularies: 9 and 25 tokens"):
         check_comparable("theirs", str(fewer), str(base))
     padded = tiny_llama(tmp_path / "padded", tiny_tokenizer(), seed=1, vocab_size=32)

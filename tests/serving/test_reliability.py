@@ -66,7 +66,7 @@ def deploy(artefact: Path, weights: dict[str, float]) -> None:
     }
     schema = ServeDeploySchema.model_validate({"applications": [application]})
     _get_global_client().deploy_apps(schema, _blocking=False)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 400
     while ray_serve.status().applications[NAME].status != "RUNNING":
         assert time.monotonic() < end, ray_serve.status().applications[NAME]
         time.sleep(0.1)
