@@ -62,6 +62,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 VICTIMS = ("driver", "worker", "raylet")
 #: Seconds within which a command that got a signal has to end, or to say something.
 PATIENCE_S = 240.0
+#: Seconds within which the processes of a command that was killed have to end: two agents of Ray 2.60 try for a minute
+#: to tell the head that its raylet has died, though the head is dead as well.
+LINGER_S = 120.0
 #: How often a command is started that ends before its kill: Ray gives up a start that takes 30 s on a busy machine.
 STARTS = 3
 
@@ -77,7 +80,10 @@ class Kill:
 
 
 class Command:
-    """`mpo-ray run` as a process, with what it says on standard error as it says it."""
+    """`mpo-ray run` as a process, with what it says on standard error as it says it.
+
+    began: when it said so of a stage, by its title
+    """
 
     def __init__(self, storage: Path) -> None:
         given = [part for item in (*SMALL, f"storage={storage}", "name=run") for part in ("--set", item)]
@@ -96,19 +102,22 @@ class Command:
             env=environment,
         )
         self.said: list[str] = []
-        self._lines: queue.Queue[str] = queue.Queue()
+        self.began: dict[str, float] = {}
+        self._lines: queue.Queue[tuple[float, str]] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self._lines.put(line.strip())
+            self._lines.put((time.monotonic(), line.strip()))
 
     def hear(self) -> bool:
         """Take what was said since the last call; whether there was anything."""
         before = len(self.said)
         while not self._lines.empty():
-            self.said.append(self._lines.get())
+            moment, line = self._lines.get()
+            self.said.append(line)
+            self.began.setdefault(line.partition(": complete")[0], moment)
         return len(self.said) > before
 
     @property
@@ -137,13 +146,33 @@ class Command:
 
 
 def plan(kills: int, rng: random.Random, stages: list[str]) -> list[Kill]:
-    """Every stage alike, in their order; every signal to every kind of process about as often."""
+    """Every stage alike, in their order; every signal to every kind of process about as often.
+
+    Within a stage first what ends the command: it comes back to the stage, and one that goes on does not.
+    """
     pairs = [(sent, victim) for sent in SIGNALS for victim in VICTIMS]
     drawn: list[tuple[signal.Signals, str]] = []
     while len(drawn) < kills:
         drawn += rng.sample(pairs, len(pairs))
     places = sorted(rng.sample(stages * (kills // len(stages) + 1), kills), key=stages.index)
-    return [Kill(stage, rng.random(), *pair) for stage, pair in zip(places, drawn, strict=False)]
+    planned = [Kill(stage, rng.random(), *pair) for stage, pair in zip(places, drawn, strict=False)]
+    survived = {"driver": 0, "raylet": 1, "worker": 2}
+    return sorted(planned, key=lambda kill: (stages.index(kill.stage), survived[kill.victim]))
+
+
+def rewind(run: Path, stages: list[str]) -> None:
+    """Take these stages from the run, with all that they and their workers left."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["stages"] = {name: stage for name, stage in manifest["stages"].items() if name not in stages}
+    kept = {node for stage in manifest["stages"].values() for node in stage["files"]}
+    for path in [path for path in run.rglob("*") if path.is_file()]:
+        node = path.relative_to(run).as_posix()
+        if node not in kept and node not in ("manifest.json", "config.yaml"):
+            path.unlink()
+    for path in sorted((path for path in run.rglob("*") if path.is_dir()), reverse=True):
+        if not any(path.iterdir()):
+            path.rmdir()
+    (run / "manifest.json").write_text(json.dumps(manifest, indent=2))
 
 
 def differences(run: Path, unbroken: Path, *, whole: bool) -> Iterator[str]:
@@ -167,10 +196,10 @@ def differences(run: Path, unbroken: Path, *, whole: bool) -> Iterator[str]:
             mine, theirs = load_file(run / node), load_file(unbroken / node)
             if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
                 yield f"{node} has other tensors"
-        elif node == "fit.json":
-            mine, theirs = (json.loads((place / node).read_text())["weights"] for place in (run, unbroken))
+        elif node in ("fit.json", "trade_off.json", "evaluation/metrics.json"):
+            mine, theirs = (json.loads((place / node).read_text()) for place in (run, unbroken))
             if mine != theirs:
-                yield f"λ is {mine} and not {theirs}"
+                yield f"{node} differs in {sorted(key for key in theirs if mine.get(key) != theirs[key])}"
     if whole:
         if missing := expected.keys() - stages.keys():
             yield f"stages {sorted(missing)} are not complete"
@@ -183,15 +212,13 @@ def differences(run: Path, unbroken: Path, *, whole: bool) -> Iterator[str]:
 def wait_for(command: Command, kill: Kill, title: str, seconds: float) -> None:
     """Return at the moment of the kill, or when the command has ended."""
     stopped = time.monotonic() + PATIENCE_S
-    while not command.ended and not any(
-        line == title or line.startswith(f"{title}: complete") for line in command.said
-    ):
+    while not command.ended and title not in command.began:
         if command.hear():
             stopped = time.monotonic() + PATIENCE_S
         if time.monotonic() > stopped:
             raise TimeoutError(f"the command said nothing for {PATIENCE_S:.0f} s; last {command.said[-3:]}")
         time.sleep(0.02)
-    moment = time.monotonic() + kill.share * max(seconds, 0.5)
+    moment = command.began.get(title, 0.0) + kill.share * max(seconds, 0.5)
     while not command.ended and time.monotonic() < moment:
         time.sleep(0.02)
         command.hear()
@@ -209,10 +236,10 @@ def strike(command: Command, kill: Kill, rng: random.Random) -> None:
         time.sleep(0.02)
     elapsed = time.monotonic() - started
     if command.ended:
-        _, alive = psutil.wait_procs(tree, timeout=60)
+        _, alive = psutil.wait_procs(tree, timeout=LINGER_S)
         kill.outcome = f"ended with {command.process.returncode} after {elapsed:.1f} s"
         if alive:
-            kill.problems += f"{len(alive)} processes outlived it by a minute. "
+            kill.problems += f"{len(alive)} processes outlived it by {LINGER_S:.0f} s: {alive}. "
             for process in alive:
                 process.kill()
     elif elapsed >= PATIENCE_S:
@@ -246,9 +273,16 @@ def main() -> int:
     print(f"unbroken: {sum(seconds.values()):.0f} s of work in {len(seconds)} stages", flush=True)
     titles = {stage.name: stage.title for stage in ORDER}
     rng = random.Random(options.seed)
-    kills = plan(options.kills, rng, [stage.name for stage in ORDER if stage.name in seconds])
+    stages = [stage.name for stage in ORDER if stage.name in seconds]
+    kills = plan(options.kills, rng, stages)
     command = Command(broken.parent)
     for number, kill in enumerate(kills, start=1):
+        if kill.stage in _seconds(broken):
+            if not command.ended:
+                status = command.process.wait()
+                kill.problems += "".join(f"before it: {found}. " for found in differences(broken, unbroken, whole=True))
+                kill.problems += f"the command before it ended with {status}. " if status else ""
+            rewind(broken, stages[stages.index(kill.stage) :])
         try:
             for _ in range(STARTS):
                 if command.ended:

@@ -90,7 +90,9 @@ def test_the_lock_of_a_killed_command_is_taken_over(
 def test_a_later_process_with_the_same_number_holds_nothing(run: Run) -> None:
     _leave(run, started=Holder.this_process("", "").started - 100.0)
     with locked(run, "mpo-ray run"):
-        pass
+        holder = read_lock(run)
+        assert holder is not None
+        assert holder.command == "mpo-ray run"
 
 
 def test_a_lock_that_came_with_a_copy_holds_nothing(holder: subprocess.Popen[str], tmp_path: Path) -> None:

@@ -9,10 +9,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: What servers call the end of a reply that ran into its limit (OpenAI and vLLM; Anthropic; Gemini; others).
-CUT_REASONS = frozenset({"length", "max_tokens", "max_length", "max_output_tokens", "model_length"})
-#: Keys that say why a reply ended.
-REASON_KEYS = ("finish_reason", "stop_reason")
+#: What servers and libraries call the end of a reply that ran into its limit (OpenAI, vLLM and Ollama; Anthropic;
+#: Gemini; transformers; others).
+CUT_REASONS = frozenset({"length", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length"})
+#: Keys that say why a reply ended, and those that say whether it was cut.
+REASON_KEYS = ("finish_reason", "stop_reason", "done_reason")
+TRUNCATED_KEYS = ("truncated", "is_truncated")
+#: Where a row or a message keeps what was said of a reply.
+METADATA_KEYS = ("metadata", "response_metadata", "generation_info")
 #: A pile of replies of one length is suspicious from so many replies on, this share of all, and so many times as many
 #: as have any of the NEAR lengths below.
 LEAST, SHARE, TIMES, NEAR = 5, 0.02, 3, 10
@@ -21,21 +25,43 @@ LEAST, SHARE, TIMES, NEAR = 5, 0.02, 3, 10
 def is_cut(values: Mapping[str, Any], column: str) -> bool:
     """Whether a row says that the reply in `column` was cut.
 
-    It says so by `finish_reason` or `stop_reason` (`length`, `max_tokens`, …) or by a true `truncated`: as keys of the
-    row, of the reply's last message, or of the row with the column's name before them (`chosen_finish_reason`). A key
-    with the column's name counts before one without.
+    It says so by a reason (`finish_reason: length`) or by a true `truncated`: as keys of the row, of the reply's last
+    message or of the metadata of either, or of the row with the column's name before or behind them
+    (`chosen_finish_reason`, `finish_reason_chosen`; for `response_a` also `finish_reason_a`). A key with the column's
+    name counts before one without.
     """
     reply = values.get(column)
     last = reply[-1] if isinstance(reply, Sequence) and not isinstance(reply, str) and reply else reply
-    own = {key: values.get(f"{column}_{key}") for key in (*REASON_KEYS, "truncated")}
-    of_message = dict(last) if isinstance(last, Mapping) else {}
-    for said in (own, of_message, values):
-        reasons = [str(said[key]) for key in REASON_KEYS if isinstance(said.get(key), str)]
-        if said.get("truncated") is not None:
-            return str(said["truncated"]).strip().lower() in ("true", "1", "1.0")
+    message = last if isinstance(last, Mapping) else {}
+    for said in (_own(values, column), message, *_metadata(message), values, *_metadata(values)):
+        found = [said[key] for key in TRUNCATED_KEYS if said.get(key) is not None]
+        if found:
+            return str(found[0]).strip().lower() in ("true", "1", "1.0")
+        reasons = [said[key] for key in REASON_KEYS if isinstance(said.get(key), str)]
         if reasons:
-            return any(reason.strip().lower() in CUT_REASONS for reason in reasons)
+            return any(_plain(reason) in CUT_REASONS for reason in reasons)
     return False
+
+
+def _own(values: Mapping[str, Any], column: str) -> dict[str, Any]:
+    """What the row says of this column alone."""
+    found: dict[str, Any] = {}
+    for inner in (values.get(f"{column}_{key}") for key in METADATA_KEYS):
+        found |= inner if isinstance(inner, Mapping) else {}
+    for key in (*REASON_KEYS, *TRUNCATED_KEYS):
+        for name in (f"{key}_{column.removeprefix('response_')}", f"{key}_{column}", f"{column}_{key}"):
+            if values.get(name) is not None:
+                found[key] = values[name]
+    return found
+
+
+def _metadata(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [inner for key in METADATA_KEYS if isinstance(inner := values.get(key), Mapping)]
+
+
+def _plain(reason: str) -> str:
+    """A reason without the name of its enumeration, which is there where an enum was written as text."""
+    return reason.strip().lower().rpartition(".")[2].replace("-", "_")
 
 
 def suspected(lengths: Sequence[int], limit: int) -> tuple[int, int]:

@@ -7,7 +7,9 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 from mpo_ray.records import Message, Prompt, Reply, ToolChat, chat_of
 
@@ -196,15 +198,19 @@ def read_number(values: Values, name: str) -> float | None:
 def read_id(values: Values) -> str | None:
     """The field `id`, a text or a whole number, as text; None where there is none.
 
-    A whole number may be stored as a float, as pandas does where some rows have none.
+    A whole number may be stored as a float, as pandas does where some rows have none, or as a decimal, as databases do.
     """
     value = values.get("id")
     if is_missing(value):
         return None
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
+    if isinstance(value, UUID):
+        return str(value)
+    if not isinstance(value, str):
+        raise BadFieldError(f"field 'id' is neither text nor a whole number: {type(value).__name__} {_shorten(value)}")
     return _check_text(value, "field 'id'")
 
 
@@ -251,7 +257,20 @@ def _check_message(message: Any, place: str) -> Message:
     )
     if not content and may_be_empty:
         return {"role": role, "content": "", **further}
-    return {"role": role, "content": _check_text(content, f"the content of {place}"), **further}
+    return {"role": role, "content": _check_text(_joined(content, place), f"the content of {place}"), **further}
+
+
+def _joined(content: Any, place: str) -> Any:
+    """The text of a content that is a list of parts, as OpenAI's clients write it; anything else as it is."""
+    if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
+        return content
+    for number, part in enumerate(content, 1):
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise BadFieldError(
+                f"part {number} of the content of {place} is no text but {part.get('type')!r}; only models of text are "
+                "trained here"
+            )
+    return "".join(part["text"] for part in content)
 
 
 def _plain(value: Any, what: str) -> Any:

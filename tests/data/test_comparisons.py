@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pyarrow as pa
-import pyarrow.parquet
+import pyarrow.parquet as pq
 import pytest
 
 from mpo_ray.config_training import Source
@@ -85,7 +87,7 @@ def test_ids_come_from_content_where_rows_have_none(read: Any) -> None:
         ({"margin": -1}, "margin is negative: -1, and it says how much better chosen is"),
         ({"margin": True}, "field 'margin' is not a finite number: True"),
         ({"margin": "inf"}, "field 'margin' is not a finite number: 'inf'"),
-        ({"id": [1]}, "field 'id' is not text: list [1]"),
+        ({"id": [1]}, "field 'id' is neither text nor a whole number: list [1]"),
         ({"prompt": []}, "field 'prompt' is empty"),
         ({"prompt": [USER, reply("x")]}, "field 'prompt' ends with an assistant message"),
         (
@@ -119,6 +121,36 @@ def test_an_id_that_is_a_whole_number_is_read_as_one_however_it_is_stored(
     read: Any, written: object, read_as: str
 ) -> None:
     assert read(GOOD | {"id": written}, GOOD | {"id": None}).comparisons[0].id == read_as
+
+
+@pytest.mark.parametrize(
+    ("written", "read_as"),
+    [
+        (pa.array([Decimal("7.00"), None], pa.decimal128(10, 2)), "7"),
+        (pa.array([UUID(int=5).bytes, None], pa.uuid()), str(UUID(int=5))),
+        (pa.array([2**63 + 5, None], pa.uint64()), "9223372036854775813"),
+        (pa.array(["x", None]).dictionary_encode(), "x"),
+    ],
+)
+def test_an_id_is_read_whatever_type_its_column_has(written: pa.Array, read_as: str, tmp_path: Path) -> None:
+    columns = {name: [text, f"another {text}"] for name, text in GOOD.items()}
+    pq.write_table(pa.table({**columns, "id": written}), tmp_path / "rows.parquet")
+    assert read_comparisons(Source(path=str(tmp_path / "rows.parquet")), "kind").comparisons[0].id == read_as
+
+
+@pytest.mark.parametrize("written", [7.5, True, [1], float("inf")])
+def test_an_id_that_is_no_text_and_no_whole_number_is_refused(read: Any, written: object) -> None:
+    [reason] = reasons(read(GOOD | {"id": written}))
+    assert reason.startswith("field 'id' is neither text nor a whole number: ")
+
+
+def test_the_parts_of_a_message_are_joined_and_an_image_is_refused(read: Any) -> None:
+    """As OpenAI's clients write messages."""
+    said = [{"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]}]
+    seen = [{"role": "user", "content": [{"type": "text", "text": "what is it?"}, {"type": "image_url"}]}]
+    parsed = read({**GOOD, "prompt": said}, {**GOOD, "prompt": seen})
+    assert parsed.comparisons[0].prompt == ({"role": "user", "content": "one two"},)
+    assert "part 2 of the content of message 1 of field 'prompt' is no text but 'image_url'" in reasons(parsed)[0]
 
 
 def test_float_ids_of_parquet_files_are_read(shared: Path) -> None:
@@ -417,5 +449,5 @@ def test_an_objective_with_no_pairs_is_an_error_whatever_is_allowed(read: Any) -
 def test_parquet_holds_chat_messages_as_well(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     row = {"prompt": [USER], "chosen": [reply("c")], "rejected": [reply("r")]}
-    pyarrow.parquet.write_table(pa.Table.from_pylist([row]), path)
+    pq.write_table(pa.Table.from_pylist([row]), path)
     assert texts(read_comparisons(Source(path=str(path)), "kind")) == [((USER,), "c", "r")]
