@@ -21,7 +21,8 @@ def ends_of(*settings: Any) -> set[int]:
 def model_ends(path: str | Path) -> set[int]:
     """The end tokens that transformers itself would use for a model: those of its generation_config and its config.
 
-    An adapter has neither; whoever decodes it uses its base model's.
+    One that the model has no row for is never drawn, so it is none. An adapter has neither configuration; whoever
+    decodes it uses its base model's.
     """
     found: set[int] = set()
     is_local = Path(path).is_dir()
@@ -32,7 +33,9 @@ def model_ends(path: str | Path) -> set[int]:
             found = set()
     if not is_local or (Path(path) / "config.json").is_file():
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        found |= ends_of(config, config.get_text_config())
+        text = config.get_text_config()
+        found |= ends_of(config, text)
+        found = {end for end in found if end < text.vocab_size}
     return found
 
 

@@ -19,6 +19,8 @@ from mpo_ray.records import digest
 
 #: Endings of the files of text that are handed on as files, each perhaps followed by .gz.
 TEXT_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
+#: What `save_to_disk` of `datasets` leaves: of one split, and of several.
+SAVED = ("state.json", "dataset_dict.json")
 #: How `datasets` reads the other files of text with the least change to their texts.
 OPTIONS: Mapping[str, dict[str, Any]] = {
     "csv": {"keep_default_na": False, "na_values": []},
@@ -55,9 +57,14 @@ class HubTable:
 
 
 def load_hub(source: Source) -> HubFiles | HubTable:
-    """Find a hub data set, or a local directory in the hub's layout, and fetch its files. Raises DataError."""
+    """Find a hub data set, or a local directory in the hub's layout, and fetch its files. Raises DataError.
+
+    A local directory may also be what `save_to_disk` of `datasets` wrote.
+    """
     try:
         return _load(source)
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(f"{_name(source)} does not load: {_cause(error)}. {_remedy(error)}") from error
 
@@ -96,6 +103,8 @@ def _load(source: Source) -> HubFiles | HubTable:
     import datasets  # slow to import, and only this form of source needs it
 
     directory = local_directory(source)
+    if directory is not None and any((directory / name).exists() for name in SAVED):
+        return _load_saved(source, directory)
     place = {
         "path": source.hub if directory is None else str(directory),
         "name": source.config,
@@ -118,6 +127,17 @@ def _load(source: Source) -> HubFiles | HubTable:
         return HubFiles(splits, declared, getattr(builder.config, "sep", ","))
     rows: Any = datasets.load_dataset(**place, split=source.split, **OPTIONS.get(builder.name, {}))
     return HubTable(rows, rows.features.to_dict(), digest([str(rows._fingerprint), source.config, source.revision]))
+
+
+def _load_saved(source: Source, directory: Path) -> HubTable:
+    """A data set as `save_to_disk` wrote it."""
+    import datasets
+
+    found: Any = datasets.load_from_disk(directory)
+    splits = found if isinstance(found, dict) else {str(found.split or "train"): found}
+    parts = absolute_parts(source, {name: len(rows) for name, rows in splits.items()})
+    rows: Any = datasets.concatenate_datasets([splits[name].select(range(start, stop)) for name, start, stop in parts])
+    return HubTable(rows, rows.features.to_dict(), digest([str(rows._fingerprint), source.split]))
 
 
 def _is_plain(config: Any) -> bool:

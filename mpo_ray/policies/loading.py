@@ -223,15 +223,20 @@ def _load(auto: Any, path: str, precision: str, *, without_dropout: bool = False
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
             **how,
         )
     except Exception as error:
         raise ModelError(f"{path}: the model could not be opened: {_short(error)}") from error
-    lacking = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    lacking = [repr(name) for name in sorted(loading["missing_keys"])]
+    lacking += [
+        f"{name!r} ({tuple(saved)} in its files, {tuple(wanted)} by its config.json)"
+        for name, saved, wanted in sorted(loading["mismatched_keys"])
+    ]
     if lacking:
         raise ModelError(
             f"{path}: {len(lacking)} weights of a {type(model).__name__} are not in its files or have another shape, "
-            f"first {lacking[0]!r}; they would be random. Is it a model of this kind, saved whole?"
+            f"first {lacking[0]}; they would be random. Is it a model of this kind, saved whole?"
         )
     return model.eval()
 

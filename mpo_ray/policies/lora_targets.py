@@ -55,6 +55,8 @@ def lora_targets(model: Any, wanted: str | Sequence[str]) -> str | list[str]:
             )
         others = [name for name, _ in model.named_modules() if name not in usable]
         return sorted(_short_names(usable, others))
+    if not wanted:
+        raise ModelError(f"lora.target_modules: names no layer. {_offer(linear, refused)}")
     entries = [wanted] if isinstance(wanted, str) else list(wanted)
     names = [name for name, _ in model.named_modules() if name]
     for entry in entries:

@@ -5,13 +5,16 @@ The model is opened on the meta device, without weights, whatever its size.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from jinja2 import TemplateSyntaxError
 
 from mpo_ray.config import RunConfig
 from mpo_ray.config_training import Lora
 from mpo_ray.data.rendering import Rendering
 from mpo_ray.data.text_tokens import RenderingError, UnknownIdError
-from mpo_ray.policies.loading import ModelError, check_model_files, empty_model, load_rendering
+from mpo_ray.policies.loading import ModelError, check_loads, check_model_files, empty_model, load_rendering
 from mpo_ray.policies.lora_targets import lora_targets
 from mpo_ray.policies.slot_support import slots_refusal
 
@@ -27,6 +30,8 @@ def check_reference(path: str, config: RunConfig) -> str:
     check_model_files(path)
     rendering = load_rendering(path, **config.data.rendering)
     model = empty_model(path)
+    if Path(path).is_dir():
+        check_loads(path)
     check_ids(path, model, rendering)
     for place, lora in lora_of(config).items():
         try:
@@ -52,6 +57,8 @@ def lora_of(config: RunConfig) -> dict[str, Lora]:
 def check_ids(path: str, model: Any, rendering: Rendering) -> None:
     """Refuse a tokenizer that writes ids which the model has no row for. The padding token needs none.
 
+    Nor does an end token that only the model names: it is never drawn, and never learned.
+
     Raises ModelError.
     """
     tokenizer = rendering.tokenizer
@@ -62,8 +69,8 @@ def check_ids(path: str, model: Any, rendering: Rendering) -> None:
     )
     added = {*tokenizer.added_tokens_decoder}
     ordinary = max((id for id in tokenizer.get_vocab().values() if id not in added), default=0)
-    used = [("an end token", id) for id in rendering.ends]
-    used += [("the start token", tokenizer.bos_token_id), ("a token", ordinary)]
+    ends = {rendering.end, tokenizer.eos_token_id}
+    used = [*(("an end token", id) for id in ends), ("the start token", tokenizer.bos_token_id), ("a token", ordinary)]
     for what, id in used:
         if id is None or id < num_rows:
             continue
@@ -78,8 +85,10 @@ def check_ids(path: str, model: Any, rendering: Rendering) -> None:
         rendering.ids(_PROMPT, _REPLY)
     except UnknownIdError as error:
         raise ModelError(f"{path}: the chat template does not fit the model: {error}. {_REMEDY}") from error
-    except RenderingError:
-        return  # it may refuse this conversation, and take the data's
+    except RenderingError as error:
+        if isinstance(error.__cause__, TemplateSyntaxError):
+            raise ModelError(f"{path}: {error}. Correct the tokenizer's chat_template.") from error
+        # it may refuse this conversation, and take the data's
 
 
 _REMEDY = (

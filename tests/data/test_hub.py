@@ -102,6 +102,26 @@ def test_a_split_may_be_made_of_parts(hub: Path, split: str, numbers: list[str])
     assert [row["chosen"] for row in found] == [f"harmless-base {number}" for number in numbers]
 
 
+def test_what_save_to_disk_wrote_is_read(tmp_path: Path) -> None:
+    """One split or several, with the classes of its schema."""
+    import datasets
+
+    rows = [{"prompt": f"p{n}", "a": "7", "b": "8", "kind": n % 2} for n in range(4)]
+    kind = datasets.ClassLabel(names=["b", "a"])
+    one = datasets.Dataset.from_list(rows).cast_column("kind", kind)
+    one.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": one, "test": one.select([3])}).save_to_disk(str(tmp_path / "both"))
+    assert [c.chosen for c in read_comparisons(Source(hub=str(tmp_path / "one")), "kind").comparisons] == [*"8787"]
+    found = values(Source(hub=str(tmp_path / "one"), split="train[1:3]"))
+    assert [(row["prompt"], row["kind"]) for row in found] == [("p1", "a"), ("p2", "b")]
+    assert values(Source(hub=str(tmp_path / "both"), split="test+train[:1]"))[0]["prompt"] == "p3"
+    assert 'Unknown split "dev"' in error_of(Source(hub=str(tmp_path / "one"), split="dev"))
+    before = fingerprint(Source(hub=str(tmp_path / "one")))
+    assert fingerprint(Source(hub=str(tmp_path / "one"))) == before
+    datasets.Dataset.from_list(rows[:2]).save_to_disk(str(tmp_path / "one"))
+    assert fingerprint(Source(hub=str(tmp_path / "one"))) != before
+
+
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".ndjson", ".json"])
 def test_texts_are_read_exactly_as_they_are_written(tmp_path: Path, ending: str) -> None:
     root = tmp_path / "texts"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,30 @@ def test_ends_and_starts_without_a_row_are_refused(key: str, tmp_path: Path) -> 
         check_reference(str(tmp_path), config())
 
 
+def test_an_end_token_that_only_the_model_names_needs_no_row(tmp_path: Path) -> None:
+    """It cannot be drawn, so it is no end: not of the run either."""
+    tiny_llama(tmp_path, tiny_tokenizer(), seed=0)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, 99]}))
+    check_reference(str(tmp_path), config())
+    assert load_rendering(str(tmp_path)).ends == (2,)
+
+
+def test_weights_of_another_size_than_the_configurations_are_refused(tmp_path: Path) -> None:
+    tiny_llama(tmp_path, tiny_tokenizer(), seed=0)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_size": 40}))
+    with pytest.raises(ModelError, match=r"'lm_head.weight' \(\(25, 32\) in its files, \(40, 32\) by"):
+        check_reference(str(tmp_path), config())
+
+
+def test_a_chat_template_that_is_no_template_is_refused(tmp_path: Path) -> None:
+    tiny_llama(tmp_path, tiny_tokenizer(), seed=0)
+    (tmp_path / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content ")
+    with pytest.raises(ModelError, match=r"the chat template refuses .* Correct the tokenizer's chat_template"):
+        check_reference(str(tmp_path), config())
+
+
 def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
     tiny_llama(tmp_path, tiny_tokenizer(), seed=0)
     tiny_tokenizer([f"w{n}" for n in range(60)]).save_pretrained(tmp_path)
@@ -74,6 +99,7 @@ def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
     ("targets", "complaint"),
     [
         ("[query_projection]", r"policies\.lora\.target_modules: 'query_projection' .* Did you mean q_proj"),
+        ("[]", r"policies\.lora\.target_modules: names no layer\. Layers that can be"),
         ("[q_proj, lm_head]", r"policies\.lora\.target_modules: 'lm_head' .* the output head"),
     ],
 )
