@@ -95,10 +95,13 @@ class Run(Storage):
     # ---- completeness and provenance ---------------------------------------------------------------------------
 
     def manifest(self) -> dict[str, Any]:
-        """What is recorded of the stages. A manifest that cannot be read counts as none: see `manifest_problem`."""
-        if self.manifest_problem() is not None:
-            return {"format": FORMAT, "stages": {}}
-        return self.read_json("manifest.json") or {"format": FORMAT, "stages": {}}
+        """What is recorded of the stages. A manifest that cannot be read counts as none: see `manifest_problem`.
+
+        So does the record of a stage that makes no sense.
+        """
+        found = {} if self.manifest_problem() is not None else self.read_json("manifest.json") or {}
+        stages = {name: record for name, record in found.get("stages", {}).items() if _is_record(record)}
+        return {"format": FORMAT, **found, "stages": stages}
 
     def manifest_problem(self) -> str | None:
         """Why manifest.json cannot be read, None if it can. Each stage then looks for what is there by its inputs."""
@@ -213,7 +216,17 @@ def directory_digest(path: str | Path) -> str:
 
 
 def _is_table(node: str) -> bool:
-    return node.endswith(".parquet")
+    return node.endswith(".parquet") and not node.rpartition("/")[2].startswith(".")
+
+
+def _is_record(record: Any) -> bool:
+    """Whether this is what `complete` records of a stage, now or in earlier versions."""
+    if not isinstance(record, dict) or not isinstance(record.get("inputs"), str):
+        return False
+    outputs, files = record.get("outputs"), record.get("files", {})
+    if not isinstance(outputs, list) or not isinstance(files, dict):
+        return False
+    return all(isinstance(state, list) and len(state) == 3 for state in files.values())
 
 
 @cache

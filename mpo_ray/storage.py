@@ -209,13 +209,13 @@ class Storage:
         return None if recorded is None else recorded.decode()
 
     def parts(self, node: str) -> list[str]:
-        """The Parquet files of a directory of the run, as nodes, in the order of their names."""
+        """The Parquet files of a directory of the run, as nodes, by name. Hidden ones belong to other programs."""
         try:
             listed = self.filesystem.ls(self.path(node), detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
         names = (os.path.basename(path) for path in listed)
-        return sorted(f"{node}/{name}" for name in names if name.endswith(".parquet") and not name.startswith(PARTIAL))
+        return sorted(f"{node}/{name}" for name in names if name.endswith(".parquet") and not name.startswith("."))
 
     def remove(self, node: str) -> None:
         """Remove a file or a directory, if it is there."""

@@ -96,10 +96,15 @@ def _unused(directory: Path) -> Path:
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.filename is None:  # a full disk or a quota is told of without a place
+            raise OSError(error.errno, error.strerror, str(path.parent)) from error
+        raise
 
 
 def _create_without_links(path: Path, content: bytes) -> bool:

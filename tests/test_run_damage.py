@@ -72,6 +72,24 @@ def test_damage_to_what_a_stage_made_is_found(run: Run, problem: str) -> None:
     assert not run.is_complete("scores", "inputs")
 
 
+@pytest.mark.parametrize("change", [{"files": {TABLE: None}}, {"files": []}, {"inputs": None}, {"outputs": "scores"}])
+def test_a_record_that_makes_no_sense_counts_as_none(run: Run, change: dict[str, object]) -> None:
+    """Its stage looks for what is there; the other records stand."""
+    _finished(run).complete("fit", "inputs", outputs=[], seconds=1.0)
+    manifest = run.read_json("manifest.json")
+    manifest["stages"]["scores"] |= change
+    run.write_json("manifest.json", manifest)
+    assert run.finished("scores", "inputs") is None
+    assert run.is_complete("fit", "inputs")
+
+
+def test_hidden_files_that_other_programs_leave_are_nobodys(run: Run) -> None:
+    """As macOS leaves one beside each file that it copies."""
+    _finished(run).write_bytes("scores/._part-0.parquet", b"not a table")
+    assert run.is_complete("scores", "inputs")
+    assert run.read_table("scores").num_rows == 2000
+
+
 def test_another_content_of_the_same_length_is_found_here(tmp_path: Path) -> None:
     """A byte of a table, also where its size stays: its time of change has it read."""
     run = _finished(_open(str(tmp_path)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,6 +42,20 @@ def test_permissions_follow_the_umask_whoever_wrote_the_files(umask: int, tmp_pa
     for name in ("base/config.json", "base/deeper/model.safetensors", "fit.json", "lock.json"):
         assert _mode(tmp_path / "runs" / name) == 0o666 & ~umask
     assert _mode(target / "tool") == (0o666 & ~umask) | 0o100
+
+
+def test_a_full_disk_is_told_of_with_its_place_and_leaves_what_was_there(tmp_path: Path) -> None:
+    """A limit on the size of files stands for it."""
+    write_file(tmp_path / "fit.json", b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(str(tmp_path))):
+            write_file(tmp_path / "fit.json", b"x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["fit.json"]
+    assert (tmp_path / "fit.json").read_bytes() == b"old"
 
 
 def test_content_is_on_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
