@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +23,8 @@ def ray_session(address: str | None = None) -> Iterator[None]:
     """Be connected to Ray while the block runs.
 
     A connection that exists is used and left alone. `address` (or RAY_ADDRESS, which `ray job submit` sets) joins a
-    cluster; without one, a local Ray is started, and shut down at the end.
+    cluster; without one, a local Ray is started, and shut down at the end. SIGTERM in the block raises
+    KeyboardInterrupt as Ctrl-C does, so that the end is the same.
     """
     if ray.is_initialized():
         yield
@@ -31,15 +34,24 @@ def ray_session(address: str | None = None) -> Iterator[None]:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     joined = address or os.environ.get("RAY_ADDRESS")
+    end_by_signals()
     if joined:
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's Train page
         ray.init(address=joined, log_to_driver=False, logging_level=logging.WARNING)
     else:
         start_local_ray(object_store_memory=LOCAL_OBJECT_STORE_BYTES)
+    end_by_signals()  # Ray puts handlers of its own in their place, of which SIGTERM's aborts the process
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def end_by_signals() -> None:
+    """Let SIGTERM be what Ctrl-C is, where this is the thread that gets signals."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
 
 
 def start_local_ray(**options: Any) -> None:

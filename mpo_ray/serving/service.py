@@ -7,7 +7,6 @@ import ipaddress
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from ray import serve as ray_serve
 from ray.exceptions import RayTaskError
 
 from mpo_ray.cluster.preflight import check_engine, check_serving
-from mpo_ray.cluster.session import start_local_ray
+from mpo_ray.cluster.session import end_by_signals, start_local_ray
 from mpo_ray.config import ConfigError
 from mpo_ray.config_serving import Serve
 from mpo_ray.config_training import Strict
@@ -122,13 +121,13 @@ def serve_endpoint(artefact: str, serve: Serve, name: str, *, blocking: bool) ->
         os.environ[PUBLIC_HOST] = serve.host  # HAProxy's; everything behind it stays on loopback
         host = "127.0.0.1"
     if blocking:
-        _end_by_signals()
+        end_by_signals()
     if own:
         start_local_ray()
     elif not ray.is_initialized():
         ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.WARNING)
     if blocking:
-        _end_by_signals()  # Ray puts handlers of its own in their place
+        end_by_signals()  # Ray puts handlers of its own in their place
     check_serving(serve)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its files have the rest
     try:
@@ -158,12 +157,6 @@ def _run(app: ray_serve.Application, name: str, url: str, serve: Serve) -> None:
     key = serve.api_keys_env or serve.api_key_env
     place = f"the API key is in {key}" if key else "no API key"
     print(f"Serving {name} at {url}/v1 ({place}). Stop with Ctrl-C.", flush=True)
-
-
-def _end_by_signals() -> None:
-    """Let SIGTERM be what Ctrl-C is."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
 
 
 def _check_address(serve: Serve) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,10 @@ with ray_session():
     import ray
     ray.get(ray.remote(lambda: None).remote())
     print(os.environ.get("RAY_AUTH_TOKEN"), flush=True)
-    sys.stdin.read()
+    try:
+        sys.stdin.read()
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
 """
 
 
@@ -33,6 +37,21 @@ def sockets(tree: list[psutil.Process]) -> set[tuple[str, int, str]]:
         for each in one.net_connections()
         if each.status == psutil.CONN_LISTEN
     }
+
+
+@pytest.mark.slow
+def test_sigterm_is_what_ctrl_c_is() -> None:
+    """Ray's own handler would abort the process with a stack, as `ray job stop` and orchestrators would see."""
+    started = subprocess.Popen(
+        [sys.executable, "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert started.stdout is not None
+    started.stdout.readline()
+    tree = psutil.Process(started.pid).children(recursive=True)
+    started.send_signal(signal.SIGTERM)
+    said, told = started.communicate(timeout=60)
+    assert (started.returncode, said) == (0, "interrupted\n"), told
+    assert not psutil.wait_procs(tree, timeout=30)[1]
 
 
 @pytest.mark.slow
