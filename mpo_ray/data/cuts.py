@@ -12,11 +12,10 @@ from typing import Any
 #: What servers and libraries call the end of a reply that ran into its limit (OpenAI, vLLM and Ollama; Anthropic;
 #: Gemini; transformers; others).
 CUT_REASONS = frozenset({"length", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length"})
-#: Keys that say why a reply ended, and those that say whether it was cut.
-REASON_KEYS = ("finish_reason", "stop_reason", "done_reason")
-TRUNCATED_KEYS = ("truncated", "is_truncated")
-#: Where a row or a message keeps what was said of a reply.
-METADATA_KEYS = ("metadata", "response_metadata", "generation_info")
+#: Keys that say why a reply ended, those that say whether it was cut, and where either may be kept; without signs.
+REASON_KEYS = ("finishreason", "stopreason", "donereason")
+TRUNCATED_KEYS = ("truncated", "istruncated")
+METADATA_KEYS = ("metadata", "responsemetadata", "generationinfo")
 #: A pile of replies of one length is suspicious from so many replies on, this share of all, and so many times as many
 #: as have any of the NEAR lengths below.
 LEAST, SHARE, TIMES, NEAR = 5, 0.02, 3, 10
@@ -28,35 +27,44 @@ def is_cut(values: Mapping[str, Any], column: str) -> bool:
     It says so by a reason (`finish_reason: length`) or by a true `truncated`: as keys of the row, of the reply's last
     message or of the metadata of either, or of the row with the column's name before or behind them
     (`chosen_finish_reason`, `finish_reason_chosen`; for `response_a` also `finish_reason_a`). A key with the column's
-    name counts before one without.
+    name counts before one without. Keys are compared without underscores and capitals, as Gemini and Bedrock have none.
     """
     reply = values.get(column)
     last = reply[-1] if isinstance(reply, Sequence) and not isinstance(reply, str) and reply else reply
-    message = last if isinstance(last, Mapping) else {}
-    for said in (_own(values, column), message, *_metadata(message), values, *_metadata(values)):
+    message, row = _by_key(last), _by_key(values)
+    for said in (_own(row, column), message, *_metadata(message), row, *_metadata(row)):
         found = [said[key] for key in TRUNCATED_KEYS if said.get(key) is not None]
         if found:
             return str(found[0]).strip().lower() in ("true", "1", "1.0")
         reasons = [said[key] for key in REASON_KEYS if isinstance(said.get(key), str)]
+        reasons += [details["reason"] for details in [_by_key(said.get("incompletedetails"))] if "reason" in details]
         if reasons:
-            return any(_plain(reason) in CUT_REASONS for reason in reasons)
+            return any(_plain(str(reason)) in CUT_REASONS for reason in reasons)
     return False
 
 
-def _own(values: Mapping[str, Any], column: str) -> dict[str, Any]:
-    """What the row says of this column alone."""
+def _by_key(values: Any) -> dict[str, Any]:
+    """What a row or a message says by its keys without signs: `finishReason` is `finish_reason`."""
+    if not isinstance(values, Mapping):
+        return {}
+    return {str(key).replace("_", "").replace("-", "").lower(): value for key, value in values.items()}
+
+
+def _own(row: Mapping[str, Any], column: str) -> dict[str, Any]:
+    """What the row says of this column alone. row: by keys without signs"""
+    name, short = (text.replace("_", "").lower() for text in (column, column.removeprefix("response_")))
     found: dict[str, Any] = {}
-    for inner in (values.get(f"{column}_{key}") for key in METADATA_KEYS):
-        found |= inner if isinstance(inner, Mapping) else {}
+    for key in METADATA_KEYS:
+        found |= _by_key(row.get(f"{name}{key}"))
     for key in (*REASON_KEYS, *TRUNCATED_KEYS):
-        for name in (f"{key}_{column.removeprefix('response_')}", f"{key}_{column}", f"{column}_{key}"):
-            if values.get(name) is not None:
-                found[key] = values[name]
+        for place in (f"{key}{short}", f"{short}{key}", f"{key}{name}", f"{name}{key}"):
+            if row.get(place) is not None:
+                found[key] = row[place]
     return found
 
 
 def _metadata(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [inner for key in METADATA_KEYS if isinstance(inner := values.get(key), Mapping)]
+    return [_by_key(values.get(key)) for key in METADATA_KEYS]
 
 
 def _plain(reason: str) -> str:

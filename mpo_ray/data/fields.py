@@ -20,6 +20,9 @@ HUMAN_TURN = "\n\nHuman:"
 #: What a message of the assistant says beside its content.
 SAYING = frozenset(("tool_calls", "reasoning_content", "reasoning", "thinking"))
 
+#: What OpenAI's two interfaces call a part of a content that is text.
+TEXT_PARTS = ("text", "input_text", "output_text")
+
 Values = Mapping[str, Any]
 
 
@@ -265,7 +268,7 @@ def _joined(content: Any, place: str) -> Any:
     if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
         return content
     for number, part in enumerate(content, 1):
-        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+        if part.get("type") not in TEXT_PARTS or not isinstance(part.get("text"), str):
             raise BadFieldError(
                 f"part {number} of the content of {place} is no text but {part.get('type')!r}; only models of text are "
                 "trained here"

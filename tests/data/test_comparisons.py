@@ -146,7 +146,7 @@ def test_an_id_that_is_no_text_and_no_whole_number_is_refused(read: Any, written
 
 def test_the_parts_of_a_message_are_joined_and_an_image_is_refused(read: Any) -> None:
     """As OpenAI's clients write messages."""
-    said = [{"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]}]
+    said = [{"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "input_text", "text": "two"}]}]
     seen = [{"role": "user", "content": [{"type": "text", "text": "what is it?"}, {"type": "image_url"}]}]
     parsed = read({**GOOD, "prompt": said}, {**GOOD, "prompt": seen})
     assert parsed.comparisons[0].prompt == ({"role": "user", "content": "one two"},)

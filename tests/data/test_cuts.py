@@ -43,6 +43,11 @@ def write(path: Path, *rows: object) -> Source:
         ({"rejected_finish_reason": "length"}, False),
         ({"finish_reason_chosen": "length"}, True),
         ({"done_reason": "length"}, True),
+        ({"finishReason": "MAX_TOKENS"}, True),
+        ({"stopReason": "max_tokens"}, True),
+        ({"incomplete_details": {"reason": "max_output_tokens"}}, True),
+        ({"incomplete_details": None, "finish_reason": "length"}, True),
+        ({"finish_reason": "content_filter"}, False),
         ({"finish_reason": "FinishReason.MAX_TOKENS"}, True),
         ({"finish_reason": "max_new_tokens"}, True),
         ({"is_truncated": True}, True),
@@ -59,6 +64,12 @@ def write(path: Path, *rows: object) -> Source:
 )
 def test_a_row_says_whether_its_reply_was_cut(said: dict[str, Any], cut: bool) -> None:
     assert is_cut({"chosen": "good", **said}, "chosen") is cut
+
+
+@pytest.mark.parametrize("key", ["finish_reason_a", "a_finish_reason", "response_a_finish_reason"])
+def test_the_letter_of_a_response_is_enough(key: str) -> None:
+    assert is_cut({"response_a": "x", "response_b": "y", key: "length"}, "response_a")
+    assert not is_cut({"response_a": "x", "response_b": "y", key: "length"}, "response_b")
 
 
 def test_every_row_form_carries_it(tmp_path: Path) -> None:
