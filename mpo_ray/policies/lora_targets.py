@@ -6,6 +6,7 @@ Only layers are named that a mixture can stack later. A model on the meta device
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -42,7 +43,8 @@ def lora_targets(model: Any, wanted: str | Sequence[str]) -> str | list[str]:
 
     `all-linear` becomes the names of all linear layers that can be adapted: not the output head, and not the experts
     of a mixture of experts, whose weights are one tensor. Anything else is checked and given back.
-    Raises ModelError for a name that no layer has, and for layers that an adapter cannot be added to.
+    Raises ModelError for a name that no layer has, for what is no regular expression, and for layers that an adapter
+    cannot be added to.
     """
     linear = linear_layers(model)
     refused = {leaf: why for leaf in _leaves(linear) if (why := _refusal(model, leaf)) is not None}
@@ -57,6 +59,13 @@ def lora_targets(model: Any, wanted: str | Sequence[str]) -> str | list[str]:
         return sorted(_short_names(usable, others))
     if not wanted:
         raise ModelError(f"lora.target_modules: names no layer. {_offer(linear, refused)}")
+    if isinstance(wanted, str):
+        try:
+            re.compile(wanted)
+        except re.error as error:
+            raise ModelError(
+                f"lora.target_modules: {wanted!r} is no regular expression ({error}). Correct it, or list names."
+            ) from error
     entries = [wanted] if isinstance(wanted, str) else list(wanted)
     names = [name for name, _ in model.named_modules() if name]
     for entry in entries:

@@ -68,9 +68,12 @@ def test_an_end_token_that_only_the_model_names_needs_no_row(tmp_path: Path) -> 
     """It cannot be drawn, so it is no end: not of the run either."""
     tiny_llama(tmp_path, tiny_tokenizer(), seed=0)
     file = tmp_path / "generation_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, 99]}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, 99, -1]}))
     check_reference(str(tmp_path), config())
     assert load_rendering(str(tmp_path)).ends == (2,)
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config\.json cannot be read .*Correct or remove it"):
+        check_reference(str(tmp_path), config())
 
 
 def test_weights_of_another_size_than_the_configurations_are_refused(tmp_path: Path) -> None:
@@ -100,6 +103,7 @@ def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
     [
         ("[query_projection]", r"policies\.lora\.target_modules: 'query_projection' .* Did you mean q_proj"),
         ("[]", r"policies\.lora\.target_modules: names no layer\. Layers that can be"),
+        ("'('", r"policies\.lora\.target_modules: '\(' is no regular expression"),
         ("[q_proj, lm_head]", r"policies\.lora\.target_modules: 'lm_head' .* the output head"),
     ],
 )
