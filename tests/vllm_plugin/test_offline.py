@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from mpo_ray.policies.artefact import write_artefact
+from mpo_ray.policies.artefact import policy_path, write_artefact
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.mixture import MixtureForCausalLM
+from mpo_ray.run import directory_digest, file_digest
 from tests.vllm_plugin.mixtures import MARKS, NAMES, TOKENIZER, WEIGHTS, logits, requests, write_mixture
 
 pytestmark = MARKS
@@ -195,6 +196,24 @@ def test_a_policy_that_lacks_a_tensor_is_refused_before_anything_is_written(tmp_
             again, objectives=given, reference=tmp_path / "reference", copy_reference=True, weights=WEIGHTS, fit={}
         )
     assert not again.exists()
+
+
+def test_an_artefact_that_was_written_from_half_a_policy_is_refused_at_start(
+    tmp_path: Path, open_llm: Callable[..., Any]
+) -> None:
+    """As earlier versions could write one: its digests are those of its files."""
+    artefact = write_mixture(tmp_path, "llama", "fff")
+    policy = policy_path(artefact, "harmless")
+    tensors = load_file(policy / "model.safetensors")
+    del tensors["model.layers.1.post_attention_layernorm.weight"]
+    (policy / "model.safetensors").unlink()  # it may be the same file as the one that was given
+    save_file(tensors, policy / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((artefact / "config.json").read_text())
+    config["policy_digests"]["harmless"] = directory_digest(policy)
+    config["policy_files"]["harmless"]["model.safetensors"] = file_digest(str(policy / "model.safetensors"))
+    (artefact / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Exception, match=r"harmless: there are no weights for 'model\.layers\.1\.post_attention"):
+        open_llm(artefact)
 
 
 def drop_sizes(artefact: Path) -> None:
