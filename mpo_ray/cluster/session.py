@@ -6,6 +6,8 @@ import logging
 import os
 import secrets
 import signal
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +39,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
     end_by_signals()
     if joined:
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's Train page
-        ray.init(address=joined, log_to_driver=False, logging_level=logging.WARNING)
+        join_ray(joined)
     else:
         start_local_ray(object_store_memory=LOCAL_OBJECT_STORE_BYTES)
     end_by_signals()  # Ray puts handlers of its own in their place, of which SIGTERM's aborts the process
@@ -52,6 +54,26 @@ def end_by_signals() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
+
+
+def join_ray(address: str) -> None:
+    """Connect to the Ray cluster at an address."""
+    _init(address=address)
+
+
+def _init(**options: Any) -> None:
+    """`ray.init` without the line by which Ray's core says, on standard error, that it was told to be quiet."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            said.seek(0)
+            os.write(2, b"".join(line for line in said if b"RAY_BACKEND_LOG_LEVEL" not in line))
 
 
 def start_local_ray(**options: Any) -> None:
@@ -72,13 +94,7 @@ def start_local_ray(**options: Any) -> None:
         logging.ERROR
     )  # it warns of the token that is wanted here
     try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            **options,
-        )
+        _init(address="local", include_dashboard=False, **options)
     except Exception as error:
         if "timed out during startup" not in str(error):  # Ray raises no class of its own
             raise

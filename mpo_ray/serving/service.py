@@ -20,7 +20,7 @@ from ray import serve as ray_serve
 from ray.exceptions import RayTaskError
 
 from mpo_ray.cluster.preflight import check_engine, check_serving
-from mpo_ray.cluster.session import end_by_signals, start_local_ray
+from mpo_ray.cluster.session import end_by_signals, join_ray, start_local_ray
 from mpo_ray.config import ConfigError
 from mpo_ray.config_serving import Serve
 from mpo_ray.config_training import Strict
@@ -125,7 +125,7 @@ def serve_endpoint(artefact: str, serve: Serve, name: str, *, blocking: bool) ->
     if own:
         start_local_ray()
     elif not ray.is_initialized():
-        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.WARNING)
+        join_ray(os.environ["RAY_ADDRESS"])
     if blocking:
         end_by_signals()  # Ray puts handlers of its own in their place
     check_serving(serve)

@@ -32,7 +32,8 @@ class Instance:
     def __init__(self, name: str, artefact: Path, directory: Path, port: int) -> None:
         self.name, self.port, self.url = name, port, f"http://127.0.0.1:{port}"
         self.said, self.told = directory / f"{name}.said", directory / f"{name}.told"
-        environment = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_MODE"} | {"KEY": KEYS[name]}
+        environment = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_MODE"}
+        environment |= {"KEY": KEYS[name], "RAY_BACKEND_LOG_LEVEL": "fatal"}  # as the command sets it
         config = directory / f"{name}.py"
         config.write_text(START.format(artefact=str(artefact), name=name, port=port), encoding="utf-8")
         with self.said.open("wb") as output, self.told.open("wb") as errors:
