@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mpo_ray.policies.short_windows import short_windows
+
+logger = logging.getLogger(__name__)
 
 #: Tokens that a family's cache is tried with, and the window that its layers are given for that.
 PROBE, PROBE_WINDOW = (3, 5, 4, 1, 6, 2, 7, 3), 3
@@ -96,8 +99,10 @@ def keeps_its_cache(model: Any) -> bool:
             for place in range(5, len(PROBE)):
                 for number, (sequence, text) in enumerate(zip(sequences, texts, strict=True)):
                     found[number].append(sequence.extend(model, text[place : place + 1], 1))
-        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, NotImplementedError):
-            return False  # whatever the family has against it, a pass over the whole text needs no cache
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            # whatever the family has against it, a pass over the whole text needs no cache
+            logger.info("%s is decoded without a cache: %s: %s", type(model).__name__, type(error).__name__, error)
+            return False
     most = MOST_DIFFERENCE.get(model.dtype, 0.5)
     return all(
         float((torch.cat(rows) - wanted).abs().max()) <= most for rows, wanted in zip(found, expected, strict=True)
