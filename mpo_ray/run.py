@@ -21,7 +21,7 @@ import yaml
 
 from mpo_ray.config import RunConfig
 from mpo_ray.records import digest
-from mpo_ray.storage import FileState, RunError, Storage
+from mpo_ray.storage import FileState, RunError, Storage, is_table
 
 #: Raised when a stage's output takes another form, so that an older run's output is made anew.
 FORMAT = 2
@@ -133,7 +133,7 @@ class Run(Storage):
         there: dict[str, FileState] = {}
         for node in record["outputs"]:
             there |= self.files(node)
-        damaged = {node: "belongs to no part" for node in there.keys() - record["files"].keys() if _is_table(node)}
+        damaged = {node: "belongs to no part" for node in there.keys() - record["files"].keys() if is_table(node)}
         files = dict(record["files"])
         for node, (size, stamp, sha) in record["files"].items():
             state = there.get(node)
@@ -190,7 +190,7 @@ class Run(Storage):
         """SHA-256 of a file, None where it would have to be fetched and is large or a table, whose pages have sums."""
         if self.is_local:
             return file_digest(str(self.local / node))
-        if state.size > SMALL or _is_table(node):
+        if state.size > SMALL or is_table(node):
             return None
         return hashlib.sha256(self.read_bytes(node) or b"").hexdigest()
 
@@ -213,10 +213,6 @@ def directory_digest(path: str | Path) -> str:
     """One digest for the files of a local directory: their relative names and contents."""
     root = Path(path)
     return digest([[str(f.relative_to(root)), file_digest(str(f))] for f in sorted(root.rglob("*")) if f.is_file()])
-
-
-def _is_table(node: str) -> bool:
-    return node.endswith(".parquet") and not node.rpartition("/")[2].startswith(".")
 
 
 def _is_record(record: Any) -> bool:

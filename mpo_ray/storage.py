@@ -209,13 +209,12 @@ class Storage:
         return None if recorded is None else recorded.decode()
 
     def parts(self, node: str) -> list[str]:
-        """The Parquet files of a directory of the run, as nodes, by name. Hidden ones belong to other programs."""
+        """The Parquet files of a directory of the run, as nodes, in the order of their names."""
         try:
             listed = self.filesystem.ls(self.path(node), detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        names = (os.path.basename(path) for path in listed)
-        return sorted(f"{node}/{name}" for name in names if name.endswith(".parquet") and not name.startswith("."))
+        return sorted(f"{node}/{name}" for name in map(os.path.basename, listed) if is_table(name))
 
     def remove(self, node: str) -> None:
         """Remove a file or a directory, if it is there."""
@@ -304,6 +303,11 @@ class Storage:
             f"{self.root}/{node} is damaged: {error}. Files of a run are written whole, so something else changed it. "
             "Delete it and run the same command again: it is made again, and what is whole is kept."
         )
+
+
+def is_table(node: str) -> bool:
+    """Whether a file is a table of ours by its name: hidden ones belong to other programs."""
+    return node.endswith(".parquet") and not os.path.basename(node).startswith(".")
 
 
 def _open_filesystem(root: str) -> tuple[Any, str]:
