@@ -34,9 +34,15 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
 
 
 def long_enough(live: Live, requests: Sequence[GenerationRequest]) -> AsyncGenerator[Batch]:
-    """The endpoint's own way to its engine, for answers that do not end before their fourth token."""
-    drawn = [replace(one.sampling, min_tokens=min(4, one.sampling.max_tokens)) for one in requests]
-    longer = [replace(one, sampling=sampling) for one, sampling in zip(requests, drawn, strict=True)]
+    """The endpoint's own way to its engine, for answers of at least four tokens, each of which is a word."""
+    no_special = dict.fromkeys(live.tokenizer.all_special_ids, -100.0)  # their text is left out of an answer
+    longer = [
+        replace(
+            one,
+            sampling=replace(one.sampling, min_tokens=min(4, one.sampling.max_tokens), logit_bias=no_special),
+        )
+        for one in requests
+    ]
     return side_by_side(live.engine, longer)
 
 
