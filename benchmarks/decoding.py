@@ -87,9 +87,9 @@ def random_adapters(base: Path, directory: Path) -> dict[str, Path]:
     return paths
 
 
-def engine_side(mixture: MixtureForCausalLM, weights: Mapping[str, float], num_lanes: int, *, log_z: bool) -> Side:
+def engine_side(mixture: MixtureForCausalLM, weights: Mapping[str, float], max_num_seqs: int, *, log_z: bool) -> Side:
     """Decoding by the engine; the time begins when all prompts are computed."""
-    runner = MixtureRunner(mixture, num_lanes=num_lanes, context=512)
+    runner = MixtureRunner(mixture, max_num_seqs=max_num_seqs, context=512)
     engine = MixtureEngine(runner, weights, eos_ids=[], tokenizer=None)
 
     def one_round(prompts: Sequence[Sequence[int]], steps: int) -> float:

@@ -150,7 +150,7 @@ def engine_difference(artefact: Path, product: Product) -> tuple[float, bool]:
 
     Returns the largest difference, and whether the engine decodes in transformers' own cache.
     """
-    engine = open_engine(str(artefact), num_lanes=len(WEIGHTS), context=64, prompt_tokens=16)
+    engine = open_engine(str(artefact), max_num_seqs=len(WEIGHTS), context=64, prompt_tokens=16)
     prompts = texts(5, PROMPT_LENGTHS)
     sampling = Sampling(NUM_NEW, seed=0, num_logprobs=40, prompt_logprobs=True, ignore_eos=True)
     requests = [

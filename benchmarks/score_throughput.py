@@ -155,7 +155,7 @@ def in_memory(
     if find_spec("vllm") is not None:
         from mpo_ray.vllm_plugin.scoring import VllmPolicySet
 
-        by_vllm = VllmPolicySet(base, policies, num_lanes=batch_size)
+        by_vllm = VllmPolicySet(base, policies, max_num_seqs=batch_size)
         sides["vllm"] = lambda rows: by_vllm.logprobs(names, rows, **how)
     scores: dict[str, Scores] = {name: [] for name in sides}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}

@@ -97,7 +97,7 @@ def measure(title: str, base: Path, root: Path, prompts: list[str], options: arg
     serve = Serve(
         port=0,
         max_replicas=1,
-        num_lanes=STREAMS,
+        max_num_seqs=STREAMS,
         target_ongoing_requests=STREAMS,
         max_tokens=options.max_tokens,
         messages_per_step=options.messages_per_step,
@@ -105,7 +105,7 @@ def measure(title: str, base: Path, root: Path, prompts: list[str], options: arg
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         url = serve_endpoint(str(artefact), serve, "mixture", blocking=False)
-        engine = EngineThread(open_engine(str(artefact), num_lanes=STREAMS))
+        engine = EngineThread(open_engine(str(artefact), max_num_seqs=STREAMS))
         tokenizer = load_tokenizer(str(artefact))
         spend: list[dict[str, float]] = []
 

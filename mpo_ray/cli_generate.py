@@ -125,7 +125,7 @@ def _generate_file(options: argparse.Namespace, artefact: str) -> int:
             out,
             num_samples=options.n,
             seed=options.seed,
-            num_lanes=lanes,
+            max_num_seqs=lanes,
             actors=actors,
             jsonl=bool(options.jsonl),
             console=Console(stderr=True, highlight=False),

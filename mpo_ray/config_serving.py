@@ -63,7 +63,7 @@ class Serve(Strict):
 
     engine: Literal["mpo", "vllm"] = Field("mpo", description="what decodes; docs/serving.md says when to choose which")
     vllm: dict[str, Any] = Field({}, description="further arguments of vLLM's AsyncEngineArgs, for engine: vllm")
-    num_lanes: PositiveInt = Field(
+    max_num_seqs: PositiveInt = Field(
         16, description="sequences that a replica decodes at a time, if every policy takes part"
     )
     context: PositiveInt | None = Field(None, description="tokens of a sequence, at most; the model's own if absent")

@@ -9,6 +9,7 @@ import torch
 
 from mpo_ray.decoding.branch import Piece, Predictions
 from mpo_ray.decoding.engine import Event, MixtureEngine
+from mpo_ray.decoding.need import Need
 from mpo_ray.decoding.protocol import Delta, GenerationRequest, Mode, Sampling
 from mpo_ray.maths.log_linear import log_normalizer, mix_logprobs
 from tests.world import END, PROMPT_TOKEN, Response, Table
@@ -23,27 +24,30 @@ class WorldRunner:
     def __init__(self, policies: Sequence[Table], num_rows: int = 4096) -> None:
         self._policies = policies
         self.num_policies, self.vocab_size = len(policies), len(policies[0][()])
-        self.rows = num_rows
+        self.kv_blocks = num_rows
         self.lanes: dict[int, dict[int, int]] = {}
         self._sizes: dict[int, int] = {}
         self._next = 0
 
-    def rows_used(self) -> int:
+    def kv_blocks_used(self) -> int:
         return sum(self._sizes.values())
 
-    def rows_needed(self, policies: Sequence[int]) -> int:
-        return len(policies)
+    def refusal(self, need: Need) -> str | None:
+        return "there are not as many rows" if need.num_seqs * len(need.policies) > self.kv_blocks else None
 
-    def fits(self, policies: Sequence[int], num_lanes: int, *, when_empty: bool = False) -> bool:
-        return len(policies) * num_lanes <= self.rows - (0 if when_empty else self.rows_used())
+    def fits(self, need: Need) -> bool:
+        return need.num_seqs * len(need.policies) <= self.kv_blocks - self.kv_blocks_used()
 
-    def open(self, policies: Sequence[int]) -> int:
-        lane, self._next = self._next, self._next + 1
-        self.lanes[lane], self._sizes[lane] = {}, len(policies)
-        return lane
+    def open(self, need: Need) -> tuple[list[int], int]:
+        lanes = list(range(self._next, self._next + need.num_seqs))
+        self._next += need.num_seqs
+        for lane in lanes:
+            self.lanes[lane], self._sizes[lane] = {}, len(need.policies)
+        return lanes, 0
 
-    def close(self, lane: int) -> None:
-        del self.lanes[lane], self._sizes[lane]
+    def close(self, lanes: Sequence[int], *, spoiled: bool = False) -> None:
+        for lane in lanes:
+            del self.lanes[lane], self._sizes[lane]
 
     def copy(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
         found = [{place: self.lanes[source][place] for place in range(length)} for source, _ in pairs]

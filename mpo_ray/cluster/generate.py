@@ -80,9 +80,9 @@ class Outcome:
 class Generator:
     """A table of prompts → their completions, all of them handed to the engine at once."""
 
-    def __init__(self, artefact: str, recipe: Recipe, num_samples: int, num_lanes: int, context: int) -> None:
+    def __init__(self, artefact: str, recipe: Recipe, num_samples: int, max_num_seqs: int, context: int) -> None:
         self._recipe, self._num = recipe, num_samples
-        self._engine = open_engine(artefact, num_lanes=num_lanes, context=context)
+        self._engine = open_engine(artefact, max_num_seqs=max_num_seqs, context=context)
 
     def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
         """values: `seed`, which with the row's number gives the seed of each completion."""
@@ -110,7 +110,7 @@ def generate_parts(
     *,
     num_samples: int,
     seed: int,
-    num_lanes: int,
+    max_num_seqs: int,
     actors: Actors,
     jsonl: bool,
     console: Console,
@@ -146,7 +146,7 @@ def generate_parts(
                 "artefact": str(Path(artefact).absolute()),
                 "recipe": recipe,
                 "num_samples": num_samples,
-                "num_lanes": lanes_for(recipe, num_lanes),
+                "max_num_seqs": lanes_for(recipe, max_num_seqs),
                 "context": context,
             },
             actors=actors,

@@ -141,7 +141,7 @@ def _open(reference: str, policies: Mapping[str, str], scoring: Scoring) -> Poli
         reference,
         policies,
         precision=scoring.precision,
-        num_lanes=scoring.batch_size,
+        max_num_seqs=scoring.batch_size,
         arguments=scoring.vllm,
     )
 

@@ -22,7 +22,7 @@ def answer(artefact: str, text: str, recipe: Recipe, *, num: int, seed: int) -> 
     check_recipe(recipe, config, ids)
     lanes = min(NUM_LANES, num * recipe.mode.particles)
     context = len(ids) + max(1, recipe.sampling.max_tokens)
-    engine = open_engine(artefact, num_lanes=lanes_for(recipe, lanes), context=context)
+    engine = open_engine(artefact, max_num_seqs=lanes_for(recipe, lanes), context=context)
     requests = [
         recipe.request(str(sample), ids, seed=seed + sample, continues_text=isinstance(prompt, str))
         for sample in range(num)

@@ -18,10 +18,10 @@ from torch.nn.functional import pad
 
 from mpo_ray.maths.log_linear import log_normalizer
 from mpo_ray.policies.apart import ApartCache
+from mpo_ray.policies.block_support import carries_states
 from mpo_ray.policies.cache import growing_cache
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.policies.own_cache import keeps_its_cache
-from mpo_ray.policies.slot_support import carries_states
 
 #: Ended rows are dropped once they are this share of the batch: dropping copies the cache of the others.
 DROPPED_SHARE = 0.125

@@ -1,4 +1,4 @@
-"""One model of a mixture in slots: a stack of adapters on one base, or a policy of its own.
+"""One model of a mixture with its cache in blocks: a stack of adapters on one base, or a policy of its own.
 
 From pieces of sequences to hidden states, and from these to the mixture's logits. A model that would be decoded wrongly
 is refused when it is put in.
@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from mpo_ray.policies.adapters import AdapterStack
+from mpo_ray.policies.block_attention import KVCache, Layout, Segment, reading
+from mpo_ray.policies.block_reads import singles_of, stretch_of
+from mpo_ray.policies.block_support import NotInBlocksError, blocks_refusal
+from mpo_ray.policies.kv_blocks import BlockPool, Row
 from mpo_ray.policies.packed_linear import can_pack, only_called, pack_linears
 from mpo_ray.policies.short_norm import shorten_norms
 from mpo_ray.policies.short_windows import short_windows
-from mpo_ray.policies.slot_support import NotInSlotsError, slots_refusal
-from mpo_ray.policies.slots import Layout, Segment, Slots, reading, singles_of
 from mpo_ray.records import REFERENCE
 
-#: How far a model may be, in logits, from itself in slots, before its architecture is refused: float32, and bfloat16.
+#: How far a model may be, in logits, from itself in blocks, before its architecture is refused: float32, and bfloat16.
 MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 PROBE, PROBE_WINDOW = (3, 5, 4, 1, 6, 2, 7, 3), 3
 #: A factor of the logits that is nearer to 1 is rounding.
@@ -62,15 +64,14 @@ class Branch:
     """One model of the mixture: a stack of adapters on one base, or a policy of its own.
 
     policies: the numbers of those it holds; the base without an adapter, which a stack can run as well, comes first
+    pool, cache: the blocks of its sequences, none before `reserve`; bytes_per_token: of one sequence of one policy
     """
 
-    def __init__(
-        self, module: nn.Module, objectives: Sequence[str], policies: tuple[int, ...], num_lanes: int, context: int
-    ) -> None:
-        """Raises NotInSlotsError, and then leaves the model as it was."""
+    def __init__(self, module: nn.Module, objectives: Sequence[str], policies: tuple[int, ...]) -> None:
+        """Raises NotInBlocksError, and then leaves the model as it was."""
         self._stack = module if isinstance(module, AdapterStack) else None
         self.policies = policies if self._stack is None else (len(objectives), *policies)
-        self.slots = Slots(num_lanes * len(policies), context)
+        self.pool, self.cache = BlockPool(2), KVCache(2)  # for the probe
         model: Any = module.base if isinstance(module, AdapterStack) else module
         self._model = model
         self._names = {k: [*objectives, REFERENCE][k] for k in self.policies}
@@ -79,12 +80,18 @@ class Branch:
         self.vocab_size: int = config.vocab_size
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._scale = 1.0
-        self._check_slots()
+        self._check_blocks()
+        self.bytes_per_token: int = self.cache.bytes_per_token
+        self.reserve(0)
+
+    def reserve(self, num_blocks: int) -> None:
+        """Make room for as many blocks, all of them free."""
+        self.pool, self.cache = BlockPool(num_blocks), KVCache(num_blocks)
 
     def run(
         self,
         pieces: Sequence[Piece],
-        lanes: Mapping[int, Mapping[int, int]],
+        lanes: Mapping[int, Mapping[int, Row]],
         total: int,
         separate: Sequence[bool],
         policies: list[dict[int, Tensor]],
@@ -129,24 +136,23 @@ class Branch:
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def _hidden(
-        self, pieces: Sequence[Piece], lanes: Mapping[int, Mapping[int, int]], work: Sequence[tuple[int, int]]
+        self, pieces: Sequence[Piece], lanes: Mapping[int, Mapping[int, Row]], work: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """The last hidden states of the wanted places, (rows, d), in the order of `work`."""
+        """The last hidden states of the wanted places, (rows, d), in the order of `work`. Rows have their blocks."""
         tokens: list[int] = []
         places: list[int] = []
         positions: list[int] = []
         singles: list[int] = []
         lengths: list[int] = []
-        single_rows: list[int] = []
+        single_rows: list[Row] = []
         ends: list[int] = []
-        several: dict[int, list[tuple[int, int]]] = {}
+        several: dict[int, list[tuple[int, Row]]] = {}
         for k, i in work:
             piece, row, first = pieces[i], lanes[pieces[i].lane][k], len(tokens)
             num = len(piece.tokens)
             tokens += piece.tokens
             positions += range(piece.start, piece.start + num)
-            begin = row * self.slots.row_tokens + piece.start
-            places += range(begin, begin + num)
+            places += row.places(piece.start, piece.start + num)
             if num == 1:
                 singles.append(first)
                 single_rows.append(row)
@@ -157,15 +163,20 @@ class Branch:
         segments = [
             Segment(
                 tokens=self._index([list(range(first, first + len(pieces[i].tokens))) for first, _ in found]),
-                rows=self._index([row for _, row in found]),
+                rows=stretch_of(
+                    [row for _, row in found],
+                    pieces[i].start + len(pieces[i].tokens),
+                    self.cache.num_tokens,
+                    self._device,
+                ),
                 start=pieces[i].start,
             )
             for i, found in several.items()
         ]
         layout = Layout(
-            self.slots,
+            self.cache,
             self._index(places),
-            singles_of(single_rows, lengths, self._device) if singles else None,
+            singles_of(single_rows, lengths, self.cache.num_tokens, self._device) if singles else None,
             self._index(singles) if segments else None,
             segments,
         )
@@ -195,14 +206,14 @@ class Branch:
         return torch.tensor(values, dtype=torch.long, device=self._device)
 
     @torch.inference_mode()
-    def _check_slots(self) -> None:
-        """Compare a probe in slots with what the model gives by itself, before and after its layers are packed.
+    def _check_blocks(self) -> None:
+        """Compare a probe in blocks with what the model gives by itself, before and after its layers are packed.
 
-        Its windows are short meanwhile, so that the probe reaches beyond them. Raises NotInSlotsError.
+        Its windows are short meanwhile, so that the probe reaches beyond them. Raises NotInBlocksError.
         """
         name = type(self._model).__name__
-        if (refusal := slots_refusal(self._model.config)) is not None:
-            raise NotInSlotsError(f"{name}: {refusal}")
+        if (refusal := blocks_refusal(self._model.config)) is not None:
+            raise NotInBlocksError(f"{name}: {refusal}")
         with short_windows(self._model, PROBE_WINDOW):
             expected = {k: self._plain_logits(k) for k in self.policies[-2:]}
             self._compare(expected)
@@ -216,7 +227,7 @@ class Branch:
         try:
             with only_called(self._model):
                 self._compare(expected)
-        except NotInSlotsError:
+        except NotInBlocksError:
             return False
         return True
 
@@ -239,29 +250,29 @@ class Branch:
         self._scale = scale if abs(scale - 1) > LEAST_SCALING else 1.0
 
     def _compare(self, expected: Mapping[int, Tensor]) -> None:
-        """Compare the probe of one policy in three pieces, and of two in one pass. Raises NotInSlotsError."""
+        """Compare the probe of one policy in three pieces, and of two in one pass. Raises NotInBlocksError."""
         name = type(self._model).__name__
         last = self.policies[-1]
         passes = [[(last, self._probe(start, end))] for start, end in ((0, 5), (5, 6), (6, 8))]
-        if len(expected) > 1 and self.slots.num_rows > 1:
+        if len(expected) > 1:
             passes.append([(k, self._probe(0, len(PROBE) - n)) for n, k in enumerate(expected)])
         try:
             self._measure_scale(expected[last])
             found = [self._of_probe(work) for work in passes]
         except Exception as error:  # an architecture of which nothing is known can fail in any way
-            raise NotInSlotsError(f"{name}: it cannot be run there ({type(error).__name__}: {error})") from error
+            raise NotInBlocksError(f"{name}: it cannot be run there ({type(error).__name__}: {error})") from error
         differences = [
             float((rows - expected[k][piece.start : piece.start + piece.wanted]).abs().max())
             for work, results in zip(passes, found, strict=True)
             for (k, piece), rows in zip(work, results, strict=True)
         ]
         if not max(differences) <= MOST_DIFFERENCE.get(self._model.dtype, 0.5):
-            raise NotInSlotsError(f"{name}: its logits there differ by {max(differences):.2g} from its own")
+            raise NotInBlocksError(f"{name}: its logits there differ by {max(differences):.2g} from its own")
 
     def _of_probe(self, work: Sequence[tuple[int, Piece]]) -> Sequence[Tensor]:
         """The logits of pieces of the probe, each of one policy, in one pass."""
         pieces = [piece for _, piece in work]
-        lane = {k: n for n, (k, _) in enumerate(work)}
+        lane = {k: Row([n], [[n, 1]]) for n, (k, _) in enumerate(work)}
         hidden = self._hidden(pieces, {0: lane}, [(k, n) for n, (k, _) in enumerate(work)])
         return self._head(hidden).split_with_sizes([piece.wanted for piece in pieces])
 

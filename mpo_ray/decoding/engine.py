@@ -1,8 +1,8 @@
 """The engine: requests that join and leave at every step, decoded side by side on one mixture.
 
 A step computes the newest token of every running completion and a bounded piece of the prompts that are joining, in one
-pass; then every completion draws. A request is admitted with all the rows that it will ever need, or it waits: nothing
-admitted can run out of memory. One thread calls it; `engine_thread` puts it behind the protocol.
+pass; then every completion draws. A request is admitted when all KV-cache blocks that it can need are promised to it,
+or it waits: nothing admitted can run out of memory. One thread calls it; `engine_thread` puts it behind the protocol.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class MixtureEngine:
         self._running: dict[str, Run] = {}
         self._ids: set[str] = set()
         self._since: dict[str, float] = {}  # when those that wait came
-        self._counts = Statistics(running=0, waiting=0, rows=runner.rows, rows_used=0)
+        self._counts = Statistics(running=0, waiting=0, kv_blocks=runner.kv_blocks, kv_blocks_used=0)
 
     @property
     def num_waiting(self) -> int:
@@ -115,7 +115,7 @@ class MixtureEngine:
         self._since[request.id] = time.monotonic()
 
     def abort(self, request_id: str) -> bool:
-        """End a request and free its rows at once; says whether it was there."""
+        """End a request and free its blocks at once; says whether it was there."""
         if request_id not in self._ids:
             return False
         if request_id in self._running:
@@ -129,7 +129,10 @@ class MixtureEngine:
 
     def statistics(self) -> Statistics:
         return replace(
-            self._counts, running=len(self._running), waiting=len(self._waiting), rows_used=self._runner.rows_used()
+            self._counts,
+            running=len(self._running),
+            waiting=len(self._waiting),
+            kv_blocks_used=self._runner.kv_blocks_used(),
         )
 
     @torch.inference_mode()
@@ -168,11 +171,13 @@ class MixtureEngine:
         return events
 
     def _admit(self) -> None:
-        while self._waiting and self._runner.fits(self._waiting[0].policies, self._waiting[0].num_lanes):
+        while self._waiting and self._runner.fits(self._waiting[0].need):
             run = self._waiting.popleft()
-            run.start([self._runner.open(run.policies) for _ in range(run.num_lanes)])
+            lanes, num_computed = self._runner.open(run.need)
+            run.start(lanes, num_computed)
             self._running[run.request.id] = run
-            self._count(admitted=1, queue_seconds=time.monotonic() - self._since.pop(run.request.id))
+            waited = time.monotonic() - self._since.pop(run.request.id)
+            self._count(admitted=1, queue_seconds=waited, cached_prompt_tokens=num_computed)
 
     def _plan(self) -> list[_Work]:
         work, row, budget = [], 0, self._prompt_tokens
@@ -230,14 +235,13 @@ class MixtureEngine:
             logger.error("request %s failed", run.request.id, exc_info=error)
             error = error if isinstance(error, EngineError) else EngineError(f"{type(error).__name__} while decoding")
         events.append((run.request.id, error))
-        self._release(run)
+        self._release(run, spoiled=not isinstance(error, NothingAcceptedError))
         self._count(failed=1)
 
-    def _release(self, run: Run) -> None:
+    def _release(self, run: Run, *, spoiled: bool = False) -> None:
         del self._running[run.request.id]
         self._ids.remove(run.request.id)
-        for lane in run.lanes:
-            self._runner.close(lane)
+        self._runner.close(run.lanes, spoiled=spoiled)
 
     def _count(self, **added: float) -> None:
         self._counts = replace(self._counts, **{name: getattr(self._counts, name) + n for name, n in added.items()})

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mpo_ray.decoding.engine import MixtureEngine
+from mpo_ray.decoding.need import Need
 from mpo_ray.decoding.protocol import (
     Delta,
     Diagnostics,
@@ -71,13 +72,9 @@ class _Room:
 
     vocab_size: int
     context: int
-    rows: int = 0
 
-    def rows_needed(self, policies: Sequence[int]) -> int:
-        return len(policies)
-
-    def fits(self, policies: Sequence[int], num_lanes: int, *, when_empty: bool = False) -> bool:
-        return True
+    def refusal(self, need: Need) -> str | None:
+        return None
 
 
 def check_recipe(recipe: Recipe, config: MixtureConfig, prompt_ids: Sequence[int]) -> None:
@@ -86,9 +83,9 @@ def check_recipe(recipe: Recipe, config: MixtureConfig, prompt_ids: Sequence[int
     check_request(recipe.request("check", prompt_ids, seed=0), recipe.weights, room, config.objectives)
 
 
-def lanes_for(recipe: Recipe, num_lanes: int) -> int:
+def lanes_for(recipe: Recipe, max_num_seqs: int) -> int:
     """Lanes to open: as many as wanted, and enough for one completion."""
-    return max(num_lanes, recipe.mode.particles)
+    return max(max_num_seqs, recipe.mode.particles)
 
 
 def row_seed(seed: int, row: int, sample: int) -> int:

@@ -8,11 +8,12 @@ from typing import Any
 
 from mpo_ray.data.rendering import artefact_ends
 from mpo_ray.decoding.engine import PROMPT_TOKENS, MixtureEngine
-from mpo_ray.decoding.runner import MixtureRunner, Runner
+from mpo_ray.decoding.need import check_pool
+from mpo_ray.decoding.runner import MixtureRunner
 from mpo_ray.decoding.sequence_runner import SequenceRunner
-from mpo_ray.policies.loading import load_tokenizer
+from mpo_ray.policies.block_support import NotInBlocksError
+from mpo_ray.policies.loading import AUTO, PRECISIONS, load_tokenizer
 from mpo_ray.policies.mixture import MixtureForCausalLM
-from mpo_ray.policies.slot_support import NotInSlotsError
 
 logger = logging.getLogger(__name__)
 
@@ -20,23 +21,32 @@ logger = logging.getLogger(__name__)
 def open_engine(
     artefact: str,
     *,
-    num_lanes: int,
+    max_num_seqs: int,
     context: int | None = None,
+    kv_cache_gib: float | None = None,
+    least_tokens: int | None = None,
+    precision: str = AUTO,
     weights: Mapping[str, float] | None = None,
     max_waiting: int = 1024,
     prompt_tokens: int = PROMPT_TOKENS,
 ) -> MixtureEngine:
-    """Open the artefact, on the GPU where there is one, and reserve the memory of `num_lanes` sequences.
+    """Open the artefact, on the GPU where there is one, with a KV cache for at most `max_num_seqs` sequences.
 
     context: tokens of a sequence, at most and by default the model's own; weights: in the place of the artefact's
+    kv_cache_gib: of the KV cache; a share of what is free if absent
+    least_tokens: of one request, for which the KV cache has to be large enough
+    precision: of weights and KV cache: fp32, bf16, fp16; auto is the artefact's own
     Raises ModelError, ValueError.
     """
-    mixture = MixtureForCausalLM.from_pretrained(artefact, weights=weights, device_map="auto")
+    dtype = None if precision == AUTO else PRECISIONS[precision]
+    mixture = MixtureForCausalLM.from_pretrained(artefact, weights=weights, device_map="auto", dtype=dtype)
     return engine_of(
         mixture,
         load_tokenizer(artefact),
-        num_lanes=num_lanes,
+        max_num_seqs=max_num_seqs,
         context=context,
+        kv_cache_gib=kv_cache_gib,
+        least_tokens=least_tokens,
         max_waiting=max_waiting,
         prompt_tokens=prompt_tokens,
     )
@@ -46,15 +56,21 @@ def engine_of(
     mixture: MixtureForCausalLM,
     tokenizer: Any,
     *,
-    num_lanes: int,
+    max_num_seqs: int,
     context: int | None = None,
+    kv_cache_gib: float | None = None,
+    least_tokens: int | None = None,
     max_waiting: int = 1024,
     prompt_tokens: int = PROMPT_TOKENS,
 ) -> MixtureEngine:
     """The engine of a mixture that is open already, which it leaves as it was. As `open_engine`."""
     ends = artefact_ends(mixture.generation_config, tokenizer)
+    runner = runner_of(mixture, max_num_seqs=max_num_seqs, context=context, kv_cache_gib=kv_cache_gib)
+    if least_tokens is not None:
+        check_pool(runner.num_tokens, runner.bytes_per_token, min(least_tokens, runner.context))
+    logger.info("%s", runner)
     return MixtureEngine(
-        runner_of(mixture, num_lanes=num_lanes, context=context),
+        runner,
         {name: mixture.config.weights[name] for name in mixture.objectives},
         eos_ids=ends,
         tokenizer=tokenizer,
@@ -63,14 +79,17 @@ def engine_of(
     )
 
 
-def runner_of(mixture: MixtureForCausalLM, *, num_lanes: int, context: int | None = None) -> Runner:
+def runner_of(
+    mixture: MixtureForCausalLM, *, max_num_seqs: int, context: int | None = None, kv_cache_gib: float | None = None
+) -> MixtureRunner | SequenceRunner:
     """The fastest runner that gives the models' own distributions; a warning says where it is the slow one."""
+    room: dict[str, Any] = {"max_num_seqs": max_num_seqs, "context": context, "kv_cache_gib": kv_cache_gib}
     try:
-        return MixtureRunner(mixture, num_lanes=num_lanes, context=context)
-    except NotInSlotsError as error:
+        return MixtureRunner(mixture, **room)
+    except NotInBlocksError as error:
         logger.warning(
             "This mixture is decoded in transformers' own cache, one sequence after the other, which is slower: its "
-            "cache cannot lie in the engine's rows. %s.",
+            "cache cannot lie in KV-cache blocks. %s.",
             error,
         )
-    return SequenceRunner(mixture, num_lanes=num_lanes, context=context)
+    return SequenceRunner(mixture, **room)

@@ -162,14 +162,15 @@ class Delta:
 class Statistics:
     """A moment of an engine. Counts marked (total) only grow.
 
-    rows, rows_used: places of the key-value cache, one per policy and sequence in flight; in vLLM its pages
-    admitted (total), queue_seconds (total): requests that got their rows, and how long they all waited for them
+    kv_blocks, kv_blocks_used: of the KV cache, and of it those that requests hold
+    admitted (total), queue_seconds (total): requests that got their blocks, and how long they all waited for them
+    prompt_tokens (total), cached_prompt_tokens (total): that were computed, and that were in the KV cache already
     """
 
     running: int
     waiting: int
-    rows: int
-    rows_used: int
+    kv_blocks: int
+    kv_blocks_used: int
     steps: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -178,6 +179,7 @@ class Statistics:
     failed: int = 0
     admitted: int = 0
     queue_seconds: float = 0.0
+    cached_prompt_tokens: int = 0
 
 
 def every_token() -> float:

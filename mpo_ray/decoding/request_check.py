@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from mpo_ray.decoding.need import Need, need_of
 from mpo_ray.decoding.protocol import GenerationRequest, RequestError, Sampling
-from mpo_ray.decoding.runner import check_tokens
 
 
 class Room(Protocol):
@@ -15,11 +15,8 @@ class Room(Protocol):
 
     vocab_size: int
     context: int
-    rows: int
 
-    def rows_needed(self, policies: Sequence[int]) -> int: ...
-
-    def fits(self, policies: Sequence[int], num_lanes: int, *, when_empty: bool = False) -> bool: ...
+    def refusal(self, need: Need) -> str | None: ...
 
 
 def check_request(request: GenerationRequest, weights: Mapping[str, float], runner: Room, names: Sequence[str]) -> None:
@@ -52,13 +49,15 @@ def check_request(request: GenerationRequest, weights: Mapping[str, float], runn
     else:
         _check_exact(request, weights)
     policies = [k for k, name in enumerate(names) if weights.get(name, 0.0) != 0]
-    if not runner.fits(policies, mode.particles, when_empty=True):
-        rows = mode.particles * runner.rows_needed(policies)
-        raise RequestError(
-            f"{mode.particles} particles of {len(policies)} policies need {rows} rows of the cache, which has "
-            f"{runner.rows}. Ask for fewer particles.",
-            "particles",
-        )
+    if (refusal := runner.refusal(need_of(request, policies))) is not None:
+        raise RequestError(refusal, "particles" if mode.particles > 1 else "prompt")
+
+
+def check_tokens(tokens: Sequence[int], vocab_size: int, *, param: str) -> None:
+    """Raises RequestError for token ids that the model does not have."""
+    unknown = next((token for token in tokens if not 0 <= token < vocab_size), None)
+    if unknown is not None:
+        raise RequestError(f"the token id {unknown} is not in the vocabulary of {vocab_size} tokens.", param)
 
 
 def check_ends(sampling: Sampling, end_ids: Sequence[int], vocab_size: int) -> None:

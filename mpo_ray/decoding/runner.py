@@ -1,47 +1,52 @@
 """One step of a mixture's policies: from the new tokens of many sequences to the distributions of their next ones.
 
-A sequence has a *lane*: a row of the key-value cache for every policy with a weight. Nothing here knows of requests or
-of drawing.
+A sequence has a *lane*: a row of KV-cache blocks for every policy with a weight. Nothing here knows of requests or of
+drawing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mpo_ray.decoding.branch import PROBE, Branch, Piece, Predictions
-from mpo_ray.decoding.protocol import RequestError
+from mpo_ray.decoding.branch import Branch, Piece, Predictions
+from mpo_ray.decoding.need import Need, describe_pool, too_large, too_many
 from mpo_ray.maths.log_linear import log_normalizer
+from mpo_ray.policies.kv_blocks import BLOCK_TOKENS, BlockPool, Promise, Row, blocks_for
+from mpo_ray.policies.memory import GIB, usual_kv_cache
 from mpo_ray.policies.mixture import MixtureForCausalLM
-from mpo_ray.policies.slot_support import NotInSlotsError
 
 
 class Runner(Protocol):
     """What a scheduler asks of the model.
 
     has_reference: whether there is a policy more, after those of the objectives: the base of their adapters
+    context: tokens of a sequence, at most; kv_blocks: of the whole KV cache
     """
 
     num_policies: int
     has_reference: bool
     vocab_size: int
     context: int
-    rows: int
+    kv_blocks: int
 
-    def rows_used(self) -> int: ...
+    def kv_blocks_used(self) -> int: ...
 
-    def rows_needed(self, policies: Sequence[int]) -> int: ...
+    def refusal(self, need: Need) -> str | None:
+        """Why there is not room for this even with nothing else, as a sentence; None where there is."""
 
-    def fits(self, policies: Sequence[int], num_lanes: int, *, when_empty: bool = False) -> bool:
-        """Whether there is room for these lanes now, or would be with nothing else."""
+    def fits(self, need: Need) -> bool:
+        """Whether there is room now."""
 
-    def open(self, policies: Sequence[int]) -> int:
-        """A lane for these policies, with room for `context` tokens."""
+    def open(self, need: Need) -> tuple[list[int], int]:
+        """A lane for each sequence, and how many of the prompt's tokens the first one holds already."""
 
-    def close(self, lane: int) -> None: ...
+    def close(self, lanes: Sequence[int], *, spoiled: bool = False) -> None:
+        """Give back all lanes of a request. spoiled: what they hold is of no use to anybody"""
 
     def copy(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
         """Let the second lane of each pair hold the first `length` tokens of the first; a lane may be both."""
@@ -49,79 +54,157 @@ class Runner(Protocol):
     def run(self, pieces: Sequence[Piece]) -> Predictions: ...
 
 
-class MixtureRunner:
-    """A mixture's models with their rows. The mixture's own `forward` stays what it was.
+@dataclass(slots=True)
+class _Group:
+    """The lanes of one request, and the blocks that it may still take of each branch, by the branch's place."""
 
-    num_lanes: sequences that fit at a time if every policy takes part; lanes with fewer policies take fewer rows
-    context: tokens of a row, at most the model's own context
+    need: Need
+    promises: dict[int, Promise]
+    open_lanes: int = 0
+
+
+@dataclass(slots=True)
+class _Lane:
+    """A sequence: its rows by policy, its computed tokens, and what is known of its blocks.
+
+    nodes: by policy, of the last block whose content is known; num_known: such blocks; most_known: at most as many
     """
 
-    def __init__(self, mixture: MixtureForCausalLM, *, num_lanes: int, context: int | None = None) -> None:
-        """Raises NotInSlotsError for an architecture that gives something else when its rows lie in slots."""
-        limits = [limit for limit in (*mixture.longest_texts(), context) if limit is not None]
-        if not limits:
-            raise NotInSlotsError("the model names no longest sequence, and none is given")
-        self.context: int = min(limits)
+    group: _Group
+    rows: dict[int, Row]
+    tokens: list[int] = field(default_factory=list)
+    nodes: dict[int, int] = field(default_factory=dict)
+    num_known: int = 0
+    most_known: int = 0
+
+
+class MixtureRunner:
+    """A mixture's models with their KV cache. The mixture's own `forward` stays what it was.
+
+    max_num_seqs: sequences that are decoded at a time, at most
+    context: tokens of a sequence, at most the model's own context
+    kv_cache_gib: of all models together; a share of what is free if absent, and never more than can be needed
+    """
+
+    def __init__(
+        self,
+        mixture: MixtureForCausalLM,
+        *,
+        max_num_seqs: int,
+        context: int | None = None,
+        kv_cache_gib: float | None = None,
+    ) -> None:
+        """Raises NotInBlocksError for an architecture that gives something else when its cache lies in blocks."""
         self.num_policies = len(mixture.objectives)
         everyone = mixture.branches_of(range(self.num_policies))
-        row_tokens = max(self.context, len(PROBE))
         self._branches = {
-            place: Branch(mixture.branches[place], mixture.objectives, policies, num_lanes, row_tokens)
-            for place, policies in everyone.items()
+            place: Branch(mixture.branches[place], mixture.objectives, policies) for place, policies in everyone.items()
         }
-        self._branch_of = {k: branch for branch in self._branches.values() for k in branch.policies}
-        self.has_reference = self.num_policies in self._branch_of
+        self._place_of = {k: place for place, branch in self._branches.items() for k in branch.policies}
+        self.has_reference = self.num_policies in self._place_of
         self.vocab_size = next(iter(self._branches.values())).vocab_size
-        self.rows = sum(branch.slots.num_rows for branch in self._branches.values())
-        self._lanes: dict[int, dict[int, int]] = {}  # lane → policy → row
+        self.device, self._max_num_seqs = mixture.device, max_num_seqs
+        self._lanes: dict[int, _Lane] = {}
         self._next_lane = 0
-        self.device = mixture.device
+        limits = [limit for limit in (*mixture.longest_texts(), context) if limit is not None]
+        self.bytes_per_token = sum(self._branches[place].bytes_per_token * len(ks) for place, ks in everyone.items())
+        available = usual_kv_cache(self.device) if kv_cache_gib is None else int(kv_cache_gib * GIB)
+        num_blocks = available // (self.bytes_per_token * BLOCK_TOKENS)
+        if limits:
+            num_blocks = min(num_blocks, max_num_seqs * blocks_for(min(limits)))
+        self.num_tokens = num_blocks * BLOCK_TOKENS
+        self.context: int = min(limits, default=self.num_tokens)
+        for place, policies in everyone.items():
+            self._branches[place].reserve(num_blocks * len(policies))
+        self.kv_blocks = sum(branch.pool.num_blocks for branch in self._branches.values())
 
-    def rows_used(self) -> int:
-        return self.rows - sum(branch.slots.num_free for branch in self._branches.values())
+    def __str__(self) -> str:
+        return describe_pool(self.num_tokens, self.bytes_per_token, self.context)
 
-    def rows_needed(self, policies: Sequence[int]) -> int:
-        return len(policies)
+    def kv_blocks_used(self) -> int:
+        return sum(branch.pool.num_used for branch in self._branches.values())
 
-    def fits(self, policies: Sequence[int], num_lanes: int, *, when_empty: bool = False) -> bool:
-        for branch in self._branches.values():
-            wanted = num_lanes * sum(k in branch.policies for k in policies)
-            if wanted > (branch.slots.num_rows if when_empty else branch.slots.num_free):
-                return False
-        return True
+    def refusal(self, need: Need) -> str | None:
+        if need.num_seqs > self._max_num_seqs:
+            return too_many(need.num_seqs, self._max_num_seqs)
+        for place, wanted in self._wanted(need).items():
+            if wanted > self._branches[place].pool.num_blocks:
+                return too_large(need, wanted, self._branches[place].pool.num_blocks)
+        return None
 
-    def open(self, policies: Sequence[int]) -> int:
-        lane, self._next_lane = self._next_lane, self._next_lane + 1
-        self._lanes[lane] = {k: self._branch_of[k].slots.take() for k in policies}
-        return lane
+    def fits(self, need: Need) -> bool:
+        if len(self._lanes) + need.num_seqs > self._max_num_seqs:
+            return False
+        return all(wanted <= self._branches[p].pool.num_available for p, wanted in self._wanted(need).items())
 
-    def close(self, lane: int) -> None:
-        for k, row in self._lanes.pop(lane).items():
-            self._branch_of[k].slots.give_back(row)
+    def open(self, need: Need) -> tuple[list[int], int]:
+        known = {k: self._known(need, k) for k in need.policies}
+        num_known = min(len(found) for found in known.values())
+        if not self._room_beside(need, known, num_known):
+            num_known = 0
+        promises = {
+            place: self._branches[place].pool.promise(wanted - num_known * self._num_of(need, place))
+            for place, wanted in self._wanted(need).items()
+        }
+        group = _Group(need, promises)
+        lanes = [self._open(group) for _ in range(need.num_seqs)]
+        first = self._lanes[lanes[0]]
+        for k in need.policies:
+            self._pool(k).share(first.rows[k], [block for _, block in known[k][:num_known]])
+            first.nodes[k] = known[k][num_known - 1][0] if num_known else 0
+        first.num_known = num_known
+        first.most_known = blocks_for(need.num_tokens) if need.keeps else len(need.prompt) // BLOCK_TOKENS
+        first.tokens = list(need.prompt[: num_known * BLOCK_TOKENS])
+        self._hold(need, lanes, num_known)
+        return lanes, len(first.tokens)
+
+    def close(self, lanes: Sequence[int], *, spoiled: bool = False) -> None:
+        for number in lanes:
+            lane = self._lanes.pop(number)
+            for k, row in lane.rows.items():
+                if spoiled:
+                    self._clear(k, row)
+                self._pool(k).close(row)
+            lane.group.open_lanes -= 1
+            if not lane.group.open_lanes:
+                for place, promise in lane.group.promises.items():
+                    self._branches[place].pool.forgo(promise)
 
     @torch.inference_mode()
     def copy(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
-        for branch in self._branches.values():
-            rows = [
-                (self._lanes[source][k], self._lanes[target][k])
-                for source, target in pairs
-                for k in branch.policies
-                if k in self._lanes[target]
-            ]
-            if rows:
-                branch.slots.copy(rows, length)
+        tokens = {target: self._lanes[source].tokens[:length] for source, target in pairs}
+        moved: dict[int, list[tuple[int, int]]] = {place: [] for place in self._branches}
+        for source, target in pairs:
+            lane, shared = self._lanes[target], self._lanes[target].group.need.shared_blocks
+            for k, row in lane.rows.items():
+                given = self._lanes[source].rows[k]
+                if not row.blocks:
+                    self._pool(k).share(row, given.blocks[:shared])
+                self._grow(lane, k, length)
+                begin = shared * BLOCK_TOKENS
+                moved[self._place_of[k]] += zip(given.places(begin, length), row.places(begin, length), strict=True)
+        for place, found in moved.items():
+            if found:
+                self._branches[place].cache.copy(found)
+        for target, held in tokens.items():
+            self._lanes[target].tokens = held
 
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece]) -> Predictions:
         """Every policy of every piece, in one pass of each model."""
+        for piece in pieces:
+            self._prepare(piece)
         total = sum(piece.wanted for piece in pieces)
         separate = [piece.separate for piece in pieces for _ in range(piece.wanted)]
         policies: list[dict[int, Tensor]] = [{} for _ in separate]
+        rows: Mapping[int, Mapping[int, Row]] = {piece.lane: self._lanes[piece.lane].rows for piece in pieces}
         logits: Tensor | None = None
         for branch in self._branches.values():
-            part = branch.run(pieces, self._lanes, total, separate, policies)
+            part = branch.run(pieces, rows, total, separate, policies)
             if part is not None:
                 logits = part if logits is None else logits + part
+        for piece in pieces:
+            self._remember(piece)
         if logits is None:
             logits = torch.zeros(total, self.vocab_size, device=self.device)
         log_z = torch.full((total,), torch.nan, dtype=torch.float64, device=logits.device)
@@ -132,9 +215,84 @@ class MixtureRunner:
             log_z[chosen] = log_normalizer(logits[chosen]).double()
         return Predictions(logits, log_z, policies)
 
+    def _pool(self, policy: int) -> BlockPool:
+        return self._branches[self._place_of[policy]].pool
 
-def check_tokens(tokens: Sequence[int], vocab_size: int, *, param: str) -> None:
-    """Raises RequestError for token ids that the model does not have."""
-    unknown = next((token for token in tokens if not 0 <= token < vocab_size), None)
-    if unknown is not None:
-        raise RequestError(f"the token id {unknown} is not in the vocabulary of {vocab_size} tokens.", param)
+    def _num_of(self, need: Need, place: int) -> int:
+        return sum(self._place_of[k] == place for k in need.policies)
+
+    def _wanted(self, need: Need) -> dict[int, int]:
+        """Blocks of each branch that takes part."""
+        counts = {place: self._num_of(need, place) for place in self._branches}
+        return {place: need.blocks_per_policy * count for place, count in counts.items() if count}
+
+    def _known(self, need: Need, policy: int) -> list[tuple[int, int]]:
+        """Node and block of what is there of the prompt; its last token has to be computed."""
+        return list(self._pool(policy).find(policy, need.prompt[:-1])) if need.reads_prompt else []
+
+    def _room_beside(self, need: Need, known: Mapping[int, Sequence[tuple[int, int]]], num_known: int) -> bool:
+        """Whether the rest of the need fits beside known blocks, some of which only wait for their room to be taken."""
+        for place, wanted in self._wanted(need).items():
+            pool = self._branches[place].pool
+            blocks = [block for k in need.policies if self._place_of[k] == place for _, block in known[k][:num_known]]
+            taken = wanted - num_known * self._num_of(need, place) + pool.num_unused(blocks)
+            if taken > pool.num_available:
+                return False
+        return True
+
+    def _open(self, group: _Group) -> int:
+        number, self._next_lane = self._next_lane, self._next_lane + 1
+        self._lanes[number] = _Lane(group, {k: Row() for k in group.need.policies})
+        group.open_lanes += 1
+        return number
+
+    def _hold(self, need: Need, lanes: Sequence[int], num_known: int) -> None:
+        """Look for room where the rows of a request lie side by side: the first lane's, and then the others'."""
+        own = blocks_for(need.num_tokens)
+        for place in self._wanted(need):
+            pool = self._branches[place].pool
+            policies = [k for k in need.policies if self._place_of[k] == place]
+            first = [self._lanes[lanes[0]].rows[k] for k in policies]
+            if num_known:
+                for row in first:
+                    [row.held] = pool.hold(1, own - num_known, after=row.blocks[-1])
+            else:
+                for row, held in zip(first, pool.hold(len(first), own), strict=True):
+                    row.held = held
+            others = [self._lanes[lane].rows[k] for k in policies for lane in lanes[1:]]
+            for row, held in zip(others, pool.hold(len(others), own - need.shared_blocks), strict=True):
+                row.held = held
+
+    def _grow(self, lane: _Lane, policy: int, num_tokens: int) -> None:
+        self._pool(policy).grow(lane.rows[policy], num_tokens, lane.group.promises[self._place_of[policy]])
+
+    def _prepare(self, piece: Piece) -> None:
+        """Give the piece's rows their blocks, and forget what will be written over."""
+        lane = self._lanes[piece.lane]
+        end = piece.start + len(piece.tokens)
+        for k, row in lane.rows.items():
+            if len(row.blocks) * BLOCK_TOKENS < end:
+                self._grow(lane, k, end)
+        if piece.start < len(lane.tokens):
+            del lane.tokens[piece.start :]
+        if piece.start < lane.num_known * BLOCK_TOKENS:
+            raise ValueError("a sequence would write over blocks that others may read")
+
+    def _remember(self, piece: Piece) -> None:
+        """Note what the blocks hold that are now full, for prompts to come."""
+        lane = self._lanes[piece.lane]
+        lane.tokens += piece.tokens
+        while lane.num_known < min(len(lane.tokens) // BLOCK_TOKENS, lane.most_known):
+            begin = lane.num_known * BLOCK_TOKENS
+            tokens = lane.tokens[begin : begin + BLOCK_TOKENS]
+            for k, row in lane.rows.items():
+                block = row.blocks[lane.num_known]
+                lane.nodes[k] = self._pool(k).remember(k, lane.nodes[k], tokens, block)
+            lane.num_known += 1
+
+    def _clear(self, policy: int, row: Row) -> None:
+        branch = self._branches[self._place_of[policy]]
+        own = [block for block in row.blocks if branch.pool.num_users(block) == 1]
+        for block in own:
+            branch.pool.forget(block)
+        branch.cache.clear(own)

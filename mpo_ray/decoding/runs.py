@@ -18,6 +18,7 @@ from torch import Tensor
 from mpo_ray.decoding.batch import LARGEST_UNIFORM
 from mpo_ray.decoding.branch import Piece, Predictions
 from mpo_ray.decoding.drafts import Draft, Rules, prompt_logprobs, token_logprob
+from mpo_ray.decoding.need import Need, need_of
 from mpo_ray.decoding.protocol import Delta, Diagnostics, GenerationRequest, TokenLogprob
 from mpo_ray.decoding.runner import Runner
 from mpo_ray.decoding.token_choice import Draw, History
@@ -61,11 +62,16 @@ class Run(ABC):
         return self.request.mode.particles
 
     @property
+    def need(self) -> Need:
+        return need_of(self.request, self.policies)
+
+    @property
     def prompt_left(self) -> int:
         return len(self.request.prompt_ids) - self._computed
 
-    def start(self, lanes: Sequence[int]) -> None:
-        self.lanes = list(lanes)
+    def start(self, lanes: Sequence[int], num_computed: int = 0) -> None:
+        """num_computed: tokens of the prompt that the first lane holds already"""
+        self.lanes, self._computed = list(lanes), num_computed
 
     def pieces(self, prompt_budget: int) -> list[Piece]:
         """What to compute in this step: a piece of the prompt, of at most this many tokens, or the newest tokens."""

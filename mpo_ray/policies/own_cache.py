@@ -1,4 +1,4 @@
-"""One sequence under one model, in the cache that transformers makes for it: slower than slots, and for any family.
+"""One sequence under one model, in the cache that transformers makes for it: slower than blocks, and for any family.
 
 Nothing is batched or padded, so that what a layer carries from token to token (keys, a convolution, a recurrent state)
 is what it is when the sequence is alone.
@@ -38,6 +38,13 @@ class OwnCache:
         self._caches = caches
         self._cache: Any = None
         self._num_cached = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Of every tensor that the cache holds."""
+        layers = getattr(self._cache, "layers", [])
+        held = {id(value): value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)}
+        return sum(value.nbytes for value in held.values())
 
     def fork(self, length: int) -> OwnCache:
         """The first `length` tokens as a sequence of its own."""

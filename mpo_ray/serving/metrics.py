@@ -40,16 +40,16 @@ class Quantity:
 
 QUANTITIES = (
     Quantity("running", "gauge", "Completions being decoded", ("replica",), field="running"),
-    Quantity("waiting", "gauge", "Completions that wait for rows of the cache", ("replica",), field="waiting"),
+    Quantity("waiting", "gauge", "Completions that wait for KV-cache blocks", ("replica",), field="waiting"),
     Quantity(
-        "kv_rows", "gauge", "Rows of the key-value cache, one per policy and sequence", ("replica",), field="rows"
+        "kv_blocks", "gauge", "Blocks of the KV cache, of 16 tokens of one policy", ("replica",), field="kv_blocks"
     ),
-    Quantity("kv_rows_used", "gauge", "Rows of the key-value cache in use", ("replica",), field="rows_used"),
-    Quantity("admitted", "counter", "Completions that got their rows", ("replica",), field="admitted"),
+    Quantity("kv_blocks_used", "gauge", "Blocks that requests hold", ("replica",), field="kv_blocks_used"),
+    Quantity("admitted", "counter", "Completions that got their blocks", ("replica",), field="admitted"),
     Quantity(
         "queue_seconds",
         "counter",
-        "Seconds that completions waited for their rows, summed; by `admitted` it is the mean",
+        "Seconds that completions waited for their blocks, summed; by `admitted` it is the mean",
         ("replica",),
         field="queue_seconds",
     ),

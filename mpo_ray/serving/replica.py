@@ -81,7 +81,7 @@ def _opened(artefact: str, digest: str, serve: Serve) -> Engine:
 
         return VllmEngine(
             artefact,
-            num_lanes=serve.num_lanes,
+            max_num_seqs=serve.max_num_seqs,
             context=serve.context,
             max_waiting=serve.max_waiting,
             stuck_after=serve.stuck_after_s,
@@ -90,7 +90,7 @@ def _opened(artefact: str, digest: str, serve: Serve) -> Engine:
         )
     engine = open_engine(
         artefact,
-        num_lanes=serve.num_lanes,
+        max_num_seqs=serve.max_num_seqs,
         context=serve.context,
         max_waiting=serve.max_waiting,
         prompt_tokens=serve.prompt_tokens_per_step,

@@ -14,9 +14,9 @@ from mpo_ray.config import RunConfig
 from mpo_ray.config_training import Lora
 from mpo_ray.data.rendering import Rendering
 from mpo_ray.data.text_tokens import RenderingError, UnknownIdError
+from mpo_ray.policies.block_support import blocks_refusal
 from mpo_ray.policies.loading import ModelError, check_loads, check_model_files, empty_model, load_rendering
 from mpo_ray.policies.lora_targets import lora_targets
-from mpo_ray.policies.slot_support import slots_refusal
 
 #: A conversation that shows what the chat template writes around its messages.
 _PROMPT, _REPLY = ({"role": "user", "content": "a"},), "b"
@@ -38,7 +38,7 @@ def check_reference(path: str, config: RunConfig) -> str:
             lora_targets(model, lora.target_modules)
         except ModelError as error:
             raise ModelError(f"{place}.{error}") from error
-    refusal = slots_refusal(model.config)
+    refusal = blocks_refusal(model.config)
     if refusal is None:
         return "decoded by the engine, if a trial at opening agrees, else in transformers' own cache"
     return f"decoded in transformers' own cache, which is slower: {refusal}"

@@ -65,7 +65,7 @@ class Schooling:
     learning_rate: float = 2e-4
     rank: int | None = None
     completions_per_prompt: int = 4
-    num_lanes: int = 16
+    max_num_seqs: int = 16
 
     def check(self) -> None:
         """Raises ValueError for what cannot be, by the names of the command line."""
@@ -127,7 +127,7 @@ def distil(
     rows, context = prompt_rows(artefact, [*trained, *held], recipe)
     mixture = MixtureForCausalLM.from_pretrained(artefact, weights=recipe.weights, device_map="auto")
     times = [schooling.completions_per_prompt] * len(trained) + [1] * len(held)
-    texts = _completions(mixture, artefact, rows, times, recipe, context, schooling.num_lanes, seed, show)
+    texts = _completions(mixture, artefact, rows, times, recipe, context, schooling.max_num_seqs, seed, show)
     lessons, exam = texts[: -len(held)], texts[-len(held) :]
 
     pad_id = load_tokenizer(artefact).pad_token_id
@@ -184,13 +184,13 @@ def _completions(
     times: Sequence[int],
     recipe: Recipe,
     context: int,
-    num_lanes: int,
+    max_num_seqs: int,
     seed: int,
     show: Show,
 ) -> list[Example]:
     """Completions of every prompt, as often as `times` says."""
-    lanes = lanes_for(recipe, num_lanes)
-    engine = engine_of(mixture, load_tokenizer(artefact), num_lanes=lanes, context=context)
+    lanes = lanes_for(recipe, max_num_seqs)
+    engine = engine_of(mixture, load_tokenizer(artefact), max_num_seqs=lanes, context=context)
     wanted = [(row, sample) for row, num in zip(rows, times, strict=True) for sample in range(num)]
     requests = [
         recipe.request(f"{row['row']}/{sample}", row["prompt_ids"], seed=row_seed(seed, row["row"], sample))

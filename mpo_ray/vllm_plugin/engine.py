@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 from mpo_ray.config import ConfigError
 from mpo_ray.data.rendering import artefact_ends
 from mpo_ray.decoding.drafts import Rules
+from mpo_ray.decoding.need import Need, too_many
 from mpo_ray.decoding.pace import Pace
 from mpo_ray.decoding.protocol import (
     Delta,
@@ -52,13 +53,10 @@ class _Room:
 
     vocab_size: int
     context: int
-    rows: int
+    max_num_seqs: int
 
-    def rows_needed(self, policies: Any) -> int:
-        return len(policies)
-
-    def fits(self, policies: Any, num_lanes: int, *, when_empty: bool = False) -> bool:
-        return num_lanes * len(policies) <= self.rows
+    def refusal(self, need: Need) -> str | None:
+        return too_many(need.num_seqs, self.max_num_seqs) if need.num_seqs > self.max_num_seqs else None
 
 
 @dataclass(slots=True)
@@ -74,7 +72,7 @@ class _Flight:
 class VllmEngine:
     """An `Engine` (protocol) over a mixture artefact in vLLM. `close` ends it.
 
-    num_lanes: completions that vLLM runs at a time, at most; context: tokens of one, the model's own if None
+    max_num_seqs: completions that vLLM runs at a time, at most; context: tokens of one, the model's own if None
     weights: in the place of the artefact's; arguments: further ones of vLLM's `AsyncEngineArgs`
     cache_salt: names the artefact, so that no store of caches that outlives an engine mixes two
     """
@@ -83,7 +81,7 @@ class VllmEngine:
         self,
         artefact: str,
         *,
-        num_lanes: int,
+        max_num_seqs: int,
         context: int | None = None,
         weights: Mapping[str, float] | None = None,
         max_waiting: int = 1024,
@@ -98,13 +96,13 @@ class VllmEngine:
         self.set_weights(config.weights if weights is None else weights)
         self._tokenizer = load_tokenizer(artefact)
         self._eos_ids = artefact_ends(GenerationConfig.from_pretrained(artefact), self._tokenizer)
-        self._num_lanes, self._max_waiting, self._stuck_after = num_lanes, max_waiting, stuck_after
+        self._max_num_seqs, self._max_waiting, self._stuck_after = max_num_seqs, max_waiting, stuck_after
         limits = [limit for limit in (context, config.max_position_embeddings) if limit is not None]
         if not limits:
             raise ConfigError("serve.context: the model names no limit of its own; set how long a sequence may be.")
-        self._room = _Room(config.vocab_size, min(limits), num_lanes * len(self.objectives))
+        self._room = _Room(config.vocab_size, min(limits), max_num_seqs)
         self._flights: dict[str, _Flight] = {}
-        self._counts, self._counting = Statistics(running=0, waiting=0, rows=0, rows_used=0), threading.Lock()
+        self._counts, self._counting = Statistics(running=0, waiting=0, kv_blocks=0, kv_blocks_used=0), threading.Lock()
         self._moved = time.monotonic()  # when vLLM last said something, or had nothing to do
         self._failure: str | None = None
         set_environment()
@@ -121,18 +119,18 @@ class VllmEngine:
                 {
                     "logprobs_mode": "raw_logits",  # what carries log Z_t
                     "max_logprobs": MOST_LOGPROBS + NUM_COLUMNS,
-                    "max_num_seqs": num_lanes,
+                    "max_num_seqs": max_num_seqs,
                     "max_model_len": self._room.context,
                 },
                 arguments or {},
                 where="serve.vllm",
-                kept_tokens=(num_lanes + 1) * whole_pages(self._room.context),
+                kept_tokens=(max_num_seqs + 1) * whole_pages(self._room.context),
             )
             self._source = self._run(self._open(settings, config.vocab_size, cache_salt)).result()
         except BaseException:
             self._end_loop()
             raise
-        self._count(rows=int(self._source.llm.vllm_config.cache_config.num_gpu_blocks or 0))
+        self._count(kv_blocks=int(self._source.llm.vllm_config.cache_config.num_gpu_blocks or 0))
 
     async def generate(
         self, request: GenerationRequest, tokens_per_delta: Callable[[], float] = every_token
@@ -149,7 +147,7 @@ class VllmEngine:
         refuse(request)
         if request.id in self._flights:
             raise RequestError(f"a request with the id {request.id!r} is being served.", "id")
-        if len(self._flights) >= self._num_lanes + self._max_waiting:
+        if len(self._flights) >= self._max_num_seqs + self._max_waiting:
             raise QueueFullError(f"{self._max_waiting} requests are waiting already.")
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Delta | Exception | None]()
         flight = _Flight(lambda item: _hand_over(loop, queue, item), Pace(tokens_per_delta))
@@ -191,7 +189,7 @@ class VllmEngine:
 
     def statistics(self) -> Statistics:
         if not self._flights:  # vLLM tells of its steps alone, and not that it has come to an end
-            return replace(self._counts, running=0, waiting=0, rows_used=0)
+            return replace(self._counts, running=0, waiting=0, kv_blocks_used=0)
         running = min(self._counts.running, len(self._flights))
         return replace(self._counts, running=running, waiting=len(self._flights) - running)
 
@@ -258,7 +256,7 @@ class VllmEngine:
         self._moved = time.monotonic()
         running, usage = int(figures.pop("running")), figures.pop("usage")
         with self._counting:
-            self._counts = replace(self._counts, running=running, rows_used=round(usage * self._counts.rows))
+            self._counts = replace(self._counts, running=running, kv_blocks_used=round(usage * self._counts.kv_blocks))
         self._count(steps=1, **figures)
 
     def _count(self, **added: float) -> None:

@@ -20,7 +20,7 @@ _TOKENS_ON_CPU = 2**15
 class VllmPolicySet:
     """`PolicySet.logprobs` by vLLM. The reference, of which samples know log π_ref, is opened when it is asked for.
 
-    num_lanes: sequences that vLLM computes at a time, at most; arguments: further ones of vLLM's `EngineArgs`
+    max_num_seqs: sequences that vLLM computes at a time, at most; arguments: further ones of vLLM's `EngineArgs`
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class VllmPolicySet:
         policies: Mapping[str, str],
         *,
         precision: str = "fp32",
-        num_lanes: int = 32,
+        max_num_seqs: int = 32,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
         """Raises ModelError for policies that vLLM cannot hold, ConfigError for arguments that it does not have."""
@@ -59,7 +59,7 @@ class VllmPolicySet:
             own = {
                 "runner": "pooling",
                 "hf_overrides": {"architectures": ["MixtureScorer"]},
-                "max_num_seqs": num_lanes,
+                "max_num_seqs": max_num_seqs,
                 **({} if context is None else {"max_model_len": context}),
             }
             kept_tokens = max(_TOKENS_ON_CPU, whole_pages(context or 0))

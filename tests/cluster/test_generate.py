@@ -69,7 +69,7 @@ def test_every_completion_is_that_of_its_prompt_and_seed_alone(artefact: Path, m
     assert [row["id"] for row in found[::2]] == ["first", None, None, "4", None]
     assert len({row["seed"] for row in found}) == len(found)
     recipe = Recipe(Sampling(max_tokens=6), Mode("smc", 4), WEIGHTS)
-    engine = open_engine(str(artefact), num_lanes=4)
+    engine = open_engine(str(artefact), max_num_seqs=4)
     for row in found:
         given = ROWS[row["row"]]["prompt"]
         prompt = given if isinstance(given, str) else tuple(given)

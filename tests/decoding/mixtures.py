@@ -23,7 +23,7 @@ Response = tuple[int, ...]
 
 
 def engine_of(artefact: Path, **settings: Any) -> MixtureEngine:
-    return open_engine(str(artefact), **{"num_lanes": 8, **settings})
+    return open_engine(str(artefact), **{"max_num_seqs": 8, **settings})
 
 
 def request(number: int, prompt: Sequence[int], *, mode: Mode | None = None, **fields: Any) -> GenerationRequest:

@@ -41,7 +41,7 @@ def test_the_engine_gives_the_tokens_of_generate(
     for prompt, deltas in zip(PROMPTS, told, strict=True):
         assert tokens(deltas) == greedy(plain[kind], prompt, 12)
         assert deltas[-1].finish_reason == ("stop" if tokens(deltas)[-1] == EOS else "length")
-    assert engine.statistics().rows_used == 0
+    assert engine.statistics().kv_blocks_used == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,7 +104,7 @@ def test_weights_are_those_of_each_request_and_a_policy_without_weight_has_no_ro
     for one in asked:
         engine.submit(one)
     first = engine.step()
-    assert engine.statistics().rows_used == 1 + 2 + 3 + 1
+    assert engine.statistics().kv_blocks_used == 1 + 2 + 3 + 1
     told: dict[str, list[Delta]] = {name: [delta] for name, delta in first if isinstance(delta, Delta)}
     while engine.has_work:
         for name, delta in engine.step():
@@ -122,7 +122,7 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(kind: str, artefacts: d
     """Beside greedy, sampled and exact requests that come and go while it is decoded, in any mode."""
     modes = (Mode(), Mode("smc", 3), Mode("rejection", 2, 10_000))
     mine = [request(n, PROMPTS[0], temperature=1.0, seed=7, mode=mode) for n, mode in enumerate(modes)]
-    engine = engine_of(artefacts[kind], num_lanes=20)
+    engine = engine_of(artefacts[kind], max_num_seqs=20)
     alone = [completed(engine, [one])[0] for one in mine]
     others = [request(10 + n, PROMPTS[n % 4], temperature=1.0, seed=n, max_tokens=3 + 5 * (n % 3)) for n in range(12)]
     crowd = completed(engine, [*others[:5], *mine, *others[5:], request(99, PROMPTS[2], mode=Mode())])[5:8]
@@ -135,7 +135,7 @@ def test_joining_and_leaving_in_the_middle_changes_nothing(
     artefacts: dict[str, Path], plain: dict[str, MixtureForCausalLM]
 ) -> None:
     """A request joins at every third step and the second of them is aborted: all others get what they get alone."""
-    engine = engine_of(artefacts["lora"], num_lanes=3)  # rows are taken again, with what others left in them
+    engine = engine_of(artefacts["lora"], max_num_seqs=3)  # rows are taken again, with what others left in them
     told: dict[str, list[Delta]] = {}
     prompts = [PROMPTS[n % 4] for n in range(9)]
     waiting = [request(n, prompt) for n, prompt in enumerate(prompts)]
@@ -210,4 +210,4 @@ def test_a_request_whose_logits_are_not_numbers_fails_alone(
     good = [item for item in told["1"] if isinstance(item, Delta)]
     assert tokens(good) == greedy(plain["lora"], PROMPTS[0], 12)
     assert engine.statistics().failed == 1
-    assert engine.statistics().rows_used == 0
+    assert engine.statistics().kv_blocks_used == 0

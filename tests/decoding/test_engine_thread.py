@@ -120,7 +120,7 @@ def test_who_leaves_frees_its_rows_within_a_step(artefacts: dict[str, Path]) -> 
     async def work(engine: EngineThread) -> None:
         async with aclosing(engine.generate(long_request(0))) as deltas:  # type: ignore[type-var]
             await anext(deltas)
-            assert engine.statistics().rows_used == 3
+            assert engine.statistics().kv_blocks_used == 3
         cancelled = asyncio.create_task(everything(engine.generate(long_request(1))))
         ended = asyncio.create_task(everything(engine.generate(long_request(2))))
         while engine.statistics().running < 2:
@@ -131,10 +131,10 @@ def test_who_leaves_frees_its_rows_within_a_step(artefacts: dict[str, Path]) -> 
         partial = await ended
         assert all(delta.finish_reason is None for delta in partial)
         end = time.monotonic() + 5
-        while engine.statistics().rows_used and time.monotonic() < end:
+        while engine.statistics().kv_blocks_used and time.monotonic() < end:
             await asyncio.sleep(0.001)
         now = engine.statistics()
-        assert (now.running, now.rows_used, now.aborted) == (0, 0, 3)
+        assert (now.running, now.kv_blocks_used, now.aborted) == (0, 0, 3)
         assert now.generated_tokens < 100
 
     with_thread(artefacts["lora"], work)
@@ -153,7 +153,7 @@ def test_refusals_come_before_the_first_token(artefacts: dict[str, Path]) -> Non
             await everything(engine.generate(long_request(4)))
         assert [len(tokens(deltas)) for deltas in await asyncio.gather(*running)] == [50] * 3
 
-    with_thread(artefacts["lora"], work, num_lanes=1, max_waiting=2)
+    with_thread(artefacts["lora"], work, max_num_seqs=1, max_waiting=2)
 
 
 def test_an_engine_that_breaks_tells_everyone_who_waits_and_takes_nobody_new(artefacts: dict[str, Path]) -> None:

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from mpo_ray.decoding.branch import Piece
+from mpo_ray.decoding.need import Need
 from mpo_ray.decoding.runner import MixtureRunner
 from mpo_ray.maths.log_linear import mix_logprobs
 from mpo_ray.policies.adapters import AdapterStack
@@ -47,8 +48,8 @@ def mixed(policies: list[Any]) -> torch.Tensor:
 
 def by_engine(mixture: MixtureForCausalLM) -> torch.Tensor:
     """As the engine decodes it: the first sequence three tokens ahead of the second, one token a step."""
-    runner = MixtureRunner(mixture, num_lanes=3)
-    lanes = [runner.open(range(3)) for _ in IDS]
+    runner = MixtureRunner(mixture, max_num_seqs=3)
+    lanes = [runner.open(Need((0, 1, 2), (), 64))[0][0] for _ in IDS]
     weights = WEIGHTS.tolist()
     rows: list[list[torch.Tensor]] = [[], []]
 

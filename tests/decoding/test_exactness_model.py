@@ -36,7 +36,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(artefact: Path) -> MixtureEngine:
-    return open_engine(str(artefact), num_lanes=512, max_waiting=10**5)
+    return open_engine(str(artefact), max_num_seqs=512, max_waiting=10**5)
 
 
 @pytest.fixture(scope="module")

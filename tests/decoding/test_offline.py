@@ -31,13 +31,13 @@ def mixture(artefact: Path) -> MixtureForCausalLM:
     return MixtureForCausalLM.from_pretrained(artefact)
 
 
-def engine(mixture: MixtureForCausalLM, num_lanes: int) -> MixtureEngine:
-    return engine_of(mixture, load_tokenizer(mixture.name_or_path), num_lanes=num_lanes, max_waiting=2)
+def engine(mixture: MixtureForCausalLM, max_num_seqs: int) -> MixtureEngine:
+    return engine_of(mixture, load_tokenizer(mixture.name_or_path), max_num_seqs=max_num_seqs, max_waiting=2)
 
 
-def drawn(mixture: MixtureForCausalLM, recipe: Recipe, rows: list[int], num_lanes: int) -> dict[int, Finished]:
+def drawn(mixture: MixtureForCausalLM, recipe: Recipe, rows: list[int], max_num_seqs: int) -> dict[int, Finished]:
     requests = [recipe.request(str(row), PROMPTS[row], seed=row_seed(0, row, 0)) for row in rows]
-    return dict(zip(rows, complete(engine(mixture, num_lanes), requests), strict=True))
+    return dict(zip(rows, complete(engine(mixture, max_num_seqs), requests), strict=True))
 
 
 @pytest.mark.parametrize("mode", [Mode(), Mode("smc", 4), Mode("rejection", 3, max_attempts=5000)])

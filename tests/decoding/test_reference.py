@@ -46,7 +46,7 @@ def test_the_reference_is_the_base_without_an_adapter(
     for mixed in crowd[:2]:
         assert mixed[-1].diagnostics is not None
         assert "reference" not in mixed[-1].diagnostics.weights
-    assert engine.statistics().rows_used == 0
+    assert engine.statistics().kv_blocks_used == 0
     assert caplog.records == []  # no pass failed and was made again request by request
 
 

@@ -1,4 +1,4 @@
-"""Models whose cache cannot lie in slots are decoded one sequence after the other, with their own distributions."""
+"""Models whose cache cannot lie in blocks are decoded one sequence after the other, with their own distributions."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from transformers import (
 
 from mpo_ray.decoding.branch import Piece
 from mpo_ray.decoding.engine import MixtureEngine
+from mpo_ray.decoding.need import Need
 from mpo_ray.decoding.open_engine import runner_of
 from mpo_ray.decoding.protocol import Mode
 from mpo_ray.decoding.runner import MixtureRunner
@@ -70,7 +71,7 @@ def test_both_runners_draw_the_same(kind: str, mode: Mode, artefacts: dict[str, 
     answers = []
     for make in (MixtureRunner, SequenceRunner):
         mixture = MixtureForCausalLM.from_pretrained(artefacts[kind])
-        runner: Any = make(mixture, num_lanes=8)
+        runner: Any = make(mixture, max_num_seqs=8)
         engine = MixtureEngine(
             runner,
             {name: mixture.config.weights[name] for name in mixture.objectives},
@@ -85,7 +86,7 @@ def test_both_runners_draw_the_same(kind: str, mode: Mode, artefacts: dict[str, 
             )
         ]
         answers.append(completed(engine, requests))
-        assert runner.rows_used() == 0
+        assert runner.kv_blocks_used() == 0
     for one, other in zip(*answers, strict=True):
         assert tokens(one) == tokens(other)
         first, second = (deltas[-1].diagnostics for deltas in (one, other))
@@ -95,7 +96,9 @@ def test_both_runners_draw_the_same(kind: str, mode: Mode, artefacts: dict[str, 
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_family_that_slots_cannot_hold_has_its_own_distributions(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_family_that_blocks_cannot_hold_has_its_own_distributions(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Three sequences of 5, 19 and 40 tokens that take turns: log π after the prompt and after four more, to 1e-4."""
     make, caches = MODELS[name]
     with torch.random.fork_rng():
@@ -105,11 +108,11 @@ def test_a_family_that_slots_cannot_hold_has_its_own_distributions(name: str, ca
     config = MixtureConfig(["only"], {"only": 1.0}, vocab_size=40, max_position_embeddings=64)
     mixture = MixtureForCausalLM(config, adapters=None, full={"only": model}).eval()
     with caplog.at_level(logging.WARNING):
-        runner = runner_of(mixture, num_lanes=4)
+        runner = runner_of(mixture, max_num_seqs=4)
     assert "decoded in transformers' own cache" in caplog.text
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(3, 40, (length + 4,), generator=generator).tolist() for length in (5, 19, 40)]
-    lanes = [runner.open([0]) for _ in texts]
+    lanes = [runner.open(Need((0,), (), 64))[0][0] for _ in texts]
     prompts = [len(text) - 4 for text in texts]
     begun = [Piece(lane, text[:3], 0, (1.0,), 0, False) for lane, text in zip(lanes, texts, strict=True)]
     assert len(runner.run(begun).logits) == 0

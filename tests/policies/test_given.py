@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from mpo_ray.decoding.branch import Piece
+from mpo_ray.decoding.need import Need
 from mpo_ray.decoding.runner import MixtureRunner
 from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.given import check_comparable, find_policy, look_at
@@ -96,8 +97,8 @@ def as_peft(base: Path, adapter: str | Path, **how: Any) -> Tensor:
 
 
 def by_engine(mixture: MixtureForCausalLM) -> Tensor:
-    runner = MixtureRunner(mixture, num_lanes=1)
-    lane = runner.open(range(2))
+    runner = MixtureRunner(mixture, max_num_seqs=1)
+    [lane], _ = runner.open(Need((0, 1), (), 64))
     parts = [(0, 4), (4, 5), (5, 7)]
     weights = list(mixture.config.weights.values())
     rows = [

@@ -158,7 +158,7 @@ def _mixtures() -> Iterator[Bad]:
         ("mixture.particles", {"mode": "exact", "particles": 0}),
         ("mixture.particles", {"mode": "exact", "particles": 1025}),
         ("mixture.particles", {"mode": "exact", "particles": "4"}),
-        ("need 34 rows of the cache", {"mode": "exact", "particles": 17}),
+        ("17 particles are more sequences than are decoded at a time, 16", {"mode": "exact", "particles": 17}),
         ("mixture.max_attempts", {"mode": "exact", "method": "rejection", "max_attempts": 0}),
         ("leave log_z out", {"mode": "exact", "log_z": False}),
         ("mixture.log_z", {"log_z": "yes"}),

@@ -163,9 +163,9 @@ def running(artefact: Path, engine: str = "mpo") -> Iterator[Live]:
         from mpo_ray.vllm_plugin.engine import VllmEngine
 
         served = replace(SERVED, has_reference=False, exact_methods=("rejection",))
-        live = Live(artefact, VllmEngine(str(artefact), num_lanes=16), served)
+        live = Live(artefact, VllmEngine(str(artefact), max_num_seqs=16), served)
     else:
-        live = Live(artefact, EngineThread(open_engine(str(artefact), num_lanes=16)))
+        live = Live(artefact, EngineThread(open_engine(str(artefact), max_num_seqs=16)))
     try:
         with serving(live.app()) as live.url, httpx.Client(base_url=live.url, timeout=60) as live.http:
             yield live

@@ -23,7 +23,7 @@ def photograph(artefact: str, picture: str, prompt: str = PROMPT) -> None:
     executable = find_browser()
     if executable is None:
         raise SystemExit("chromium is not installed; apt-get install chromium")
-    engine = EngineThread(open_engine(artefact, num_lanes=8))
+    engine = EngineThread(open_engine(artefact, max_num_seqs=8))
     served = Served("imdb", engine.objectives, context=256, max_tokens=200, has_reference=True)
     app = create_app(served, load_tokenizer(artefact), lambda requests: side_by_side(engine, requests))
     try:

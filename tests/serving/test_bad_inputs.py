@@ -40,4 +40,4 @@ def test_the_list_is_long() -> None:
 
 
 def test_nothing_of_all_this_is_left_in_the_engine(live: Live) -> None:
-    assert live.engine.statistics().rows_used == 0
+    assert live.engine.statistics().kv_blocks_used == 0

@@ -69,7 +69,7 @@ def wait_until(holds: Callable[[], bool], seconds: float = 5.0) -> None:
 
 def busy(live: Live) -> int:
     now = live.engine.statistics()
-    return now.running + now.waiting + now.rows_used
+    return now.running + now.waiting + now.kv_blocks_used
 
 
 def test_a_stream_that_is_left_frees_its_rows(live: Live, url: str, witness: Witness) -> None:

@@ -99,7 +99,7 @@ def test_a_bad_request_is_refused_through_it_as_without_it(process: tuple[subpro
 
 def _seen(url: str) -> set[str]:
     lines = httpx.get(f"{url}/metrics").text.splitlines()
-    used = [line.split()[-1] for line in lines if line.startswith("mpo_ray_kv_rows_used{")]
+    used = [line.split()[-1] for line in lines if line.startswith("mpo_ray_kv_blocks_used{")]
     return {line for line in lines if "aborted" in line} | {f"rows used {float(value):g}" for value in used}
 
 

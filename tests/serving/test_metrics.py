@@ -29,8 +29,8 @@ def shown() -> Prometheus:
     observer.finished("a", "stop", HALF, at=11.2)
     observer.aborted("b", "disconnected", at=12.0)
     observer.rejected("overloaded", at=12.0)
-    shown.hear("one", Statistics(2, 3, rows=8, rows_used=4, admitted=6, queue_seconds=1.5))
-    shown.hear("two", Statistics(0, 0, rows=8, rows_used=0))
+    shown.hear("one", Statistics(2, 3, kv_blocks=8, kv_blocks_used=4, admitted=6, queue_seconds=1.5))
+    shown.hear("two", Statistics(0, 0, kv_blocks=8, kv_blocks_used=0))
     return shown
 
 
@@ -55,8 +55,8 @@ def test_what_was_heard_is_what_the_page_shows(shown: Prometheus) -> None:
         "effective_sample_size_sum": 5,
         'running{replica="one"}': 2,
         'waiting{replica="one"}': 3,
-        'kv_rows{replica="two"}': 8,
-        'kv_rows_used{replica="one"}': 4,
+        'kv_blocks{replica="two"}': 8,
+        'kv_blocks_used{replica="one"}': 4,
         'admitted_total{replica="one"}': 6,
         'queue_seconds_total{replica="one"}': 1.5,
     }

@@ -243,7 +243,7 @@ def test_answers_show_as_they_come_and_stop_when_told(tab: Tab, live: Live) -> N
         go_on.set()
         tab.page.click("#ask")
         assert tab.answered()["mixture"]["completion"] == whole
-    assert live.engine.statistics().rows_used == 0
+    assert live.engine.statistics().kv_blocks_used == 0
 
 
 @pytest.mark.parametrize("has_template", [True, False])

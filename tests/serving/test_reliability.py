@@ -105,7 +105,7 @@ def test_after_200_cancelled_requests_one_is_answered_promptly_and_no_row_is_in_
     end = time.monotonic() + 20
     while (len(found) < 2 or any(found.values())) and time.monotonic() < end:
         name, statistics = handle.statistics.remote().result()
-        found[name] = statistics.rows_used + statistics.running + statistics.waiting
+        found[name] = statistics.kv_blocks_used + statistics.running + statistics.waiting
     assert list(found.values()) == [0, 0]
 
 

@@ -226,7 +226,7 @@ def test_what_it_measures_is_on_rays_own_page(client: openai.OpenAI) -> None:
     (node,) = ray.nodes()
     page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     wanted = {
-        f"ray_mpo_ray_{name}" for name in ("generated_tokens_total", "finished_total", "kv_rows", "admitted_total")
+        f"ray_mpo_ray_{name}" for name in ("generated_tokens_total", "finished_total", "kv_blocks", "admitted_total")
     }
     end = time.monotonic() + 40  # each process reports every 10 s
     while wanted - (shown := set(re.findall(r"(?m)^(\w+)\{.*\} [1-9]", httpx.get(page).text))):

@@ -25,7 +25,7 @@ from mpo_ray.decoding.protocol import (
 from mpo_ray.serving.side_by_side import Batch, side_by_side
 from mpo_ray.serving.wire import OtherArtefactError, pack_batch, pack_error, unpack
 
-STANDING = Statistics(running=1, waiting=2, rows=6, rows_used=3, admitted=4, queue_seconds=0.5)
+STANDING = Statistics(running=1, waiting=2, kv_blocks=6, kv_blocks_used=3, admitted=4, queue_seconds=0.5)
 
 
 class Ticking:

@@ -16,7 +16,7 @@ from tests.serving.served import write_mixture
 
 
 def test_a_stuck_step_makes_the_engine_unhealthy_and_ends_what_waits_for_it(tmp_path: Path) -> None:
-    engine = open_engine(str(write_mixture(tmp_path)), num_lanes=2)
+    engine = open_engine(str(write_mixture(tmp_path)), max_num_seqs=2)
     stuck, go_on, step = threading.Event(), threading.Event(), engine.step
 
     def stopping() -> Any:

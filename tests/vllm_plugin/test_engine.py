@@ -48,7 +48,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(artefact: Path) -> Iterator[Any]:
     from mpo_ray.vllm_plugin.engine import VllmEngine
 
-    engine = VllmEngine(str(artefact), num_lanes=LANES, max_waiting=10_000, cache_salt="one")
+    engine = VllmEngine(str(artefact), max_num_seqs=LANES, max_waiting=10_000, cache_salt="one")
     yield engine
     engine.close()
 
@@ -198,7 +198,7 @@ def test_an_argument_that_vllm_does_not_have_is_refused_by_name(artefact: Path) 
     from mpo_ray.vllm_plugin.engine import VllmEngine
 
     with pytest.raises(ConfigError, match=r"serve\.vllm\.kind: vLLM has no such engine argument"):
-        VllmEngine(str(artefact), num_lanes=1, arguments={"kind": 1})
+        VllmEngine(str(artefact), max_num_seqs=1, arguments={"kind": 1})
 
 
 def test_a_model_without_a_limit_of_its_own_needs_one(artefact: Path, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_model_without_a_limit_of_its_own_needs_one(artefact: Path, tmp_path: 
     path = tmp_path / "mixture" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": None}))
     with pytest.raises(ConfigError, match=r"serve\.context: the model names no limit of its own; set how long"):
-        VllmEngine(str(tmp_path / "mixture"), num_lanes=1)
+        VllmEngine(str(tmp_path / "mixture"), max_num_seqs=1)
 
 
 def test_rejection_gives_up_after_its_attempts(engine: Any) -> None:
@@ -235,7 +235,7 @@ def test_who_leaves_and_who_is_aborted_hold_nothing(engine: Any) -> None:
 
     asyncio.run(asyncio.wait_for(go(), 60))
     after = engine.statistics()
-    assert (after.running, after.waiting, after.rows_used) == (0, 0, 0)
+    assert (after.running, after.waiting, after.kv_blocks_used) == (0, 0, 0)
     ended = after.aborted + after.finished - before.aborted - before.finished
     assert ended == 100
     assert after.aborted - before.aborted > 50

@@ -45,12 +45,12 @@ def test_greedy_answers_are_our_own_engines_while_others_come_and_go(kinds: str,
         return await asyncio.gather(*tasks)
 
     artefact = str(write_mixture(tmp_path, "llama", kinds))
-    engine = VllmEngine(artefact, num_lanes=16)
+    engine = VllmEngine(artefact, max_num_seqs=16)
     try:
         found = asyncio.run(ask_all())
     finally:
         engine.close()
-    expected = completed(open_engine(artefact, num_lanes=16, max_waiting=1000), asked)
+    expected = completed(open_engine(artefact, max_num_seqs=16, max_waiting=1000), asked)
     for mine, theirs in zip(found, expected, strict=True):
         assert tokens(mine) == tokens(theirs)
         assert "".join(delta.text for delta in mine) == "".join(delta.text for delta in theirs)

@@ -67,7 +67,7 @@ def test_completions_of_any_length_have_the_same_log_probabilities(
     how = {"batch_size": 8, "pad_id": TOKENIZER.pad_token_id}
     names = ["2", REFERENCE, "helpful", "harmless"]
     expected = PolicySet(reference, policies).logprobs(names, rows, **how)
-    found = VllmPolicySet(reference, policies, num_lanes=8, arguments=arguments).logprobs(names, rows, **how)
+    found = VllmPolicySet(reference, policies, max_num_seqs=8, arguments=arguments).logprobs(names, rows, **how)
     assert list(found) == names
     for name in names:
         for value, same, (_, completion) in zip(found[name], expected[name], rows, strict=True):

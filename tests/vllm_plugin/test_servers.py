@@ -121,7 +121,7 @@ def test_wrong_arguments_are_refused(artefact: Path, changes: dict[str, Any], me
 def test_the_endpoint_with_vllm_behind_it(cluster: None, artefact: Path) -> None:
     """On a Serve instance: weights, exact mode, what vLLM cannot do, and metrics."""
     ray_serve.shutdown()
-    config = Serve(port=0, engine="vllm", num_lanes=8, max_replicas=1, max_tokens=50, context=64)
+    config = Serve(port=0, engine="vllm", max_num_seqs=8, max_replicas=1, max_tokens=50, context=64)
     url = serve_endpoint(str(artefact), config, NAME, blocking=False)
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         assert [model.id for model in client.models.list()] == [NAME, f"{NAME}/helpful", f"{NAME}/harmless"]

@@ -1,4 +1,4 @@
-"""Which models can be decoded with their cache in slots: what their configuration alone says against it.
+"""Which models can be decoded with their cache in blocks: what their configuration alone says against it.
 
 The rest is found by trying (`decoding.branch`). What cannot is decoded in transformers' own cache instead.
 """
@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from mpo_ray.policies.loading import ModelError
 
 
-class NotInSlotsError(ModelError):
-    """A model that would be decoded wrongly with its cache in slots. The message says why."""
+class NotInBlocksError(ModelError):
+    """A model that would be decoded wrongly with its cache in blocks. The message says why."""
 
 
 def carries_states(config: Any) -> str | None:
@@ -26,8 +26,8 @@ def carries_states(config: Any) -> str | None:
     return min((kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer}), default=None)
 
 
-def slots_refusal(config: Any) -> str | None:
-    """Why a model of this configuration cannot be in slots, as a clause; None where only a trial can tell."""
+def blocks_refusal(config: Any) -> str | None:
+    """Why a model of this configuration cannot be in blocks, as a clause; None where only a trial can tell."""
     text = config.get_text_config()
     if (kind := carries_states(config)) is not None:
         return f"it has layers whose cache is not keys and values alone ({kind})"

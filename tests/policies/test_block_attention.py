@@ -38,11 +38,12 @@ from transformers import (
 )
 
 from mpo_ray.decoding.branch import Piece
+from mpo_ray.decoding.need import Need
 from mpo_ray.decoding.runner import MixtureRunner
+from mpo_ray.policies.block_support import NotInBlocksError
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.policies.packed_linear import PackedLinear
-from mpo_ray.policies.slot_support import NotInSlotsError
 from tests.tiny import TINY_SIZES
 
 SIZES = {**TINY_SIZES, "vocab_size": 40}
@@ -106,16 +107,15 @@ def random_model(name: str) -> PreTrainedModel:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("separate", [True, False])
-def test_a_sequence_in_slots_has_the_models_own_distributions(name: str, separate: bool) -> None:
+def test_a_sequence_in_blocks_has_the_models_own_distributions(name: str, separate: bool) -> None:
     """Three sequences in pieces of 5, 1 and 3 tokens, out of step with each other: log π after every token, to 1e-5."""
     model = random_model(name)
     with torch.no_grad():
         expected = model(torch.tensor(IDS)).logits.float().log_softmax(-1)
-    runner = MixtureRunner(alone(model), num_lanes=6)
-    runner.open([0])  # rows of the sequences do not begin at 0, and one in between is not theirs
-    lanes = [runner.open([0]) for _ in range(2)]
-    runner.open([0])
-    lanes.append(runner.open([0]))
+    runner = MixtureRunner(alone(model), max_num_seqs=6)
+    need = Need((0,), (), min(64, runner.context))
+    lanes = [runner.open(need)[0][0] for _ in range(5)]
+    lanes = [lanes[1], lanes[2], lanes[4]]  # their rows do not begin at 0, and one in between is not theirs
     done, found = [0, 0, 0], [[], [], []]  # type: ignore[var-annotated]
     for step in range(40):
         pieces, numbers = [], []
@@ -135,11 +135,11 @@ def test_a_sequence_in_slots_has_the_models_own_distributions(name: str, separat
 
 
 def test_the_models_own_forward_stays_what_it_was() -> None:
-    """In slots, its linear layers are packed; by itself, with them, it gives the same logits."""
+    """In blocks, its linear layers are packed; by itself, with them, it gives the same logits."""
     model = random_model("gemma2, capped, window of 4")
     expected = model(torch.tensor(IDS)).logits
-    runner = MixtureRunner(alone(model), num_lanes=2)
-    runner.run([Piece(runner.open([0]), IDS[0], 0, (1.0,), 1, True)])
+    runner = MixtureRunner(alone(model), max_num_seqs=2)
+    runner.run([Piece(runner.open(Need((0,), (), 64))[0][0], IDS[0], 0, (1.0,), 1, True)])
     assert any(isinstance(layer, PackedLinear) for layer in model.modules())
     torch.testing.assert_close(model(torch.tensor(IDS)).logits, expected, atol=1e-5, rtol=1e-5)
 
@@ -167,5 +167,5 @@ def test_an_architecture_that_would_be_decoded_wrongly_is_refused(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = make().eval()
-    with pytest.raises(NotInSlotsError, match=complaint):
-        MixtureRunner(alone(model), num_lanes=2)
+    with pytest.raises(NotInBlocksError, match=complaint):
+        MixtureRunner(alone(model), max_num_seqs=2)

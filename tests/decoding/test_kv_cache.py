@@ -1,0 +1,140 @@
+"""The KV cache: prefixes are computed once, particles share their prompt, and admission never exceeds the pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpo_ray.decoding.engine import MixtureEngine
+from mpo_ray.decoding.need import check_pool
+from mpo_ray.decoding.open_engine import engine_of as engine_of_mixture
+from mpo_ray.decoding.protocol import Delta, Mode, RequestError
+from mpo_ray.policies.kv_blocks import BLOCK_TOKENS
+from mpo_ray.policies.loading import ModelError
+from mpo_ray.policies.memory import GIB
+from mpo_ray.policies.mixture import MixtureForCausalLM
+from tests.decoding.mixtures import KINDS, completed, engine_of, request, tokens
+
+LONG = [1, *(3 + (5 * place) % 20 for place in range(37))]  # two blocks and six tokens
+
+
+def text(deltas: list[Delta]) -> list[int]:
+    return tokens(deltas)
+
+
+def runner_of(engine: MixtureEngine) -> Any:
+    return engine._runner
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_turn_goes_on_from_the_first_ones_blocks(kind: str, artefacts: dict[str, Path]) -> None:
+    """The same tokens as of an engine that has seen nothing, under other weights as well; never another policy's."""
+    engine = engine_of(artefacts[kind])
+    first = tokens(completed(engine, [request(0, LONG, max_tokens=12, ignore_eos=True)])[0])
+    turn = [*LONG, *first, 4, 5, 6]
+    before = engine.statistics()
+    for number, weights in enumerate([None, {"positive": 0.9, "concise": 0.1, "detailed": 0.0}], start=1):
+        asked = request(number, turn, temperature=1.0, seed=number, weights=weights, num_logprobs=2, max_tokens=8)
+        [found] = completed(engine, [asked])
+        [expected] = completed(engine_of(artefacts[kind]), [asked])
+        assert tokens(found) == tokens(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert one.logprobs[0].logprob == pytest.approx(other.logprobs[0].logprob, abs=1e-5)
+    now = engine.statistics()
+    known = (len(LONG) + len(first) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    assert known == 48
+    assert now.cached_prompt_tokens - before.cached_prompt_tokens >= 2 * known
+    assert now.prompt_tokens - before.prompt_tokens <= 2 * (len(turn) - known)
+
+
+def test_a_policy_that_was_not_asked_before_computes_its_prompt(artefacts: dict[str, Path]) -> None:
+    engine = engine_of(artefacts["lora"])
+    completed(engine, [request(0, LONG, weights={"positive": 1.0})])
+    both = request(1, LONG, weights={"positive": 0.5, "concise": 0.5})
+    assert [tokens(one) for one in completed(engine, [both])] == [
+        tokens(one) for one in completed(engine_of(artefacts["lora"]), [both])
+    ]
+    assert engine.statistics().cached_prompt_tokens == 0
+
+
+def test_log_probabilities_of_a_prompt_are_those_of_all_its_tokens(artefacts: dict[str, Path]) -> None:
+    engine = engine_of(artefacts["lora"])
+    asked = [request(n, LONG, prompt_logprobs=True, num_logprobs=0, max_tokens=1) for n in range(2)]
+    first, second = (completed(engine, [one])[0][0].prompt_logprobs for one in asked)
+    assert first is not None
+    assert len(first) == len(LONG)
+    assert first == second
+
+
+def test_particles_share_the_blocks_of_their_prompt(artefacts: dict[str, Path]) -> None:
+    """16 particles and a prompt of 32 blocks: at the first token, one prompt for each policy."""
+    mixture = MixtureForCausalLM.from_pretrained(artefacts["lora"])
+    mixture.config.max_position_embeddings = None
+    for branch in mixture.branches:
+        getattr(branch, "base", branch).config.max_position_embeddings = 1024
+    engine = engine_of_mixture(mixture, None, max_num_seqs=16, prompt_tokens=512)
+    prompt = [3 + place % 20 for place in range(32 * BLOCK_TOKENS)]
+    engine.submit(request(0, prompt, mode=Mode("smc", 16), temperature=1.0, seed=1, max_tokens=20))
+    engine.step()
+    assert engine.statistics().kv_blocks_used == 3 * 32
+    engine.step()
+    assert engine.statistics().kv_blocks_used <= 3 * (32 + 16)
+    while engine.has_work:
+        engine.step()
+    assert engine.statistics().kv_blocks_used == 0
+
+
+def test_admission_never_exceeds_the_pool(artefacts: dict[str, Path]) -> None:
+    """A pool of 9 blocks: requests of 3 or 6 of them wait for each other, and all get what they get alone."""
+    bytes_per_block = runner_of(engine_of(artefacts["lora"])).bytes_per_token * BLOCK_TOKENS
+    small: dict[str, Any] = {"kv_cache_gib": 3.5 * bytes_per_block / GIB}
+    engine = engine_of(artefacts["lora"], **small)
+    assert engine.statistics().kv_blocks == 9
+    asked = [request(n, LONG[: 5 + 2 * n], max_tokens=6, temperature=1.0, seed=n) for n in range(9)]
+    for one in asked:
+        engine.submit(one)
+    told: dict[str, list[Delta]] = {}
+    while engine.has_work:
+        for name, delta in engine.step():
+            assert isinstance(delta, Delta)
+            told.setdefault(name, []).append(delta)
+        now = engine.statistics()
+        assert now.running <= 3
+        assert now.kv_blocks_used <= 9
+    alone = completed(engine_of(artefacts["lora"], max_num_seqs=1), asked)
+    assert [tokens(told[one.id]) for one in asked] == [tokens(deltas) for deltas in alone]
+    with pytest.raises(RequestError, match="12 KV-cache blocks, and there are 9"):
+        engine.submit(request(99, [*LONG, *LONG[:13]], max_tokens=13))
+
+
+def test_what_failed_leaves_no_numbers_behind_that_are_none(artefacts: dict[str, Path]) -> None:
+    """A request whose logits are NaN ends; the next one takes its blocks, and nothing of it is remembered."""
+    engine = engine_of(artefacts["full"], max_num_seqs=1)
+    asked = request(1, LONG, temperature=1.0, seed=3)
+    expected = tokens(completed(engine, [asked])[0])
+    engine = engine_of(artefacts["full"], max_num_seqs=1)
+    embedding = next(iter(runner_of(engine)._branches.values()))._model.get_input_embeddings()
+    kept = embedding.weight.detach().clone()
+    with torch.no_grad():
+        embedding.weight.fill_(float("nan"))
+    engine.submit(request(0, LONG))
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    assert "not numbers" in str(events[-1][1])
+    with torch.no_grad():
+        embedding.weight.copy_(kept)
+    assert tokens(completed(engine, [asked])[0]) == expected
+
+
+def test_a_pool_that_is_too_small_for_one_request_says_what_would_do(artefacts: dict[str, Path]) -> None:
+    with pytest.raises(ModelError, match=r"Set kv_cache_gib to 0\.\d+ or more") as refused:
+        engine_of(artefacts["lora"], kv_cache_gib=1e-6, least_tokens=40)
+    enough = float(str(refused.value).split("Set kv_cache_gib to ")[1].split()[0])
+    engine_of(artefacts["lora"], kv_cache_gib=enough, least_tokens=40)
+    check_pool(48, 10, 48)
+    with pytest.raises(ModelError, match="holds 32 tokens of this mixture, and one request can need 33"):
+        check_pool(32, 10**6, 33)
