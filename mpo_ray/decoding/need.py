@@ -10,6 +10,8 @@ from mpo_ray.policies.kv_blocks import BLOCK_TOKENS, blocks_for
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.memory import GIB, gib
 
+#: Tokens of a prompt from which on sequences share its blocks: of shorter ones each has a copy, which is read faster.
+SHARED_FROM = 128
 #: Tokens of a request by which a KV cache is described.
 USUAL_REQUEST = 512
 
@@ -38,7 +40,8 @@ class Need:
     @property
     def shared_blocks(self) -> int:
         """Of each policy: blocks that the prompt fills, which all sequences read."""
-        return len(self.prompt) // BLOCK_TOKENS if self.num_seqs > 1 else 0
+        shares = self.num_seqs > 1 and len(self.prompt) >= SHARED_FROM
+        return len(self.prompt) // BLOCK_TOKENS if shares else 0
 
     @property
     def blocks_per_policy(self) -> int:

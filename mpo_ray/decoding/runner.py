@@ -20,6 +20,9 @@ from mpo_ray.policies.kv_blocks import BLOCK_TOKENS, BlockPool, Promise, Row, bl
 from mpo_ray.policies.memory import GIB, usual_kv_cache
 from mpo_ray.policies.mixture import MixtureForCausalLM
 
+#: What is there of a prompt: node and block, by policy.
+Known = Mapping[int, Sequence[tuple[int, int]]]
+
 
 class Runner(Protocol):
     """What a scheduler asks of the model.
@@ -140,22 +143,30 @@ class MixtureRunner:
     def open(self, need: Need) -> tuple[list[int], int]:
         known = {k: self._known(need, k) for k in need.policies}
         num_known = min(len(found) for found in known.values())
-        if not self._room_beside(need, known, num_known):
-            num_known = 0
+        known = {k: found[:num_known] for k, found in known.items()}
+        copies = bool(num_known) and not self._can_go_on(need, known)
+        if copies and not self._room_beside(need, known, copies=True):
+            copies = False
+        if num_known and not copies and not self._room_beside(need, known, copies=False):
+            num_known, known = 0, {k: () for k in known}
+        taken = 0 if copies else num_known
         promises = {
-            place: self._branches[place].pool.promise(wanted - num_known * self._num_of(need, place))
+            place: self._branches[place].pool.promise(wanted - taken * self._num_of(need, place))
             for place, wanted in self._wanted(need).items()
         }
         group = _Group(need, promises)
         lanes = [self._open(group) for _ in range(need.num_seqs)]
         first = self._lanes[lanes[0]]
-        for k in need.policies:
-            self._pool(k).share(first.rows[k], [block for _, block in known[k][:num_known]])
-            first.nodes[k] = known[k][num_known - 1][0] if num_known else 0
+        first.nodes = {k: found[-1][0] if found else 0 for k, found in known.items()}
         first.num_known = num_known
         first.most_known = blocks_for(need.num_tokens) if need.keeps else len(need.prompt) // BLOCK_TOKENS
         first.tokens = list(need.prompt[: num_known * BLOCK_TOKENS])
-        self._hold(need, lanes, num_known)
+        if not copies:
+            for k, found in known.items():
+                self._pool(k).share(first.rows[k], [block for _, block in found])
+        self._hold(need, lanes, taken)
+        if copies:
+            self._copy_known(first, known)
         return lanes, len(first.tokens)
 
     def close(self, lanes: Sequence[int], *, spoiled: bool = False) -> None:
@@ -230,15 +241,38 @@ class MixtureRunner:
         """Node and block of what is there of the prompt; its last token has to be computed."""
         return list(self._pool(policy).find(policy, need.prompt[:-1])) if need.reads_prompt else []
 
-    def _room_beside(self, need: Need, known: Mapping[int, Sequence[tuple[int, int]]], num_known: int) -> bool:
-        """Whether the rest of the need fits beside known blocks, some of which only wait for their room to be taken."""
-        for place, wanted in self._wanted(need).items():
-            pool = self._branches[place].pool
-            blocks = [block for k in need.policies if self._place_of[k] == place for _, block in known[k][:num_known]]
-            taken = wanted - num_known * self._num_of(need, place) + pool.num_unused(blocks)
-            if taken > pool.num_available:
+    def _can_go_on(self, need: Need, known: Known) -> bool:
+        """Whether the rows can grow where their known blocks are, which lie one after the other."""
+        for k, found in known.items():
+            first, last, more = found[0][1], found[-1][1], blocks_for(need.num_tokens) - len(found)
+            pool = self._pool(k)
+            others = {block for other, blocks in known.items() if self._pool(other) is pool for _, block in blocks}
+            room = pool.can_hold(last, more) and others.isdisjoint(range(last + 1, last + 1 + more))
+            if last - first != len(found) - 1 or not room:
                 return False
         return True
+
+    def _room_beside(self, need: Need, known: Known, *, copies: bool) -> bool:
+        """Whether the need fits beside known blocks, some of which only wait for their room to be taken."""
+        for place, wanted in self._wanted(need).items():
+            pool = self._branches[place].pool
+            blocks = [block for k, found in known.items() if self._place_of[k] == place for _, block in found]
+            if wanted - (0 if copies else len(blocks)) + pool.num_unused(blocks) > pool.num_available:
+                return False
+        return True
+
+    @torch.inference_mode()
+    def _copy_known(self, lane: _Lane, known: Known) -> None:
+        """Copy known blocks to where the lane's rows are in one piece: rows in parts are read more slowly."""
+        for k, found in known.items():
+            pool, row, given = self._pool(k), lane.rows[k], Row()
+            pool.share(given, [block for _, block in found])  # or their room might be taken for the copy
+            self._grow(lane, k, len(lane.tokens))
+            pairs = zip(given.places(0, len(lane.tokens)), row.places(0, len(lane.tokens)), strict=True)
+            self._branches[self._place_of[k]].cache.copy(list(pairs))
+            for block, copy in zip(given.blocks, row.blocks, strict=True):
+                pool.replace(block, copy)
+            pool.close(given)
 
     def _open(self, group: _Group) -> int:
         number, self._next_lane = self._next_lane, self._next_lane + 1
@@ -255,7 +289,7 @@ class MixtureRunner:
             first = [self._lanes[lanes[0]].rows[k] for k in policies]
             if num_known:
                 for row in first:
-                    [row.held] = pool.hold(1, own - num_known, after=row.blocks[-1])
+                    [row.held] = pool.hold(1, own - num_known, after=row.blocks[-1])  # elsewhere if it has to be
             else:
                 for row, held in zip(first, pool.hold(len(first), own), strict=True):
                     row.held = held

@@ -111,6 +111,11 @@ class BlockPool:
         while len(row.blocks) * BLOCK_TOKENS < num_tokens:
             row.append(self._take(row, promise))
 
+    def can_hold(self, after: int, each: int) -> bool:
+        """Whether as many blocks behind this one are free and in nobody's run."""
+        run = slice(after + 1, after + 1 + each)
+        return run.stop <= self.num_blocks and not self._users[run].any() and not self._held[run].any()
+
     def share(self, row: Row, blocks: Sequence[int]) -> None:
         """Let the row go on with blocks that hold what it needs already. They count as used, and not as promised."""
         for block in blocks:
@@ -159,6 +164,12 @@ class BlockPool:
         self._nodes[key], self._keys[block] = (self._last_node, block), key
         return self._last_node
 
+    def replace(self, block: int, copy: int) -> None:
+        """What the block is known to hold is from now on to be found in a copy of it."""
+        key = self._keys.pop(block)
+        self._unused.pop(block, None)
+        self._nodes[key], self._keys[copy] = (self._nodes[key][0], copy), key
+
     def forget(self, block: int) -> None:
         """The block's content is no longer what it was."""
         key = self._keys.pop(block, None)
@@ -197,9 +208,9 @@ class BlockPool:
 
     def _free_run(self, length: int, after: int | None) -> int | None:
         """Where as many free blocks lie one after the other, first among those without a known content."""
-        free = (self._users == 0) & ~self._held
-        if after is not None and after + 1 + length <= self.num_blocks and free[after + 1 : after + 1 + length].all():
+        if after is not None and self.can_hold(after, length):
             return after + 1
+        free = (self._users == 0) & ~self._held
         known = np.fromiter(self._unused, dtype=np.int64, count=len(self._unused))
         blank = free.copy()
         blank[known] = False

@@ -26,7 +26,7 @@ def engine_of(artefact: Path, **settings: Any) -> MixtureEngine:
     return open_engine(str(artefact), **{"max_num_seqs": 8, **settings})
 
 
-def request(number: int, prompt: Sequence[int], *, mode: Mode | None = None, **fields: Any) -> GenerationRequest:
+def request(number: int | str, prompt: Sequence[int], *, mode: Mode | None = None, **fields: Any) -> GenerationRequest:
     """A request of 12 tokens, greedy unless told otherwise."""
     weights: Mapping[str, float] | None = fields.pop("weights", None)
     sampling = Sampling(**{"max_tokens": 12, "temperature": 0.0, **fields})

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mpo_ray.decoding import branch
 from mpo_ray.decoding.engine import MixtureEngine
 from mpo_ray.decoding.need import check_pool
 from mpo_ray.decoding.open_engine import engine_of as engine_of_mixture
 from mpo_ray.decoding.protocol import Delta, Mode, RequestError
+from mpo_ray.decoding.runner import MixtureRunner
 from mpo_ray.policies.kv_blocks import BLOCK_TOKENS
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.memory import GIB
@@ -48,6 +52,46 @@ def test_a_second_turn_goes_on_from_the_first_ones_blocks(kind: str, artefacts: 
     assert known == 48
     assert now.cached_prompt_tokens - before.cached_prompt_tokens >= 2 * known
     assert now.prompt_tokens - before.prompt_tokens <= 2 * (len(turn) - known)
+
+
+def test_conversations_in_a_small_pool_get_what_they_get_in_a_fresh_one(
+    artefacts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turns of several conversations at a time, of which some go on in place, some in a copy, some in two parts."""
+    ways = Counter[str]()
+    copied, singles = MixtureRunner._copy_known, branch.singles_of
+
+    def copy_known(*args: Any) -> None:
+        ways["copied"] += 1
+        copied(*args)
+
+    def singles_of(*args: Any) -> Any:
+        found = singles(*args)
+        ways["in parts"] += bool(found.parts)
+        return found
+
+    monkeypatch.setattr(MixtureRunner, "_copy_known", copy_known)
+    monkeypatch.setattr(branch, "singles_of", singles_of)
+    bytes_per_block = runner_of(engine_of(artefacts["lora"])).bytes_per_token * BLOCK_TOKENS
+    engine = engine_of(artefacts["lora"], kv_cache_gib=6.5 * bytes_per_block / GIB, max_num_seqs=4)
+    choose = random.Random(0)
+    texts = [LONG[:n] for n in (5, 17, 20, 33)]
+    for turn in range(6):
+        asked = [
+            request(f"{turn} {n}", text, max_tokens=choose.choice((1, 3, 20)), temperature=1.0, seed=n + 10 * turn)
+            for n, text in enumerate(texts)
+            if len(text) < 40 and choose.random() < 0.8
+        ]
+        found = completed(engine, asked)
+        for one, deltas in zip(asked, found, strict=True):
+            fresh = completed(engine_of(artefacts["lora"]), [one])[0]
+            assert tokens(deltas) == tokens(fresh)
+            number = int(one.id.split()[1])
+            texts[number] = [*one.prompt_ids, *tokens(deltas), 4, 5]
+        assert engine.statistics().kv_blocks_used == 0
+    assert ways["copied"]
+    assert ways["in parts"]
+    assert engine.statistics().cached_prompt_tokens >= 16 * ways["copied"]
 
 
 def test_a_policy_that_was_not_asked_before_computes_its_prompt(artefacts: dict[str, Path]) -> None:
