@@ -21,7 +21,7 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from mpo_ray import cli_export, cli_generate, cli_tables
+from mpo_ray import cli_engine, cli_export, cli_generate, cli_tables
 from mpo_ray.cli_values import expand_paths, parse_named, parse_weights
 from mpo_ray.config import NAME, RunConfig
 from mpo_ray.config_serving import Serve
@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("directory", help="run directory or mixture artefact")
     serve.add_argument("--host")
     serve.add_argument("--port", type=int)
+    cli_engine.add_engine_arguments(serve)
     return parser
 
 
@@ -219,7 +220,8 @@ def _mix(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    return cli_generate.generate(options, _artefact(options.directory)[0])
+    artefact, _, stored = _artefact(options.directory)
+    return cli_generate.generate(options, artefact, cli_engine.engine_settings(options, stored))
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -241,7 +243,8 @@ def _serve(options: argparse.Namespace) -> int:
 
     artefact, name, serve = _artefact(options.directory)
     given = {key: getattr(options, key) for key in ("host", "port") if getattr(options, key) is not None}
-    serve_endpoint(artefact, serve.model_copy(update=given), name, blocking=True)
+    settings = cli_engine.engine_settings(options, serve)
+    serve_endpoint(artefact, settings.model_copy(update=given), name, blocking=True)
     return 0
 
 

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from mpo_ray.cli_engine import add_engine_arguments
 from mpo_ray.cli_values import parse_weights
 from mpo_ray.records import check_weights
 
 if TYPE_CHECKING:
+    from mpo_ray.config_serving import Serve
     from mpo_ray.data.prompts import PlacedPrompt
     from mpo_ray.decoding.offline import Finished, Recipe
     from mpo_ray.decoding.protocol import Mode
@@ -32,6 +34,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--prompts", metavar="FILE", help="JSONL, JSON, CSV or Parquet rows with `prompt`, or lines .txt")
     parser.add_argument("--n", type=int, default=1, help="completions of each prompt")
     add_mixture_arguments(parser)
+    add_engine_arguments(parser)
     draw = parser.add_argument_group("how tokens are drawn")
     draw.add_argument("--temperature", type=float, default=1.0, help="0 for the likeliest tokens")
     draw.add_argument("--top-p", type=float, default=1.0)
@@ -53,7 +56,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--actors", type=int, help="Ray Data actors with an engine each; 1 if absent")
     add("--cpus-per-actor", type=float, help="1 if absent")
     add("--gpus-per-actor", type=float, help="0 if absent")
-    add("--lanes", type=int, help="sequences that an engine decodes at a time; 16 if absent")
+    add("--lanes", type=int, help="sequences that an engine decodes at a time; serve.max_num_seqs if absent")
     add("--per-part", type=int, help="prompts in a part, the unit of work and resume; 64 if absent")
     add("--address", help="Ray cluster to join; a local Ray is started without one")
 
@@ -76,18 +79,19 @@ def add_mixture_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0)
 
 
-def generate(options: argparse.Namespace, artefact: str) -> int:
-    """Print the completions of a prompt, or write those of a file and print where they are."""
+def generate(options: argparse.Namespace, artefact: str, serve: Serve) -> int:
+    """Print the completions of a prompt, or write those of a file and print where they are. serve: of the engine"""
     if options.n < 1:
         raise ValueError(f"--n {options.n}: ask for 1 completion or more.")
     check_seed(options.seed)
     if options.prompts is not None:
-        return _generate_file(options, artefact)
+        return _generate_file(options, artefact, serve)
     if given := next((name for name in options.of_prompts if getattr(options, name) is not None), None):
         raise ValueError(f"--{given.replace('_', '-')} goes with --prompts FILE; leave it out for one prompt.")
     from mpo_ray.decoding.answer import answer
 
-    finished = answer(artefact, options.prompt, recipe_of(options, artefact), num=options.n, seed=options.seed)
+    recipe = recipe_of(options, artefact)
+    finished = answer(artefact, options.prompt, recipe, num=options.n, seed=options.seed, serve=serve)
     if options.json:
         completions = [_as_json(one) for one in finished]
         print(json.dumps({"text": finished[0].text, "completions": completions}))
@@ -97,11 +101,10 @@ def generate(options: argparse.Namespace, artefact: str) -> int:
     return _status(len(errors), len(finished), errors[0] if errors else "")
 
 
-def _generate_file(options: argparse.Namespace, artefact: str) -> int:
+def _generate_file(options: argparse.Namespace, artefact: str, serve: Serve) -> int:
     from mpo_ray.cluster.generate import generate_parts
     from mpo_ray.cluster.session import ray_session
     from mpo_ray.config import Actors
-    from mpo_ray.decoding.offline import NUM_LANES
     from mpo_ray.run_file import parse_settings
 
     prompts = read_prompt_file(options.prompts)
@@ -112,9 +115,10 @@ def _generate_file(options: argparse.Namespace, artefact: str) -> int:
         "prompts_per_part": 64 if options.per_part is None else options.per_part,
     }
     actors = parse_settings(Actors, {key: value for key, value in given.items() if value is not None}, "actors")
-    lanes = NUM_LANES if options.lanes is None else options.lanes
-    if lanes < 1:
-        raise ValueError(f"--lanes {lanes}: an engine needs 1 or more.")
+    if options.lanes is not None:
+        if options.lanes < 1:
+            raise ValueError(f"--lanes {options.lanes}: an engine needs 1 or more.")
+        serve = serve.model_copy(update={"max_num_seqs": options.lanes})
     recipe = recipe_of(options, artefact)
     out = options.out or f"{Path(options.prompts.removesuffix('.gz')).stem}-completions"
     with ray_session(options.address):
@@ -125,7 +129,7 @@ def _generate_file(options: argparse.Namespace, artefact: str) -> int:
             out,
             num_samples=options.n,
             seed=options.seed,
-            max_num_seqs=lanes,
+            serve=serve,
             actors=actors,
             jsonl=bool(options.jsonl),
             console=Console(stderr=True, highlight=False),

@@ -63,11 +63,15 @@ class Serve(Strict):
 
     engine: Literal["mpo", "vllm"] = Field("mpo", description="what decodes; docs/serving.md says when to choose which")
     vllm: dict[str, Any] = Field({}, description="further arguments of vLLM's AsyncEngineArgs, for engine: vllm")
-    max_num_seqs: PositiveInt = Field(
-        16, description="sequences that a replica decodes at a time, if every policy takes part"
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
+        "auto", description="of weights and KV cache; auto is the artefact's own"
     )
+    kv_cache_gib: PositiveFloat | None = Field(
+        None, description="memory of a replica's KV cache; a quarter of what is free if absent, 0.8 of a GPU's"
+    )
+    max_num_seqs: PositiveInt = Field(64, description="sequences that a replica decodes at a time, particles included")
     context: PositiveInt | None = Field(None, description="tokens of a sequence, at most; the model's own if absent")
-    max_waiting: PositiveInt = Field(1024, description="completions that wait in a replica for a lane, at most")
+    max_waiting: PositiveInt = Field(1024, description="completions that wait in a replica for their turn, at most")
     prompt_tokens_per_step: PositiveInt = Field(
         128, description="tokens of prompts that a step computes beside the running completions; vLLM has its own rule"
     )
@@ -86,6 +90,14 @@ class Serve(Strict):
     max_work: PositiveInt = Field(262_144, description="policies × particles × choices × max_tokens of one request")
     requests_per_minute: PositiveFloat | None = Field(None, description="of one API key; no limit if absent")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _older_names(cls, values: Any) -> Any:
+        """`num_lanes` was what `max_num_seqs` is, in runs of version 0.1."""
+        if isinstance(values, dict) and "num_lanes" in values and "max_num_seqs" not in values:
+            values = {"max_num_seqs" if key == "num_lanes" else key: value for key, value in values.items()}
+        return values
+
     @model_validator(mode="after")
     def _replicas_in_order(self) -> Serve:
         if self.max_replicas < self.min_replicas:
@@ -97,6 +109,11 @@ class Serve(Strict):
             )
         check_vllm_arguments(self.engine, self.vllm, taken=SET_FOR_VLLM)
         return self
+
+    @property
+    def least_tokens(self) -> int:
+        """Of one request, for which a KV cache has to be large enough: a whole context where one was asked for."""
+        return self.context or (self.max_prompt_tokens or self.max_tokens) + self.max_tokens
 
     @property
     def ongoing_requests(self) -> int:

@@ -44,7 +44,7 @@ def parse_config(raw: object, overrides: Iterable[str] = (), *, where: str = "co
         raise ConfigError(f"{where}: a run file is a mapping of keys; this one holds {type(raw).__name__}.")
     values = copy.deepcopy(raw)
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override)
     return parse_settings(RunConfig, _expand(values, where), where)
 
 
@@ -139,7 +139,8 @@ def _expand(value: Any, where: str) -> Any:
     return re.sub(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}", replace, value)
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Apply `key.path=value` (a YAML value). Raises ConfigError."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"--set {override!r}: write key.path=value.")

@@ -24,12 +24,13 @@ from rich.console import Console
 from mpo_ray.cluster.parts import Part, process_parts
 from mpo_ray.cluster.preflight import check_actors, check_storage_everywhere
 from mpo_ray.config import Actors
+from mpo_ray.config_serving import Serve
 from mpo_ray.data.prompts import PlacedPrompt
 from mpo_ray.data.sources import DataError
 from mpo_ray.decoding.offline import Finished, Recipe, check_recipe, complete, lanes_for, row_seed
 from mpo_ray.decoding.open_engine import open_engine
 from mpo_ray.decoding.protocol import RequestError
-from mpo_ray.policies.loading import load_rendering
+from mpo_ray.policies.loading import AUTO, load_rendering
 from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.records import chat_of, decode_prompt, digest, encode_prompt
 from mpo_ray.run import Run
@@ -80,9 +81,10 @@ class Outcome:
 class Generator:
     """A table of prompts → their completions, all of them handed to the engine at once."""
 
-    def __init__(self, artefact: str, recipe: Recipe, num_samples: int, max_num_seqs: int, context: int) -> None:
+    def __init__(self, artefact: str, recipe: Recipe, num_samples: int, engine: Mapping[str, Any]) -> None:
+        """engine: arguments of `open_engine`"""
         self._recipe, self._num = recipe, num_samples
-        self._engine = open_engine(artefact, max_num_seqs=max_num_seqs, context=context)
+        self._engine = open_engine(artefact, **engine)
 
     def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
         """values: `seed`, which with the row's number gives the seed of each completion."""
@@ -110,7 +112,7 @@ def generate_parts(
     *,
     num_samples: int,
     seed: int,
-    max_num_seqs: int,
+    serve: Serve,
     actors: Actors,
     jsonl: bool,
     console: Console,
@@ -120,8 +122,8 @@ def generate_parts(
 
     Raises ValueError for prompts or settings that cannot be, and for a directory that holds something else.
     """
-    rows, context = prompt_rows(artefact, prompts, recipe)
-    run = _directory(out, _record(artefact, recipe, num_samples, seed))
+    rows, context = prompt_rows(artefact, prompts, recipe, serve.context)
+    run = _directory(out, _record(artefact, recipe, num_samples, seed, serve.precision))
     with locked(run, "mpo-ray generate", say=console.print):
         run.sweep()
         check_actors(actors)
@@ -146,8 +148,13 @@ def generate_parts(
                 "artefact": str(Path(artefact).absolute()),
                 "recipe": recipe,
                 "num_samples": num_samples,
-                "max_num_seqs": lanes_for(recipe, max_num_seqs),
-                "context": context,
+                "engine": {
+                    "max_num_seqs": lanes_for(recipe, serve.max_num_seqs),
+                    "context": context,
+                    "kv_cache_gib": serve.kv_cache_gib,
+                    "least_tokens": context,
+                    "precision": serve.precision,
+                },
             },
             actors=actors,
             console=console,
@@ -156,7 +163,9 @@ def generate_parts(
         return _summary(run, parts, jsonl=jsonl)
 
 
-def prompt_rows(artefact: str, prompts: Sequence[PlacedPrompt], recipe: Recipe) -> tuple[list[dict[str, Any]], int]:
+def prompt_rows(
+    artefact: str, prompts: Sequence[PlacedPrompt], recipe: Recipe, context: int | None = None
+) -> tuple[list[dict[str, Any]], int]:
     """The prompts as rows of a table, and the tokens that the longest one and its completion take.
 
     Raises RequestError for a recipe that no prompt can be decoded with, DataError for prompts that it cannot.
@@ -169,7 +178,7 @@ def prompt_rows(artefact: str, prompts: Sequence[PlacedPrompt], recipe: Recipe) 
         try:
             prompt, _ = rendering.accept(placed.prompt)
             ids = rendering.prompt_ids(prompt)
-            check_recipe(recipe, config, ids)
+            check_recipe(recipe, config, ids, context)
         except RequestError as error:
             if error.param != "prompt":
                 raise
@@ -200,7 +209,7 @@ def _columns(completion: Finished) -> dict[str, Any]:
     }
 
 
-def _record(artefact: str, recipe: Recipe, num_samples: int, seed: int) -> dict[str, Any]:
+def _record(artefact: str, recipe: Recipe, num_samples: int, seed: int, precision: str) -> dict[str, Any]:
     """What config.yaml says. `mixture` names the content: policies, reference, vocabulary, the ends of a text."""
     config, ends = (json.loads((Path(artefact) / name).read_text("utf-8")) for name in _MODEL_FILES)
     for values in (config, ends):
@@ -214,6 +223,7 @@ def _record(artefact: str, recipe: Recipe, num_samples: int, seed: int) -> dict[
         **made.pop("sampling"),
         "mode": made["mode"],
         "weights": made["weights"],
+        **({} if precision == AUTO else {"precision": precision}),
     }
 
 

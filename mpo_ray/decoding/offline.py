@@ -24,9 +24,6 @@ from mpo_ray.decoding.protocol import (
 from mpo_ray.decoding.request_check import check_request
 from mpo_ray.policies.mixture_config import MixtureConfig
 
-#: Sequences that are decoded at a time, if every policy takes part: each has a row of the cache per policy.
-NUM_LANES = 16
-
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -77,9 +74,13 @@ class _Room:
         return None
 
 
-def check_recipe(recipe: Recipe, config: MixtureConfig, prompt_ids: Sequence[int]) -> None:
-    """Refuse, before a model is opened, what the engine would refuse for this prompt. Raises RequestError."""
-    room = _Room(config.vocab_size or 0, config.max_position_embeddings or 1 << 30)
+def check_recipe(recipe: Recipe, config: MixtureConfig, prompt_ids: Sequence[int], context: int | None = None) -> None:
+    """Refuse, before a model is opened, what the engine would refuse for this prompt. Raises RequestError.
+
+    context: tokens of prompt and completion, at most, beside the model's own
+    """
+    limits = [limit for limit in (context, config.max_position_embeddings) if limit is not None]
+    room = _Room(config.vocab_size or 0, min(limits, default=1 << 30))
     check_request(recipe.request("check", prompt_ids, seed=0), recipe.weights, room, config.objectives)
 
 

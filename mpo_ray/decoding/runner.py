@@ -148,7 +148,7 @@ class MixtureRunner:
         if copies and not self._room_beside(need, known, copies=True):
             copies = False
         if num_known and not copies and not self._room_beside(need, known, copies=False):
-            num_known, known = 0, {k: () for k in known}
+            num_known, known = 0, {k: [] for k in need.policies}
         taken = 0 if copies else num_known
         promises = {
             place: self._branches[place].pool.promise(wanted - taken * self._num_of(need, place))

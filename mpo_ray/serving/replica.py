@@ -92,6 +92,9 @@ def _opened(artefact: str, digest: str, serve: Serve) -> Engine:
         artefact,
         max_num_seqs=serve.max_num_seqs,
         context=serve.context,
+        kv_cache_gib=serve.kv_cache_gib,
+        least_tokens=serve.least_tokens,
+        precision=serve.precision,
         max_waiting=serve.max_waiting,
         prompt_tokens=serve.prompt_tokens_per_step,
     )

@@ -117,8 +117,8 @@ def test_particles_share_the_blocks_of_their_prompt(artefacts: dict[str, Path]) 
     """16 particles and a prompt of 32 blocks: at the first token, one prompt for each policy."""
     mixture = MixtureForCausalLM.from_pretrained(artefacts["lora"])
     mixture.config.max_position_embeddings = None
-    for branch in mixture.branches:
-        getattr(branch, "base", branch).config.max_position_embeddings = 1024
+    for model in mixture.branches:
+        getattr(model, "base", model).config.max_position_embeddings = 1024
     engine = engine_of_mixture(mixture, None, max_num_seqs=16, prompt_tokens=512)
     prompt = [3 + place % 20 for place in range(32 * BLOCK_TOKENS)]
     engine.submit(request(0, prompt, mode=Mode("smc", 16), temperature=1.0, seed=1, max_tokens=20))
