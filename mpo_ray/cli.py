@@ -1,4 +1,7 @@
-"""`mpo-ray`: one command, a verb per stage (design 5.4)."""
+"""`mpo-ray`: one command, a verb per stage (design 5.4).
+
+What a verb needs is imported by the function that does it, so that help and mistakes are answered at once.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,15 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started on node")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
-from rich.console import Console
-from transformers.utils import logging as transformers_logging
-
 from mpo_ray import cli_engine, cli_export, cli_generate, cli_tables
 from mpo_ray.cli_values import expand_paths, parse_named, parse_weights
-from mpo_ray.config import NAME, RunConfig
-from mpo_ray.config_serving import Serve
-from mpo_ray.home import expand_home
-from mpo_ray.run import Run, StageError
-from mpo_ray.run_file import load_config
-from mpo_ray.run_lock import LockedError, locked
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mpo_ray.config import RunConfig
+    from mpo_ray.config_serving import Serve
+    from mpo_ray.run import Run
     from mpo_ray.stages.stage import Context
 
 #: Verbs that do stages of a run, with the stages they do.
@@ -63,7 +62,8 @@ HELP = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status, 0 only if the result is there."""
     options = _parser().parse_args(arguments)
-    transformers_logging.disable_progress_bar()  # it shows every file that is read
+    from mpo_ray.run import StageError
+
     try:
         expand_paths(options)
         return int(options.run(options) or 0)
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mpo-ray", description=__doc__)
+    parser = argparse.ArgumentParser(prog="mpo-ray", description=__doc__.partition("\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
 
     def add(verb: str, function: object, text: str, *, config: bool = True) -> argparse.ArgumentParser:
@@ -191,6 +191,9 @@ def _check(options: argparse.Namespace) -> int:
 def _mix(options: argparse.Namespace) -> int:
     import torch
 
+    from mpo_ray.config import NAME
+    from mpo_ray.home import expand_home
+
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # PEFT imports DeepSpeed, which would print of it
     from mpo_ray.policies.artefact import write_artefact
@@ -225,6 +228,8 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from mpo_ray.run import Run
+
     cli_export.check_export(options)
     if options.merge is None and not options.distill:
         return _stage(options)
@@ -250,6 +255,10 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _artefact(directory: str) -> tuple[str, str, Serve]:
     """The mixture's directory, the name it is served under, and how: from a run directory or an artefact alone."""
+    from mpo_ray.config import RunConfig
+    from mpo_ray.config_serving import Serve
+    from mpo_ray.run import Run
+
     if (Path(directory) / "policies").is_dir() and not (Path(directory) / "config.yaml").exists():
         return directory, Path(directory).absolute().name, Serve()
     run = Run.at(directory)
@@ -258,10 +267,14 @@ def _artefact(directory: str) -> tuple[str, str, Serve]:
 
 
 def _config(options: argparse.Namespace) -> RunConfig:
+    from mpo_ray.run_file import load_config
+
     return load_config(options.config, options.overrides)
 
 
 def _console() -> Console:
+    from rich.console import Console
+
     return Console(stderr=True, highlight=False)
 
 
@@ -274,6 +287,8 @@ def _opened(options: argparse.Namespace) -> Iterator[Context]:
     """
     from mpo_ray.cluster.preflight import check_engine, check_placement, check_storage_everywhere
     from mpo_ray.cluster.session import ray_session
+    from mpo_ray.run import Run
+    from mpo_ray.run_lock import LockedError, locked
     from mpo_ray.stages.check import check_compared_models, check_model, check_rewards
     from mpo_ray.stages.judging import check_judge_settings
     from mpo_ray.stages.stage import Context

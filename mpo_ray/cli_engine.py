@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from mpo_ray.config import ConfigError
-from mpo_ray.config_serving import Serve
-from mpo_ray.run_file import apply_override, parse_settings
+if TYPE_CHECKING:
+    from mpo_ray.config_serving import Serve
 
 #: Options that are settings of `serve` by another name.
 _SHORT = ("kv_cache_gib", "context", "precision")
@@ -24,6 +24,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 def engine_settings(options: argparse.Namespace, stored: Serve) -> Serve:
     """The settings that were stored with the artefact, with what the options change. Raises ConfigError."""
+    from mpo_ray.config import ConfigError
+    from mpo_ray.config_serving import Serve
+    from mpo_ray.run_file import apply_override, parse_settings
+
     values = {"serve": stored.model_dump(exclude_unset=True)}
     for override in options.overrides:
         if not override.startswith("serve."):

@@ -10,11 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from mpo_ray.cli_generate import add_mixture_arguments, check_seed, read_prompt_file, recipe_of
 from mpo_ray.cli_values import parse_weights
-from mpo_ray.run import Run
 
 if TYPE_CHECKING:
     from mpo_ray.data.prompts import PlacedPrompt
@@ -84,6 +81,8 @@ def export(options: argparse.Namespace, directory: str, artefact: str) -> int:
 
 
 def _distil(options: argparse.Namespace, directory: str, artefact: str, out: Path) -> dict[str, Any]:
+    from rich.console import Console
+
     from mpo_ray.cluster.progress import bars
     from mpo_ray.stages.distilling import Schooling, distil
 
@@ -102,6 +101,7 @@ def _distil(options: argparse.Namespace, directory: str, artefact: str, out: Pat
 
 def _prompts(options: argparse.Namespace, directory: str) -> tuple[list[PlacedPrompt], list[PlacedPrompt]]:
     """To distil on, and to measure on: the file's, or else the run's."""
+    from mpo_ray.run import Run
     from mpo_ray.stages.distilling import run_prompts, split_prompts
 
     if options.prompts is not None:

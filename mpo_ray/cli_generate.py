@@ -9,11 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from mpo_ray.cli_engine import add_engine_arguments
 from mpo_ray.cli_values import parse_weights
-from mpo_ray.records import check_weights
 
 if TYPE_CHECKING:
     from mpo_ray.config_serving import Serve
@@ -102,6 +99,8 @@ def generate(options: argparse.Namespace, artefact: str, serve: Serve) -> int:
 
 
 def _generate_file(options: argparse.Namespace, artefact: str, serve: Serve) -> int:
+    from rich.console import Console
+
     from mpo_ray.cluster.generate import generate_parts
     from mpo_ray.cluster.session import ray_session
     from mpo_ray.config import Actors
@@ -152,6 +151,7 @@ def recipe_of(options: argparse.Namespace, artefact: str) -> Recipe:
     from mpo_ray.decoding.offline import Recipe
     from mpo_ray.decoding.protocol import Sampling
     from mpo_ray.policies.mixture_config import MixtureConfig
+    from mpo_ray.records import check_weights
 
     config = MixtureConfig.from_pretrained(artefact)
     weights = parse_weights(options.weights, "--weights")

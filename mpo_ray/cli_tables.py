@@ -7,15 +7,14 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console, RenderableType
+from typing import TYPE_CHECKING, Any
 
 from mpo_ray.cli_values import parse_named, parse_weights
-from mpo_ray.config import Fit
-from mpo_ray.records import Bound, check_weights
-from mpo_ray.run import Run
-from mpo_ray.run_file import load_config, parse_settings
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from mpo_ray.config import Fit
 
 
 def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +93,7 @@ def fit(options: argparse.Namespace) -> int:
 def mopo(options: argparse.Namespace) -> int:
     """Solve a pool, and write its optimum."""
     from mpo_ray.fitting.pool_solution import pool_summary, solve_file
+    from mpo_ray.records import Bound
 
     for name in ("primary", "out"):
         if getattr(options, name) is None:
@@ -121,6 +121,9 @@ def predict(options: argparse.Namespace) -> int:
     from mpo_ray.fitting.standalone import usable_estimator
     from mpo_ray.fitting.summary import trade_off_table
     from mpo_ray.fitting.trade_off import predict_trade_off
+    from mpo_ray.records import check_weights
+    from mpo_ray.run import Run
+    from mpo_ray.run_file import load_config
 
     if options.table is not None:
         settings, seed, scores = _table_settings(options), options.seed or 0, open_scores(options.table)
@@ -148,6 +151,9 @@ def predict(options: argparse.Namespace) -> int:
 
 def _table_settings(options: argparse.Namespace) -> Fit:
     """The fit's settings from the command line, checked as a run file's are."""
+    from mpo_ray.config import Fit
+    from mpo_ray.run_file import parse_settings
+
     weights = parse_weights(options.weights, "--weights")
     given = {
         "method": options.method or ("exact" if weights is None else "fixed"),
@@ -164,4 +170,6 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def _show(what: RenderableType) -> None:
+    from rich.console import Console
+
     Console(highlight=False, width=None if sys.stdout.isatty() else 100).print(what)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 
-from mpo_ray.home import expand_home
-
 #: Options and arguments of any verb that are paths, or lists of them.
 PATHS = ("config", "directory", "out", "prompts", "table", "reference")
 
@@ -34,6 +32,8 @@ def parse_weights(text: str | None, option: str) -> dict[str, float] | None:
 
 def expand_paths(options: argparse.Namespace) -> None:
     """Put the home directory in the place of a path's `~`: a shell leaves it in --out=~/x. Raises ValueError."""
+    from mpo_ray.home import expand_home
+
     for name in PATHS:
         value = getattr(options, name, None)
         if value is not None:
