@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from mpo_ray.cluster.training_job import TrainingJob
+from mpo_ray.cluster.training_job import CHECKPOINTS, TrainingJob
 from mpo_ray.run import Run, file_digest
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -63,6 +63,16 @@ def checkpoint_to_resume(run: Run, job: TrainingJob) -> str | None:
             continue  # it was being written
         return f"{run.root}/{node}"
     return None
+
+
+def remove_checkpoints(run: Run, directory: str) -> None:
+    """Remove a training's checkpoints, Ray Train's record of them first: a kill then leaves nothing to go on from."""
+    if not run.exists(directory):
+        return
+    run.still_ours()
+    run.remove(f"{directory}/{SNAPSHOT}")
+    run.remove(directory)
+    run.remove_empty(CHECKPOINTS)
 
 
 def _is_usable(content: bytes, names: list[str]) -> bool:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from mpo_ray.config_training import ConstrainedTraining, PolicyTraining, Strict, SupervisedTraining
 from mpo_ray.training.constrained import Problem
 
+#: Node of the run that holds the checkpoints of all trainings.
+CHECKPOINTS = "training"
+
 
 class TrainingJob(Strict):
     """`inputs`, the digest of everything that the result depends on, names the Ray Train run with `name`, so that other
@@ -28,9 +31,14 @@ class TrainingJob(Strict):
     @property
     def directory(self) -> str:
         """Node of the run that holds the checkpoints."""
-        return f"training/{self.run_name}"
+        return checkpoint_directory(self.name, self.inputs)
 
     @property
     def run_name(self) -> str:
         """Name of the Ray Train run."""
-        return f"{self.name}-{self.inputs[:12]}"
+        return self.directory.removeprefix(f"{CHECKPOINTS}/")
+
+
+def checkpoint_directory(name: str, inputs: str) -> str:
+    """Node of the run that holds the checkpoints of a training, by its name and the digest of its inputs."""
+    return f"{CHECKPOINTS}/{name}-{inputs[:12]}"

@@ -21,7 +21,7 @@ from mpo_ray.fitting.summary import caution
 from mpo_ray.maths.win_probability import LINKS
 from mpo_ray.records import MOPO_PREFIX, Bound, digest
 from mpo_ray.stages.stage import Context, Stage
-from mpo_ray.stages.training import PLACEMENT, figures_of, train_jobs, training_job
+from mpo_ray.stages.training import PLACEMENT, clear_checkpoints, figures_of, train_jobs, training_job
 from mpo_ray.training.constrained import Problem
 
 POOL = "mopo/pool.parquet"
@@ -223,6 +223,9 @@ MOPO = Stage(
         and {n: context.config.mopo.training_of(n).model_dump(exclude=PLACEMENT) for n in context.config.mopo.problems}
     ),
     work=train,
+    clear=lambda context: clear_checkpoints(
+        context, {f"mopo-{name}": f"mopo/{name}/policy" for name in _settings(context).problems}
+    ),
 )
 CERTIFICATES = Stage(
     name="certificates",

@@ -116,7 +116,11 @@ class Context:
 
 @dataclass(frozen=True)
 class Stage:
-    """`work` makes `outputs` (nodes of the run) and returns figures worth keeping in the manifest."""
+    """`work` makes `outputs` (nodes of the run) and returns figures worth keeping in the manifest.
+
+    clear: removes what only unfinished work needs, once the outputs are recorded; also of an earlier command that was
+        killed in between
+    """
 
     name: str
     title: str
@@ -124,6 +128,7 @@ class Stage:
     outputs: Callable[[Context], list[str]]
     depends_on: Callable[[Context], Any]
     work: Callable[[Context], Any]
+    clear: Callable[[Context], None] = lambda _: None
 
 
 #: Every stage by name, in the order of a whole run; filled by `mpo_ray.stages.pipeline`.
@@ -136,8 +141,10 @@ def run_stage(context: Context, stage: Stage) -> bool:
     found = run.finished(stage.name, inputs)
     if found is not None and not found.damaged:
         context.console.print(f"[dim]{stage.title}: complete, inputs unchanged; skipped[/dim]")
-        if found.renewed and context.recorded:
-            run.renew(stage.name, found)
+        if context.recorded:
+            if found.renewed:
+                run.renew(stage.name, found)
+            stage.clear(context)
         return False
     context.console.print(f"[bold]{stage.title}[/bold]")
     started = time.monotonic()
@@ -151,6 +158,7 @@ def run_stage(context: Context, stage: Stage) -> bool:
     seconds = time.monotonic() - started
     if context.recorded:
         run.complete(stage.name, inputs, outputs=stage.outputs(context), seconds=seconds, notes=notes)
+        stage.clear(context)
     context.console.print(f"[dim]  {seconds:.1f} s[/dim]")
     return True
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from mpo_ray.cluster.checkpoints import remove_checkpoints
 from mpo_ray.cluster.parts import Part, process_parts
 from mpo_ray.cluster.score import PairReference
 from mpo_ray.cluster.train import train_all
-from mpo_ray.cluster.training_job import TrainingJob
+from mpo_ray.cluster.training_job import TrainingJob, checkpoint_directory
 from mpo_ray.config_training import Training
 from mpo_ray.run import Run, file_digest, stage_inputs
 from mpo_ray.stages.stage import Context, Stage
@@ -87,7 +89,7 @@ def is_trained(run: Run, job: TrainingJob) -> bool:
     try:
         recorded = run.read_json(f"{job.output}/training.json")
     except RunError:
-        return False  # damaged; what it vouched for is written again from the last checkpoint
+        return False  # damaged; what it vouched for is trained again
     if recorded is None or recorded.get("inputs") != job.inputs:
         return False
     there = run.files(job.output)
@@ -129,6 +131,12 @@ def training_job(
     )
 
 
+def clear_checkpoints(context: Context, models: Mapping[str, str]) -> None:
+    """Remove what trainings would have gone on from. models: name of a training → node of the model that it made"""
+    for name, node in models.items():
+        remove_checkpoints(context.run, checkpoint_directory(name, context.trained_from(node)))
+
+
 def figures_of(context: Context, node: str) -> dict[str, Any]:
     record = context.run.read_json(f"{node}/training.json")
     figures = ", ".join(f"{key} {value:.4g}" for key, value in record["heldout"].items())
@@ -145,6 +153,7 @@ REFERENCE = Stage(
         context.config.reference.sft and context.config.reference.sft.model_dump(exclude=PLACEMENT)
     ),
     work=train_reference,
+    clear=lambda context: clear_checkpoints(context, {"base": "base"}),
 )
 PAIRS = Stage(
     name="pairs",
@@ -161,4 +170,5 @@ POLICIES = Stage(
     outputs=lambda context: [f"policies/{name}" for name in context.config.objectives],
     depends_on=lambda context: context.config.policies.model_dump(exclude=PLACEMENT),
     work=train_policies,
+    clear=lambda context: clear_checkpoints(context, {name: f"policies/{name}" for name in context.config.objectives}),
 )

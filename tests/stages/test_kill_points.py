@@ -7,7 +7,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
@@ -16,14 +16,15 @@ import pytest
 from rich.console import Console
 
 from mpo_ray import run_lock
-from mpo_ray.cluster.training_job import TrainingJob
+from mpo_ray.cluster.checkpoints import SNAPSHOT
+from mpo_ray.cluster.training_job import TrainingJob, checkpoint_directory
 from mpo_ray.config_training import PolicyTraining
 from mpo_ray.records import digest
 from mpo_ray.run import Run, directory_digest, file_digest
 from mpo_ray.run_file import parse_config
 from mpo_ray.run_lock import locked
 from mpo_ray.stages.stage import STAGES, Context, Stage, run_stage
-from mpo_ray.stages.training import is_trained
+from mpo_ray.stages.training import clear_checkpoints, is_trained
 from tests.object_storage import object_storage
 from tests.run_files import MINIMAL
 
@@ -101,6 +102,8 @@ def _train(context: Context) -> None:
     job, seed = _job(context), context.config.seed
     if is_trained(context.run, job):
         return
+    for node in CHECKPOINT:
+        context.run.write_bytes(f"{job.directory}/{node}", bytes([seed]))
     with context.run.publishing(job.output, mark="training.json") as directory:
         (directory / "adapter_config.json").write_text(json.dumps({"seed": seed}))
         (directory / "adapter_model.safetensors").write_bytes(bytes([seed]) * 100)
@@ -128,6 +131,7 @@ OUTPUTS = {
     "fit": ["fit.json", "trade_off.json"],
     "mix": ["mixture"],
 }
+CHECKPOINT = (SNAPSHOT, "checkpoint_1/digests-0.json", "checkpoint_1/state/weights.pt")
 WORK = {"data": _write_data, "policies": _train, "fit": _fit, "mix": _mix}
 
 
@@ -140,6 +144,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
         made.append(
             Stage(name, name, after, lambda _, outputs=outputs: outputs, lambda context: context.config.seed, work)  # type: ignore[misc]
         )
+    made[1] = replace(made[1], clear=lambda context: clear_checkpoints(context, {"a": "policies/a"}))
     for stage in made:
         monkeypatch.setitem(STAGES, stage.name, stage)
     return made
@@ -206,6 +211,9 @@ def test_a_kill_between_any_two_uploads_is_repaired_by_the_next_run(
                 if is_trained(context.run, _job(context).model_copy(update={"inputs": inputs})):
                     whole = {node: content for node, content in files.items() if node.startswith("policies")}
                     assert _contents(context.run, "policies/a") == whole, f"after change {kills}: the policy is trained"
+                    if files is expected[seed] and not context.run.is_complete("policies", context.inputs(stages[1])):
+                        left = context.run.files(checkpoint_directory("a", inputs))
+                        assert len(left) == len(CHECKPOINT), f"after change {kills}: a policy without a record"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(run_lock, "_lives", lambda _: False)  # its process is this one, which goes on
                 assert _contents(_command(storage, name, stages, seed).run) == expected[seed], f"after change {kills}"

@@ -46,6 +46,7 @@ def test_a_run_leaves_every_node_of_the_design_and_what_it_was_made_from(finishe
     assert set(manifest["stages"]) >= {"data", "reference", "policies", "samples", "scores", "fit", "evaluation"}
     assert manifest["versions"]["torch"] == torch.__version__
     assert not list(finished_run.glob(".partial-*"))
+    assert not (finished_run / "training").exists(), "checkpoints are of no use to a policy that is recorded"
 
 
 def test_the_score_table_is_the_contract_and_its_log_ratios_are_exact(finished_run: Path) -> None:
