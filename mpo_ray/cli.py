@@ -23,6 +23,7 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 from mpo_ray import cli_engine, cli_export, cli_generate, cli_tables
 from mpo_ray.cli_values import expand_paths, parse_named, parse_weights
+from mpo_ray.waiting import told_if_slow
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -285,13 +286,14 @@ def _opened(options: argparse.Namespace) -> Iterator[Context]:
     Another command on the run is refused meanwhile. A report needs no such thing: while another command works, it is
     written from what is complete, and not recorded.
     """
-    from mpo_ray.cluster.preflight import check_engine, check_placement, check_storage_everywhere
-    from mpo_ray.cluster.session import ray_session
-    from mpo_ray.run import Run
-    from mpo_ray.run_lock import LockedError, locked
-    from mpo_ray.stages.check import check_compared_models, check_model, check_rewards
-    from mpo_ray.stages.judging import check_judge_settings
-    from mpo_ray.stages.stage import Context
+    with told_if_slow("loading Ray, torch and transformers"):
+        from mpo_ray.cluster.preflight import check_engine, check_placement, check_storage_everywhere
+        from mpo_ray.cluster.session import ray_session
+        from mpo_ray.run import Run
+        from mpo_ray.run_lock import LockedError, locked
+        from mpo_ray.stages.check import check_compared_models, check_model, check_rewards
+        from mpo_ray.stages.judging import check_judge_settings
+        from mpo_ray.stages.stage import Context
 
     config, console = _config(options), _console()
     run = Run.check(config, update=options.update)

@@ -29,6 +29,7 @@ LAYERS = (
         "mpo_ray.run_file",
         "mpo_ray.run_lock",
         "mpo_ray.storage",
+        "mpo_ray.waiting",
         "mpo_ray.whole_files",
     ),
     (

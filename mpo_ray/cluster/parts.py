@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +24,7 @@ from mpo_ray.cluster.progress import bars
 from mpo_ray.config import Actors
 from mpo_ray.run import Run
 from mpo_ray.storage import INPUTS
+from mpo_ray.waiting import told_if_slow
 
 #: A worker is made once per actor, by `factory(**arguments)`, and turns one input table into one output table.
 Process = Callable[[pa.Table, dict[str, Any]], pa.Table]
@@ -85,7 +87,11 @@ def process_parts(
     )
     with bars(console) as shown:
         shown.show(title, finished, len(parts))
-        for _ in done.iter_rows():
+        rows = iter(done.iter_rows())
+        size = min(actors.num_actors, len(missing))
+        with told_if_slow(f"  {title}: starting {size} actor{'s' * (size > 1)}, which open their models first"):
+            first = next(rows)
+        for _ in chain([first], rows):
             finished += 1
             shown.show(title, finished, len(parts))
 

@@ -17,6 +17,8 @@ import ray
 import torch
 from ray._private import ray_constants
 
+from mpo_ray.waiting import told_if_slow
+
 LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 
 
@@ -58,17 +60,21 @@ def end_by_signals() -> None:
 
 def join_ray(address: str) -> None:
     """Connect to the Ray cluster at an address."""
-    _init(address=address)
+    _init(f"joining Ray at {address}", address=address)
 
 
-def _init(**options: Any) -> None:
-    """`ray.init` without the line by which Ray's core says, on standard error, that it was told to be quiet."""
+def _init(what: str, **options: Any) -> None:
+    """`ray.init` without the line by which Ray's core says, on standard error, that it was told to be quiet.
+
+    what: said on standard error if it takes long
+    """
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)
         try:
-            ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
+            with told_if_slow(what, lambda text: os.write(stderr, f"{text}\n".encode())):
+                ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
@@ -94,7 +100,7 @@ def start_local_ray(**options: Any) -> None:
         logging.ERROR
     )  # it warns of the token that is wanted here
     try:
-        _init(address="local", include_dashboard=False, **options)
+        _init("starting Ray", address="local", include_dashboard=False, **options)
     except Exception as error:
         if "timed out during startup" not in str(error):  # Ray raises no class of its own
             raise

@@ -16,7 +16,7 @@ from ray.util.queue import Queue
 from rich.console import Console
 
 from mpo_ray.cluster.checkpoints import checkpoint_to_resume
-from mpo_ray.cluster.progress import bars, reports_of
+from mpo_ray.cluster.progress import bars, report_note, reports_of
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.config_training import Workers
 from mpo_ray.run import Run, StageError
@@ -39,10 +39,16 @@ def train_all(jobs: Sequence[TrainingJob], console: Console) -> None:
     # `fit` blocks, and keeps its workers itself: a thread for each run is all that the driver needs.
     with bars(console) as shown, ThreadPoolExecutor(max_workers=room) as threads:
         running = {threads.submit(_fit, job, progress): job for job in jobs}
+        notes: dict[str, str] = {}  # what the workers of a training said last; empty while it takes steps
         while running:
             done, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
             for report in reports_of(progress):
-                shown.show(report.task, report.done, report.total, report.figures)
+                notes[report.task] = report.note
+                if not report.note:
+                    shown.show(report.task, report.done, report.total, report.figures)
+            for job in (job for future, job in running.items() if future.running()):
+                if note := notes[job.name] if job.name in notes else start_of(job.training.workers):
+                    shown.note(job.name, note)
             for future in done:
                 job = running.pop(future)
                 error = future.result()
@@ -52,6 +58,21 @@ def train_all(jobs: Sequence[TrainingJob], console: Console) -> None:
     if failed:
         causes = "\n".join(f"  {name}: {cause}" for name, cause in failed.items())
         raise TrainingError(f"training ended early; mended, it goes on from its last checkpoints:\n{causes}")
+
+
+def start_of(workers: Workers) -> str:
+    """What a training waits for that has not said anything yet: resources, or the start of its workers."""
+    one = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
+    wanted = {kind: amount for kind, amount in one.items() if amount > 0}
+    groups = ray.util.placement_group_table().values()
+    if not any(g["state"] == "PENDING" and wanted in map(dict, g["bundles"].values()) for g in groups):
+        return "starting its worker" if workers.num_workers == 1 else f"starting its {workers.num_workers} workers"
+    total, free = ray.cluster_resources(), ray.available_resources()
+    need = [
+        f"{amount * workers.num_workers:g} {kind} ({free.get(kind, 0.0):g} of {total.get(kind, 0.0):g} free)"
+        for kind, amount in wanted.items()
+    ]
+    return f"waiting for {' and '.join(need)}"
 
 
 def num_side_by_side(workers: Workers) -> int:
@@ -67,6 +88,7 @@ def num_side_by_side(workers: Workers) -> int:
 
 def _train_on_worker(values: dict[str, Any]) -> str | None:
     """Load the training's code where it runs: Ray Train's controller, a process for each run, has no use for it."""
+    report_note(values["progress"], values["job"]["name"], "loading its libraries")
     from mpo_ray.cluster.train_worker import train_worker
 
     return train_worker(values)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from mpo_ray.cluster.checkpoints import TAG, CheckpointError
 from mpo_ray.cluster.constrained_task import ConstrainedTask
 from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine, prepare_sharded_loading
 from mpo_ray.cluster.event_log import EventLog
-from mpo_ray.cluster.progress import report
+from mpo_ray.cluster.progress import report, report_note
 from mpo_ray.cluster.tasks import Figures, PreferenceTask, SupervisedTask, Task
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.cluster.training_metrics import TrainingMetrics, flat
@@ -31,8 +33,11 @@ from mpo_ray.training.lagged import TRAINED, LaggedModel, add_lagged_adapter, ke
 from mpo_ray.training.loop import NonFiniteError, train
 from mpo_ray.training.multipliers import DegenerateRatioError
 from mpo_ray.training.order import num_steps
+from mpo_ray.training.pace import Pace
 
 LOG_EVERY = 10
+#: Seconds between two reports of the progress, at least.
+REPORT_EVERY_S = 1.0
 #: What a trained model says of itself: what it was trained from, its figures, and the digests of its other files.
 RECORD = "training.json"
 
@@ -49,18 +54,29 @@ def train_worker(values: dict[str, Any]) -> str | None:
     context = ray.train.get_context()
     torch.set_num_threads(max(1, int(training.workers.cpus_per_worker)))
     run = Run.at(job.run_root)
+    note = partial(report_note, values["progress"], job.name)
 
+    note("opening the model")
     sharded = prepare_sharded_loading(training, world_size=context.get_world_size())  # in force while it is referenced
     model = completion_model(job.model, training, seed=job.seed)
     tokenizer = load_tokenizer(job.model)
+    note("reading the data")
     task = _task(run, job, tokenizer)
     total = num_steps(len(task.lengths), batch_size=training.batch_size, epochs=training.epochs)
+    note("starting DeepSpeed")
     engine = DeepSpeedEngine(model, training, total_steps=total, device=ray.train.torch.get_device())
     del sharded
 
     task.begin(engine)
     start, history = _restore(engine, task, job, values["resume"])
-    display = _Display(run, job, values["progress"], start=start, total=total) if engine.rank == 0 else None
+    pace = Pace(
+        start=start,
+        total=total,
+        tokens_per_step=training.batch_size * float(task.lengths.mean()),
+        now=time.monotonic(),
+    )
+    display = _Display(run, job, values["progress"], pace, start=start, total=total) if engine.rank == 0 else None
+    note("at its first step")
     try:
         for step, loss in train(
             engine,
@@ -75,11 +91,14 @@ def train_worker(values: dict[str, Any]) -> str | None:
             seed=job.seed,
         ):
             task.stepped(step)
+            mean = {"loss": float(engine.mean(torch.tensor(loss, dtype=torch.float64)))}
             if step % LOG_EVERY == 0 or step == total:
-                figures = {"loss": float(engine.mean(torch.tensor(loss, dtype=torch.float64))), **task.figures()}
+                figures = {**mean, **task.figures()}
                 history.append({"step": step, **flat(figures)})
                 if display is not None:
                     display.show(step, figures)
+            if display is not None:
+                display.progress(step, mean)
             if step % training.checkpoint_every == 0 and step < total:
                 evaluated = {f"heldout_{name}": value for name, value in task.evaluate().items()}
                 history.append({"step": step, **evaluated})
@@ -91,7 +110,9 @@ def train_worker(values: dict[str, Any]) -> str | None:
     finally:
         if display is not None:
             display.events.close()
+    note("looking at the held-out examples")
     final = task.evaluate()
+    note("writing the model")
     _export(engine, run, job, tokenizer, {"inputs": job.inputs, "steps": total, "heldout": final, "history": history})
     _checkpoint(engine, task, total, history)
     return None
@@ -100,14 +121,24 @@ def train_worker(values: dict[str, Any]) -> str | None:
 class _Display:
     """Where the figures of a training are seen while it runs: the cluster's metrics, TensorBoard, the progress line."""
 
-    def __init__(self, run: Run, job: TrainingJob, progress: Any, *, start: int, total: int) -> None:
+    def __init__(self, run: Run, job: TrainingJob, progress: Any, pace: Pace, *, start: int, total: int) -> None:
         self.metrics, self.events = TrainingMetrics(job), EventLog(run, job.name, start=start)
-        self._name, self._progress, self._total = job.name, progress, total
+        self._name, self._progress, self._pace, self._total = job.name, progress, pace, total
+        self._figures: dict[str, float] = {}
+        self._reported = float("-inf")
 
     def show(self, step: int, figures: Figures) -> None:
         self.metrics.show(figures)
-        self.events.add(step, flat(figures))
-        report(self._progress, self._name, step, self._total, **flat(figures))
+        self._figures = flat(figures)
+        self.events.add(step, self._figures)
+
+    def progress(self, step: int, loss: dict[str, float]) -> None:
+        """Report a step, unless one was reported a moment ago; beside its loss, the other figures as last shown."""
+        now = time.monotonic()
+        pace = self._pace.after(step, now)
+        if step == self._total or now - self._reported >= REPORT_EVERY_S:
+            report(self._progress, self._name, step, self._total, **{**self._figures, **loss, **pace})
+            self._reported = now
 
 
 def _task(run: Run, job: TrainingJob, tokenizer: Any) -> Task:

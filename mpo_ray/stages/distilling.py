@@ -7,6 +7,7 @@ is asked for: then the places that count are those where π_λ goes, and what is
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +37,7 @@ from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.distillation import distillation_loss
 from mpo_ray.training.local_engine import LocalEngine
 from mpo_ray.training.loop import train
+from mpo_ray.training.pace import Pace
 from mpo_ray.training.sft import Example
 
 DISTILLED = (
@@ -45,7 +47,7 @@ DISTILLED = (
 )
 RECORD = "distillation.json"
 BOOTSTRAP_DRAWS, CONFIDENCE = 1000, 0.95
-#: Loss is kept and shown as its mean over as many steps.
+#: Loss is kept as its mean over as many steps.
 LOG_EVERY = 10
 
 #: What to show: the name of the work, how much of how much is done, figures.
@@ -254,12 +256,15 @@ def _train(
         chosen = [lessons[i] for i in examples]
         return distillation_loss(model, mixture, chosen, pad_id=pad_id, device=engine.device)
 
+    lengths = np.array([lesson.num_tokens for lesson in lessons])
+    tokens = schooling.batch_size * float(lengths.mean())
+    pace = Pace(start=0, total=schooling.steps, tokens_per_step=tokens, now=time.monotonic())
     history: list[dict[str, float]] = []
     losses: list[float] = []
     for step, loss in train(
         engine,
         loss_of,
-        lengths=np.array([lesson.num_tokens for lesson in lessons]),
+        lengths=lengths,
         units=np.array([len(lesson.response_ids) for lesson in lessons]),
         name_of=lambda i: f"completion {i + 1} of {len(lessons)}",
         batch_size=schooling.batch_size,
@@ -269,10 +274,10 @@ def _train(
         seed=seed,
     ):
         losses.append(loss)
+        figures = {"loss": float(np.mean(losses))}
+        show("distillation", step, schooling.steps, {**figures, **pace.after(step, time.monotonic())})
         if step % LOG_EVERY == 0 or step == schooling.steps:
-            figures = {"loss": float(np.mean(losses))}
             history.append({"step": step, **figures})
-            show("distillation", step, schooling.steps, figures)
             losses.clear()
     return history
 
