@@ -7,9 +7,10 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,15 @@ from mpo_ray.serving.interface import artefact_digest
 from mpo_ray.serving.ports import PortInUseError, check_port, free_port
 from mpo_ray.serving.replica import Replica
 
+#: The last line of a traceback: the error's type, and what it says.
+_ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception): (.+)$", re.MULTILINE)
 #: Requests that the ingress has open at a time, at most; above it they are refused. How many are decoded or wait is
 #: decided later: a request whose body has not come yet costs little, and must not keep others out.
 OPEN_REQUESTS = 5000
+
+
+class StartError(OSError):
+    """Replicas did not start."""
 
 
 class BuildArguments(Strict):
@@ -82,6 +89,7 @@ def build_app(artefact: str, serve: Serve, name: str) -> ray_serve.Application:
         },
         max_ongoing_requests=serve.ongoing_requests,
         max_queued_requests=serve.max_queued_requests,
+        max_constructor_retry_count=1,  # what stops one replica stops the next: Serve would try for minutes
         **common,
     ).bind(artefact, digest, serve)
     return ray_serve.deployment(
@@ -153,10 +161,22 @@ def serve_endpoint(artefact: str, serve: Serve, name: str, *, blocking: bool) ->
 
 
 def _run(app: ray_serve.Application, name: str, url: str, serve: Serve) -> None:
-    ray_serve.run(app, name=name, route_prefix="/")
+    try:
+        ray_serve.run(app, name=name, route_prefix="/")
+    except RuntimeError as error:
+        application = ray_serve.status().applications.get(name)
+        told = [one.message for one in application.deployments.values()] if application else []
+        raise StartError(f"{name} cannot be served: {_cause([str(error), *told])}") from None
     key = serve.api_keys_env or serve.api_key_env
     place = f"the API key is in {key}" if key else "no API key"
     print(f"Serving {name} at {url}/v1 ({place}). Stop with Ctrl-C.", flush=True)
+
+
+def _cause(messages: Sequence[str]) -> str:
+    """What a replica's own error says, out of what Serve makes of it; all of it where there is none."""
+    text = "\n".join(messages)
+    found = _ERROR.findall(text)
+    return found[-1].strip() if found else text.strip()
 
 
 def _check_address(serve: Serve) -> None:
