@@ -31,9 +31,9 @@ from mpo_ray.decoding.open_engine import open_engine
 from mpo_ray.decoding.protocol import Delta, GenerationRequest, Sampling
 from mpo_ray.decoding.sequence_runner import SequenceRunner
 from mpo_ray.policies.artefact import write_artefact
+from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import ModelError, load_tokenizer
 from mpo_ray.policies.mixture import MixtureForCausalLM
-from mpo_ray.policies.policy_set import PolicySet
 from mpo_ray.records import REFERENCE
 from mpo_ray.run_file import load_config
 from mpo_ray.stages.check_model import check_reference
@@ -116,7 +116,7 @@ def pairs_of(model: str, *, precision: str = "fp32") -> list[Pair]:
     prompts, chosen, rejected = (
         texts(seed, lengths) for seed, lengths in ((1, (3, 9, 14, 30)), (2, (4, 7, 2, 9)), (3, (6, 3, 5, 8)))
     )
-    reference = PolicySet(model, {}, precision=precision)
+    reference = Ensemble(model, {}, precision=precision)
     log_ref = [
         reference.logprobs([REFERENCE], list(zip(prompts, side, strict=True)), batch_size=2, pad_id=0)[REFERENCE]
         for side in (chosen, rejected)
@@ -242,7 +242,7 @@ def try_kind(row: Row, root: Path, model: str, *, lora: bool) -> None:
     row.add("engine", difference)
     row.by_own_cache |= by_own_cache
     row.add("generate", generate_difference(artefact, product))
-    policy_set = PolicySet(model, {name: str(path) for name, path in policies.items()})
+    policy_set = Ensemble(model, {name: str(path) for name, path in policies.items()})
     with policy_set.model(NAMES[1]) as one:
         row.add("sampler", sampler_difference(one, lambda ids: product.logprobs(ids, (0.0, 1.0))))
     mixture = MixtureForCausalLM.from_pretrained(artefact)

@@ -39,8 +39,8 @@ from mpo_ray.evaluation.divergence import divergences
 from mpo_ray.evaluation.estimates import number, written
 from mpo_ray.evaluation.metrics import Metrics, evaluate_completions
 from mpo_ray.evaluation.rewards import IMPLICIT
+from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import load_model, load_policy, load_rendering
-from mpo_ray.policies.policy_set import PolicySet
 from mpo_ray.records import digest
 from mpo_ray.run import Run
 from mpo_ray.stages.stage import Context
@@ -180,9 +180,9 @@ def completions(context: Context, name: str, path: Path) -> pa.Table:
     base, evaluation, actors = context.reference(), context.config.evaluation, context.config.scoring
     rendering, specs = load_rendering(base, **context.config.data.rendering), context.rewards()
     rewards = load_rewards(specs, actors)
-    judges: PolicySet | None = None
+    judges: Ensemble | None = None
     if IMPLICIT in specs.values():
-        judges = PolicySet(base, context.policies(), precision=actors.precision)
+        judges = Ensemble(base, context.policies(), precision=actors.precision)
     policy, reference = load_policy(str(path), base), load_model(base)
     tables = []
     for index, part in enumerate(context.run.parts("prompts/evaluation")):

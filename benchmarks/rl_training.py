@@ -43,8 +43,8 @@ from mpo_ray.data.prompts import select_prompts
 from mpo_ray.data.rendering import Rendering
 from mpo_ray.decoding.batch import sample_completions
 from mpo_ray.evaluation.rewards import IMPLICIT, load_reward
+from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import load_model, load_tokenizer
-from mpo_ray.policies.policy_set import PolicySet
 from mpo_ray.records import REFERENCE, Prompt, decode_prompt
 from mpo_ray.run import Run
 from mpo_ray.stages.stage import Context
@@ -114,7 +114,7 @@ def standardised(rewards: Rewards, mean: Floats, deviation: Floats) -> Rewards:
 def implicit(context: Context, tokenizer: Any) -> Rewards:
     """r̃_k = β ℓ_k of the run's policies, nats times β: equation (1), normalised by construction."""
     config, paths = context.config, context.policies()
-    policies = PolicySet(context.reference(), paths, precision=config.scoring.precision)
+    policies = Ensemble(context.reference(), paths, precision=config.scoring.precision)
 
     def rewards(prompts: Sequence[Prompt], responses: Sequence[str], ids: Sequence[Sequence[int]]) -> Floats:
         rendering = Rendering(tokenizer)

@@ -4,7 +4,7 @@ Everything scores the same texts, samples of the testbed's base model as the sam
 a prompt, log π_ref included), under K random LoRA policies on that base, one thread each, no reward model:
 
     stage      Ray Data with one actor and with two: read a file of samples, score it, write the score table
-    stacked    PolicySet.logprobs on tokens in memory: the K adapters are K groups of rows of one forward pass
+    stacked    Ensemble.logprobs on tokens in memory: the K adapters are K groups of rows of one forward pass
     separate   K passes, PEFT's set_adapter before each: padded batches sorted by length, log-softmax and gather
     packed     K passes of PEFT models as well, but through our CompletionModel, which leaves out padding
     vllm       what `scoring.engine: vllm` does, where vLLM is installed (`make test-vllm` makes .venv-vllm)
@@ -45,8 +45,8 @@ from mpo_ray.cluster.score import SampleScorer, draw, sequences
 from mpo_ray.cluster.session import ray_session
 from mpo_ray.config import Actors
 from mpo_ray.data.tokens import collate
+from mpo_ray.policies.ensemble import Ensemble, by_length, sequence_logprobs
 from mpo_ray.policies.loading import add_adapter, load_model, load_rendering, load_tokenizer
-from mpo_ray.policies.policy_set import PolicySet, by_length, sequence_logprobs
 from mpo_ray.run import Run
 
 TOLERANCE = 1e-3
@@ -136,7 +136,7 @@ def in_memory(
 ) -> tuple[dict[str, Scores], dict[str, np.ndarray]]:
     """The log-ratios of every file by each way, and the seconds (wall, processor) of every pass over one."""
     names = list(policies)
-    stack = PolicySet(base, policies)
+    stack = Ensemble(base, policies)
     plain, packed = adapted_model(base, policies), adapted_model(base, policies)
     how: dict[str, Any] = {"batch_size": batch_size, "pad_id": load_tokenizer(base).pad_token_id}
 
@@ -153,9 +153,9 @@ def in_memory(
         "packed": lambda rows: one_by_one(packed, sequence_logprobs, rows),
     }
     if find_spec("vllm") is not None:
-        from mpo_ray.vllm_plugin.scoring import VllmPolicySet
+        from mpo_ray.vllm_plugin.scoring import VllmEnsemble
 
-        by_vllm = VllmPolicySet(base, policies, max_num_seqs=batch_size)
+        by_vllm = VllmEnsemble(base, policies, max_num_seqs=batch_size)
         sides["vllm"] = lambda rows: by_vllm.logprobs(names, rows, **how)
     scores: dict[str, Scores] = {name: [] for name in sides}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}

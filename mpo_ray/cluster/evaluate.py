@@ -14,16 +14,16 @@ from mpo_ray.evaluation.candidate_models import CandidateModels
 from mpo_ray.evaluation.candidates import Candidate
 from mpo_ray.evaluation.divergence import divergences, tilts
 from mpo_ray.evaluation.rewards import IMPLICIT
+from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import load_rendering
-from mpo_ray.policies.policy_set import PolicySet
+from mpo_ray.records import REFERENCE
 
 
 class CandidateEvaluator:
-    """Prompts and a candidate → a completions table. Models are opened when the first candidate needs them."""
+    """Prompts and a candidate → a completions table. Reference and policies are held once."""
 
     def __init__(
         self,
-        artefact: str,
         reference: str,
         policies: Mapping[str, str],
         rewards: Mapping[str, str],
@@ -36,12 +36,11 @@ class CandidateEvaluator:
     ) -> None:
         self._actors = Scoring.model_validate(actors)
         self._rendering = load_rendering(reference, **rendering)
-        self._models = CandidateModels(artefact, reference, policies, precision=self._actors.precision)
+        self._ensemble = Ensemble(reference, policies, precision=self._actors.precision)
+        self._models = CandidateModels(self._ensemble, reference, policies, precision=self._actors.precision)
         self._rewards = load_rewards(rewards, self._actors)
-        self._scored: PolicySet | None = None
         self._names = list(policies)
-        if IMPLICIT in rewards.values():
-            self._scored = PolicySet(reference, policies, precision=self._actors.precision)
+        self._with_log_ratios = IMPLICIT in rewards.values()
         self._beta = beta
         self._drawing: dict[str, Any] = {
             "num": num_completions,
@@ -53,23 +52,28 @@ class CandidateEvaluator:
         """values: `candidate`, a record as JSON; `seed`; `num_prompts`, how many of the table's first prompts."""
         candidate = Candidate.from_json(str(values["candidate"]))
         table = table.slice(0, int(values["num_prompts"]))
-        model = self._models.open(candidate)
+        with self._ensemble.model(REFERENCE) as reference, self._models.open(candidate) as model:
+            return self._completions(table, candidate, model, reference, int(values["seed"]))
+
+    def _completions(self, table: pa.Table, candidate: Candidate, model: Any, reference: Any, seed: int) -> pa.Table:
         ends = () if candidate.path is None else model_ends(candidate.path)  # of a model that is not the run's
         whole = candidate.particles > 1
         drawing = {**self._drawing, "particles": candidate.particles, "with_log_z": whole}
-        rows = draw(model, self._rendering, table, seed=int(values["seed"]), further_ends=ends, **drawing)
+        rows = draw(model, self._rendering, table, seed=seed, further_ends=ends, **drawing)
         pad_id = self._rendering.tokenizer.pad_token_id
         kl = log_z = [0.0] * rows.num_rows
         how = {"batch_size": self._actors.batch_size, "pad_id": pad_id}
         if whole:
             log_z = rows["log_z"].to_pylist()
             rows = rows.drop_columns("log_z")
-            tilted = tilts(model, self._models.reference, sequences(rows), **how)
+            tilted = tilts(model, reference, sequences(rows), **how)
             kl = [tilt - normalizer for tilt, normalizer in zip(tilted, log_z, strict=True)]
         elif candidate.kind != "reference":
-            kl, dropped = divergences(model, self._models.reference, sequences(rows), **how)
+            kl, dropped = divergences(model, reference, sequences(rows), **how)
             log_z = dropped if candidate.is_proper_mixture else log_z
-        ratios = {} if self._scored is None else log_ratios(self._scored, self._names, rows, self._actors, pad_id)
+        ratios: dict[str, list[float]] = {}
+        if self._with_log_ratios:
+            ratios = log_ratios(self._ensemble, self._names, rows, self._actors, pad_id)
         rows = with_rewards(rows, self._rewards, self._rendering, ratios, self._beta)
         lengths = [len(ids) for ids in rows["response_ids"].to_pylist()]
         return (

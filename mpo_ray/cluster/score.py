@@ -15,8 +15,8 @@ from mpo_ray.data.rendering import Rendering
 from mpo_ray.decoding.particles import sample_mixture
 from mpo_ray.decoding.text_stream import text_behind
 from mpo_ray.evaluation.rewards import IMPLICIT, Reward, load_reward
+from mpo_ray.policies.ensemble import Ensemble, Sequences
 from mpo_ray.policies.loading import load_rendering
-from mpo_ray.policies.policy_set import PolicySet, Sequences
 from mpo_ray.records import REFERENCE, decode_prompt, decode_reply
 
 
@@ -27,7 +27,7 @@ class PairReference:
         """rendering: settings of `Rendering`"""
         self._actors = Scoring.model_validate(actors)
         self._rendering = load_rendering(reference, **rendering)
-        self._policies = PolicySet(reference, {}, precision=self._actors.precision)
+        self._policies = Ensemble(reference, {}, precision=self._actors.precision)
 
     def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
         rows = table.to_pylist()
@@ -65,7 +65,7 @@ class Sampler:
     ) -> None:
         self._actors = Scoring.model_validate(actors)
         self._rendering = load_rendering(reference, **rendering)
-        self._policies = PolicySet(reference, policies, precision=self._actors.precision)
+        self._policies = Ensemble(reference, policies, precision=self._actors.precision)
         self._num_samples, self._max_new_tokens = num_samples, max_new_tokens
 
     def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
@@ -93,7 +93,7 @@ class Sampler:
 
 
 class PolicyLogprobs(Protocol):
-    """What knows log π of completions: a `PolicySet`, or what does its work."""
+    """What knows log π of completions: a `Ensemble`, or what does its work."""
 
     def logprobs(
         self, names: Sequence[str], sequences: Sequences, *, batch_size: int, pad_id: int
@@ -134,10 +134,10 @@ class SampleScorer:
 
 def _open(reference: str, policies: Mapping[str, str], scoring: Scoring) -> PolicyLogprobs:
     if scoring.engine == "mpo":
-        return PolicySet(reference, policies, precision=scoring.precision)
-    from mpo_ray.vllm_plugin.scoring import VllmPolicySet  # another package's, which may not be there
+        return Ensemble(reference, policies, precision=scoring.precision)
+    from mpo_ray.vllm_plugin.scoring import VllmEnsemble  # another package's, which may not be there
 
-    return VllmPolicySet(
+    return VllmEnsemble(
         reference,
         policies,
         precision=scoring.precision,

@@ -98,13 +98,8 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         if adapted:
             stack = AdapterStack(load_model(reference_path(directory, config), precision=precision), adapted)
         full = {n: load_model(str(path), precision=precision) for n, path in paths.items() if n not in adapted}
-        models = [stack.base if stack is not None and name in adapted else full[name] for name in paths]
-        sizes = [model.config.get_text_config().vocab_size for model in models]
-        if len(set(sizes)) > 1:
-            raise ModelError(
-                f"{directory}: the output layers of {', '.join(config.objectives)} differ in size: {sizes}. Train the "
-                "policies from the same base model."
-            )
+        models = {name: stack.base if stack is not None and name in adapted else full[name] for name in paths}
+        check_output_sizes(models, where=str(directory))
         model: MixtureForCausalLM = cls(config, adapters=stack, full=full).eval()
         model.name_or_path = str(directory)
         model.generation_config = GenerationConfig.from_pretrained(directory)
@@ -287,6 +282,16 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
     def _supports_default_dynamic_cache(cls) -> bool:
         """`generate()` leaves the cache to `forward`, which makes one for each policy."""
         return False
+
+
+def check_output_sizes(models: Mapping[str, Any], *, where: str) -> None:
+    """Refuse to mix policies whose distributions are over different numbers of tokens. Raises ModelError."""
+    sizes = [model.config.get_text_config().vocab_size for model in models.values()]
+    if len(set(sizes)) > 1:
+        raise ModelError(
+            f"{where}: the output layers of {', '.join(models)} differ in size: {sizes}. Train the policies from the "
+            "same base model."
+        )
 
 
 _LATE_POLICY = (

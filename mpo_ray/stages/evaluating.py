@@ -113,7 +113,6 @@ def _generate(context: Context, parts: list[Part]) -> None:
         parts,
         CandidateEvaluator,
         {
-            "artefact": str(context.run.fetch("mixture")),
             "reference": context.reference(),
             "policies": context.policies(),
             "rewards": context.rewards(),

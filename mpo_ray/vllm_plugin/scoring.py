@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mpo_ray.policies.artefact import write_artefact
+from mpo_ray.policies.ensemble import Ensemble, Sequences
 from mpo_ray.policies.loading import ModelError, is_adapter
-from mpo_ray.policies.policy_set import PolicySet, Sequences
 from mpo_ray.records import REFERENCE
 from mpo_ray.vllm_plugin.arguments import engine_arguments, set_environment, whole_pages
 
@@ -17,8 +17,8 @@ from mpo_ray.vllm_plugin.arguments import engine_arguments, set_environment, who
 _TOKENS_ON_CPU = 2**15
 
 
-class VllmPolicySet:
-    """`PolicySet.logprobs` by vLLM. The reference, of which samples know log π_ref, is opened when it is asked for.
+class VllmEnsemble:
+    """`Ensemble.logprobs` by vLLM. The reference, of which samples know log π_ref, is opened when it is asked for.
 
     max_num_seqs: sequences that vLLM computes at a time, at most; arguments: further ones of vLLM's `EngineArgs`
     """
@@ -40,7 +40,7 @@ class VllmPolicySet:
             )
         self._names = list(policies)
         self._reference, self._precision = reference, precision
-        self._reference_alone: PolicySet | None = None
+        self._reference_alone: Ensemble | None = None
         set_environment()
         from vllm import LLM, EngineArgs
 
@@ -72,10 +72,10 @@ class VllmPolicySet:
     def logprobs(
         self, names: Sequence[str], sequences: Sequences, *, batch_size: int, pad_id: int
     ) -> dict[str, list[float]]:
-        """As `PolicySet.logprobs`; batch_size and pad_id are the reference's alone: vLLM has no use for them."""
+        """As `Ensemble.logprobs`; batch_size and pad_id are the reference's alone: vLLM has no use for them."""
         values: dict[str, list[float]] = {}
         if REFERENCE in names:
-            self._reference_alone = self._reference_alone or PolicySet(self._reference, {}, precision=self._precision)
+            self._reference_alone = self._reference_alone or Ensemble(self._reference, {}, precision=self._precision)
             values = self._reference_alone.logprobs([REFERENCE], sequences, batch_size=batch_size, pad_id=pad_id)
         wanted = [name for name in names if name != REFERENCE]
         if wanted:

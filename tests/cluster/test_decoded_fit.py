@@ -23,9 +23,9 @@ from mpo_ray.data.sources import DataError
 from mpo_ray.decoding.particles import sample_from_particles
 from mpo_ray.evaluation.gains import Gains
 from mpo_ray.policies.artefact import write_artefact
+from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import ModelError, load_policy, load_rendering, load_tokenizer
 from mpo_ray.policies.mixture import MixtureForCausalLM
-from mpo_ray.policies.policy_set import PolicySet
 from mpo_ray.records import REFERENCE, digest, prompt_id
 from mpo_ray.run import Run
 from tests.tiny import next_logprobs, tiny_llama, tiny_lora, tiny_tokenizer
@@ -103,7 +103,7 @@ def write_game(root: Path) -> Game:
     rows = {"prompt_id": [prompt_id(p) for p in PROMPTS], "prompt": list(PROMPTS), "is_chat": [False] * len(PROMPTS)}
     prompts = pa.table(rows)
     game.run.write_table("prompts/fit/part-00000.parquet", prompts)
-    policies = PolicySet(game.places[REFERENCE], {name: game.places[name] for name in OBJECTIVES})
+    policies = Ensemble(game.places[REFERENCE], {name: game.places[name] for name in OBJECTIVES})
     opened = load_rendering(game.places[REFERENCE])
     rewards = load_rewards({name: f"{root}/rewards.py:{name}" for name in OBJECTIVES}, game.config.scoring)
     for name in (REFERENCE, *OBJECTIVES):

@@ -11,9 +11,9 @@ from mpo_ray.data.rendering import Rendering
 from mpo_ray.decoding.particles import sample_from_particles
 from mpo_ray.evaluation.candidates import Candidate
 from mpo_ray.policies.artefact import write_artefact
+from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.policies.mixture import MixtureForCausalLM
-from mpo_ray.policies.policy_set import PolicySet
 from mpo_ray.records import REFERENCE
 from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
 
@@ -39,7 +39,6 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def evaluator(places: dict[str, str]) -> CandidateEvaluator:
     return CandidateEvaluator(
-        artefact=places["mixture"],
         reference=places["base"],
         policies={name: places[name] for name in "ab"},
         rewards={"a": "implicit", "b": f"{__file__}:length"},
@@ -98,7 +97,7 @@ def test_particles_draw_whole_completions_with_their_own_log_z_and_kl(evaluator,
     expected = [(prompt, completion) for prompt, own in zip(prompts, drawn, strict=True) for completion in own]
     assert table["num_tokens"].to_pylist() == [len(completion.ids) for _, completion in expected]
     assert table["log_z"].to_pylist() == pytest.approx([completion.log_z_hat for _, completion in expected])
-    policies = PolicySet(places["base"], {name: places[name] for name in "ab"})
+    policies = Ensemble(places["base"], {name: places[name] for name in "ab"})
     rows = [(prompt, completion.ids) for prompt, completion in expected]
     logprobs = policies.logprobs([REFERENCE, "a", "b"], rows, batch_size=4, pad_id=tokenizer.pad_token_id)
     for i, (_, completion) in enumerate(expected):

@@ -8,8 +8,8 @@ import torch
 
 from mpo_ray.cluster.score import Sampler, SampleScorer, draw, sequences
 from mpo_ray.config import Actors
+from mpo_ray.policies.ensemble import sequence_logprobs
 from mpo_ray.policies.loading import load_model, load_policy, load_rendering
-from mpo_ray.policies.policy_set import sequence_logprobs
 from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
 
 ACTORS = Actors(batch_size=4).model_dump()

@@ -1,6 +1,7 @@
 """KL and log Z along completions, against plain forward passes token by token."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from mpo_ray.evaluation.candidate_models import CandidateModels
 from mpo_ray.evaluation.candidates import Candidate
 from mpo_ray.evaluation.divergence import divergences, tilts
 from mpo_ray.policies.artefact import write_artefact
+from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import load_model, load_policy
 from mpo_ray.policies.soup import load_soup
 from tests.tiny import next_logprobs, tiny_llama, tiny_lora, tiny_tokenizer
@@ -37,11 +39,13 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def models(places: dict[str, str]) -> CandidateModels:
     policies = {name: places[name] for name in WEIGHTS}
-    return CandidateModels(places["mixture"], places["reference"], policies, precision="fp32")
+    ensemble = Ensemble(places["reference"], policies)
+    return CandidateModels(ensemble, places["reference"], policies, precision="fp32")
 
 
 def measured(models: CandidateModels, candidate: Candidate, batch_size: int = 3) -> tuple[list[float], list[float]]:
-    return divergences(models.open(candidate), models.reference, SEQUENCES, batch_size=batch_size, pad_id=0)
+    with models._ensemble.model("reference") as reference, models.open(candidate) as model:
+        return divergences(model, reference, SEQUENCES, batch_size=batch_size, pad_id=0)
 
 
 def prefixes(prompt: list[int], completion: list[int]) -> list[list[int]]:
@@ -71,8 +75,9 @@ def test_a_tilt_is_the_mixtures_log_ratio_without_its_normaliser(places, models,
     """Σ_t [Σ_k λ_k log π_k(y_t) − log π_ref(y_t)], prefix by prefix."""
     policies = {name: load_policy(places[name], places["reference"]) for name in WEIGHTS}
     reference = load_model(places["reference"])
-    mixture = models.open(Candidate("mixture", tuple(WEIGHTS.values())))
-    found = tilts(mixture, models.reference, SEQUENCES, batch_size=batch_size, pad_id=0)
+    mixed = Candidate("mixture", tuple(WEIGHTS.values()))
+    with models._ensemble.model("reference") as base, models.open(mixed) as mixture:
+        found = tilts(mixture, base, SEQUENCES, batch_size=batch_size, pad_id=0)
     for tilt, (prompt, completion) in zip(found, SEQUENCES, strict=True):
         expected = 0.0
         for prefix, token in zip(prefixes(prompt, completion), completion, strict=True):
@@ -111,12 +116,22 @@ def test_at_a_vertex_nothing_is_dropped(models) -> None:
 
 def test_models_are_opened_once_and_one_soup_at_a_time(models) -> None:
     """The reference and the mixture stay; the same soup asked for twice is the same object, another one replaces it."""
+
+    def opened(candidate: Candidate) -> Any:
+        with models.open(candidate) as model:
+            return model
+
     soup = Candidate("soup", (0.5, 0.25, 0.25))
-    first = models.open(soup)
-    assert models.open(Candidate("reference")) is models.reference
-    assert models.open(Candidate("mixture", (1.0, 0.0, 0.0))) is models.open(Candidate("mixture", (0.0, 0.5, 0.5)))
-    assert models.mixture.config.weights == {"lora": 0.0, "whole": 0.5, "second": 0.5}
-    assert models.open(soup) is first
-    models.open(Candidate("soup", (0.2, 0.4, 0.4)))
-    assert models.open(soup) is not first
-    assert torch.equal(models.open(soup).lm_head.weight, first.lm_head.weight)
+    first = opened(soup)
+    assert opened(Candidate("reference")) is models._ensemble._stack.base
+    mixture = opened(Candidate("mixture", (1.0, 0.0, 0.0)))
+    assert mixture is opened(Candidate("mixture", (0.0, 0.5, 0.5)))
+    assert mixture.config.weights == {"lora": 0.0, "whole": 0.5, "second": 0.5}
+    held = {one.data_ptr() for one in mixture.parameters()} | {
+        one.data_ptr() for one in models._ensemble._stack.parameters()
+    }
+    assert len(held) == len({one.data_ptr() for one in mixture.parameters()}), "the reference is held a second time"
+    assert opened(soup) is first
+    opened(Candidate("soup", (0.2, 0.4, 0.4)))
+    assert opened(soup) is not first
+    assert torch.equal(opened(soup).lm_head.weight, first.lm_head.weight)

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from mpo_ray.policies.adapters import AdapterStack, repeat_rows
+from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import ModelError
-from mpo_ray.policies.policy_set import PolicySet
 from mpo_ray.records import REFERENCE
 from tests.tiny import TINY_SIZES, tiny_llama, tiny_lora, tiny_tokenizer
 
@@ -199,7 +199,7 @@ def test_what_is_more_than_lora_on_linear_layers_is_refused_by_name(
     made = {"r": 2, "target_modules": ["q_proj"], **config}
     adapter = save_adapter(tmp_path / "adapter", LlamaForCausalLM.from_pretrained(base), seed=1, **made)
     with pytest.raises(ModelError, match=complaint) as error:
-        PolicySet(str(base), {"odd": str(adapter)})
+        Ensemble(str(base), {"odd": str(adapter)})
     assert str(adapter) in str(error.value)
 
 
@@ -219,7 +219,7 @@ def test_unknown_settings_are_refused_before_any_weights_are_read(
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ModelError, match=complaint):
-        PolicySet(str(tmp_path / "no such reference"), {"odd": str(adapter)})
+        Ensemble(str(tmp_path / "no such reference"), {"odd": str(adapter)})
 
 
 def test_an_adapter_of_transposed_layers_is_stacked(tmp_path: Path) -> None:
@@ -269,15 +269,15 @@ def test_an_adapter_of_another_base_or_cut_short_is_refused(base: Path, tmp_path
     ):
         other = tiny_llama(tmp_path / next(iter(changes)), tiny_tokenizer(), seed=0, **changes)
         with pytest.raises(ModelError, match=complaint):
-            PolicySet(str(other), {"odd": str(adapter)})
+            Ensemble(str(other), {"odd": str(adapter)})
     tensors = load_file(adapter / "adapter_model.safetensors")
     kept = {key: tensor for key, tensor in tensors.items() if "layers.1.mlp.up_proj" not in key}
     save_file(kept, adapter / "adapter_model.safetensors")
     with pytest.raises(ModelError, match=r"should adapt 'model\.layers\.1\.mlp\.up_proj', .* has no tensors for it"):
-        PolicySet(str(base), {"odd": str(adapter)})
+        Ensemble(str(base), {"odd": str(adapter)})
     save_file({"base_model.model.x.lora_A.weight": torch.zeros(2, 3)}, adapter / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="factors of 'x' are not a pair of one rank"):
-        PolicySet(str(base), {"odd": str(adapter)})
+        Ensemble(str(base), {"odd": str(adapter)})
 
 
 def test_a_step_in_lower_precision_stays_in_it(base: Path, tmp_path: Path) -> None:

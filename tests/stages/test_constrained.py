@@ -19,8 +19,8 @@ from mpo_ray.evaluation.metrics import Metrics
 from mpo_ray.maths.constrained import ratio, solve_lagrangian
 from mpo_ray.maths.pool import Pool
 from mpo_ray.policies.artefact import write_artefact
+from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import load_policy
-from mpo_ray.policies.policy_set import PolicySet
 from mpo_ray.records import REFERENCE
 from mpo_ray.run import Run
 from mpo_ray.stages.constrained import SHORT, certify_policies, solve, train
@@ -180,7 +180,7 @@ def test_a_policy_is_nearer_to_its_optimum_than_the_reference(trained: Context) 
     """KL from π_ref ρ falls: the policy gives the candidates of large ρ more, relative to the others."""
     run = trained.run
     for name in PROBLEMS:
-        policies = PolicySet(str(trained.config.reference.model), {name: str(run.fetch(f"mopo/{name}/policy"))})
+        policies = Ensemble(str(trained.config.reference.model), {name: str(run.fetch(f"mopo/{name}/policy"))})
         gained = []
         for row in candidates(run, name, "heldout"):
             pairs = [(row["prompt_ids"], ids) for ids in row["response_ids"]]
@@ -193,7 +193,7 @@ def test_a_policy_is_nearer_to_its_optimum_than_the_reference(trained: Context) 
 def test_policies_differ_as_their_bounds_do(trained: Context) -> None:
     """The tighter bound on shortness makes a long candidate less likely against a short one."""
     places = {name: str(trained.run.fetch(f"mopo/{name}/policy")) for name in PROBLEMS}
-    policies = PolicySet(str(trained.config.reference.model), places)
+    policies = Ensemble(str(trained.config.reference.model), places)
     tokenizer = tiny_tokenizer()
     good, end = tokenizer.convert_tokens_to_ids("good"), tokenizer.eos_token_id
     pairs = [([1, 7 + p], [good] * num + [end]) for p in range(8) for num in (3, 1)]

@@ -13,8 +13,8 @@ from rich.console import Console
 from mpo_ray.cluster.parts import Part, process_parts
 from mpo_ray.cluster.score import Sampler, SampleScorer
 from mpo_ray.config import ConfigError, Scoring
+from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import ModelError
-from mpo_ray.policies.policy_set import PolicySet
 from mpo_ray.records import REFERENCE
 from mpo_ray.run import Run
 from tests.vllm_plugin.mixtures import MARKS, NAMES, TOKENIZER, write_mixture
@@ -55,7 +55,7 @@ def test_completions_of_any_length_have_the_same_log_probabilities(
     kinds: str, family: str, arguments: dict[str, int], tmp_path: Path
 ) -> None:
     """Of one token to more than a pass holds; to 1e-5 a token, and 1e-4 of a few."""
-    from mpo_ray.vllm_plugin.scoring import VllmPolicySet
+    from mpo_ray.vllm_plugin.scoring import VllmEnsemble
 
     reference, policies = world(tmp_path, kinds, family, num_key_value_heads=2)
     chance = random.Random(0)
@@ -66,8 +66,8 @@ def test_completions_of_any_length_have_the_same_log_probabilities(
     rows = [([1, *ids(40)], ids(60)) for _ in range(24)]
     how = {"batch_size": 8, "pad_id": TOKENIZER.pad_token_id}
     names = ["2", REFERENCE, "helpful", "harmless"]
-    expected = PolicySet(reference, policies).logprobs(names, rows, **how)
-    found = VllmPolicySet(reference, policies, max_num_seqs=8, arguments=arguments).logprobs(names, rows, **how)
+    expected = Ensemble(reference, policies).logprobs(names, rows, **how)
+    found = VllmEnsemble(reference, policies, max_num_seqs=8, arguments=arguments).logprobs(names, rows, **how)
     assert list(found) == names
     for name in names:
         for value, same, (_, completion) in zip(found[name], expected[name], rows, strict=True):
@@ -109,13 +109,13 @@ def test_the_table_is_the_same(cluster: None, tmp_path: Path) -> None:
 
 
 def test_what_vllm_cannot_open_is_refused(tmp_path: Path, one_engine: None) -> None:
-    from mpo_ray.vllm_plugin.scoring import VllmPolicySet
+    from mpo_ray.vllm_plugin.scoring import VllmEnsemble
 
     reference, policies = world(tmp_path / "a", "aaa")
     with pytest.raises(ModelError, match=r"LoRA policies as a directory, not as 'gpt2'\. Name a directory"):
-        VllmPolicySet("gpt2", policies)
+        VllmEnsemble("gpt2", policies)
     with pytest.raises(ConfigError, match=r"scoring\.vllm\.speed: vLLM has no such engine argument; look at its Engi"):
-        VllmPolicySet(reference, policies, arguments={"speed": 2})
+        VllmEnsemble(reference, policies, arguments={"speed": 2})
     reference, policies = world(tmp_path / "b", "fff", "codegen")
     with pytest.raises(ValueError, match=r"CodeGenForCausalLM, which vLLM has no model for. Decode this mixture with"):
-        VllmPolicySet(reference, policies)
+        VllmEnsemble(reference, policies)

@@ -1,4 +1,4 @@
-"""The reference and the K policies, loaded once, as distributions over completions.
+"""The reference and the K policies, held once: as single models, as their mixture, as log-probabilities of completions.
 
 Adapters share one copy of the reference; policies with full weights are loaded beside it.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from mpo_ray.data.tokens import collate, shared_prompts
 from mpo_ray.policies.adapters import AdapterStack
 from mpo_ray.policies.loading import is_adapter, load_model
 from mpo_ray.policies.lora_file import check_stackable
+from mpo_ray.policies.mixture import MixtureForCausalLM, check_output_sizes
+from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.records import REFERENCE
 from mpo_ray.training.completion_model import CompletionModel
 
@@ -25,19 +28,37 @@ Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 MOST_TOKENS_ON_CPU = 1024
 
 
-class PolicySet:
-    """Models by name: `reference` and every objective. On the GPU where there is one."""
+class Ensemble:
+    """Models by name: `reference` and every objective. On the GPU where there is one, in one precision."""
 
     def __init__(self, reference: str, policies: Mapping[str, str], *, precision: str = "fp32") -> None:
+        self.names, self.device = list(policies), _device()
         adapters = {name: path for name, path in policies.items() if is_adapter(path)}
         for path in adapters.values():
             check_stackable(path)
-        self._stack = AdapterStack(load_model(reference, precision=precision), adapters).to(_device())
+        self._stack = AdapterStack(load_model(reference, precision=precision), adapters).to(self.device)
         self._full: dict[str, Any] = {
-            name: load_model(path, precision=precision).to(_device())
+            name: load_model(path, precision=precision).to(self.device)
             for name, path in policies.items()
             if name not in adapters
         }
+
+    @cached_property
+    def mixture(self) -> MixtureForCausalLM:
+        """The mixture of these very models, even at first; `set_weights` changes it. Raises ModelError.
+
+        It has no file: `artefact.write_artefact` makes one.
+        """
+        models = {name: self._full.get(name, self._stack.base) for name in self.names}
+        check_output_sizes(models, where=", ".join(self.names))
+        config = MixtureConfig(
+            self.names,
+            {name: 1 / len(self.names) for name in self.names},
+            vocab_size=models[self.names[0]].config.get_text_config().vocab_size,
+        )
+        stack = self._stack if self._stack.names else None
+        mixture: MixtureForCausalLM = MixtureForCausalLM(config, adapters=stack, full=self._full).eval()
+        return mixture
 
     @contextmanager
     def model(self, name: str) -> Iterator[Any]:

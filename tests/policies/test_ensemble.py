@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mpo_ray.policies.ensemble import Ensemble, by_length
 from mpo_ray.policies.loading import load_policy
-from mpo_ray.policies.policy_set import PolicySet, by_length
 from mpo_ray.records import REFERENCE
 from tests.tiny import next_logprobs, tiny_llama, tiny_lora, tiny_tokenizer
 
@@ -39,8 +39,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def policies(places: dict[str, str]) -> PolicySet:
-    return PolicySet(places[REFERENCE], {k: v for k, v in places.items() if k != REFERENCE})
+def policies(places: dict[str, str]) -> Ensemble:
+    return Ensemble(places[REFERENCE], {k: v for k, v in places.items() if k != REFERENCE})
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def expected(places: dict[str, str]) -> dict[str, list[float]]:
     ids="+".join,
 )
 def test_every_member_is_the_model_it_names(
-    names: list[str], batch_size: int, policies: PolicySet, expected: dict[str, list[float]]
+    names: list[str], batch_size: int, policies: Ensemble, expected: dict[str, list[float]]
 ) -> None:
     """Alone and together, in batches of any size: log π_k(y | x) as by its definition."""
     found = policies.logprobs(names, SEQUENCES, batch_size=batch_size, pad_id=0)
@@ -73,7 +73,7 @@ def test_every_member_is_the_model_it_names(
 
 
 def test_a_model_that_is_not_packed_gives_the_same(
-    policies: PolicySet, expected: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
+    policies: Ensemble, expected: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where padding goes through the layers, prompts are not shared either."""
     monkeypatch.setattr("mpo_ray.training.completion_model.enable_packing", lambda model: False)
@@ -82,7 +82,7 @@ def test_a_model_that_is_not_packed_gives_the_same(
         assert values == pytest.approx(expected[name], abs=1e-4)
 
 
-def test_prompts_are_computed_once_and_padding_never(policies: PolicySet) -> None:
+def test_prompts_are_computed_once_and_padding_never(policies: Ensemble) -> None:
     """A pass over m responses to x has |x| − 1 + Σ (1 + |y_j|) tokens for each policy."""
     seen: list[int] = []
     prompt, responses = [1, 8, 9, 10], [[11, 2], [12, 13, 14, 2], [2]]
@@ -93,7 +93,7 @@ def test_prompts_are_computed_once_and_padding_never(policies: PolicySet) -> Non
     assert seen == [2 * (len(prompt) - 1 + sum(1 + len(response) for response in responses))]
 
 
-def test_a_policy_is_one_model_while_its_block_runs(policies: PolicySet, expected: dict[str, list[float]]) -> None:
+def test_a_policy_is_one_model_while_its_block_runs(policies: Ensemble, expected: dict[str, list[float]]) -> None:
     prompt, completion = SEQUENCES[1]
     for name in ("keys", REFERENCE, "whole", "helpful"):
         with policies.model(name) as model:
