@@ -84,6 +84,7 @@ def _distil(options: argparse.Namespace, directory: str, artefact: str, out: Pat
     from rich.console import Console
 
     from mpo_ray.cluster.progress import bars
+    from mpo_ray.out_of_memory import memory_told
     from mpo_ray.stages.distilling import Schooling, distil
 
     check_seed(options.seed)
@@ -91,7 +92,11 @@ def _distil(options: argparse.Namespace, directory: str, artefact: str, out: Pat
     schooling = Schooling(**{name: value for name, value in given.items() if value is not None})
     prompts = _prompts(options, directory)
     recipe = recipe_of(options, artefact)
-    with bars(Console(stderr=True, highlight=False)) as shown:
+    remedy = (
+        f"Lower --micro-batch-size (now {schooling.micro_batch_size}), --num-lanes (now {schooling.num_lanes}) or "
+        "--max-tokens."
+    )
+    with bars(Console(stderr=True, highlight=False)) as shown, memory_told("distillation", remedy):
 
         def show(title: str, done: int, total: int, figures: Mapping[str, float]) -> None:
             shown.show(title, done, total, dict(figures))

@@ -24,6 +24,7 @@ LAYERS = (
         "mpo_ray.config_training",
         "mpo_ray.config_serving",
         "mpo_ray.home",
+        "mpo_ray.out_of_memory",
         "mpo_ray.records",
         "mpo_ray.run",
         "mpo_ray.run_file",

@@ -11,8 +11,9 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
-from mpo_ray.cluster.parts import Factory, Process
+from mpo_ray.cluster.parts import Factory, Process, scoring_remedy
 from mpo_ray.config import Actors
+from mpo_ray.out_of_memory import memory_told
 from mpo_ray.run import Run, StageError
 
 #: How often Ray starts an actor again whose process or node died; what it was doing is done again.
@@ -82,7 +83,8 @@ class Crew:
             max_task_retries=MAX_RESTARTS,
         )(_Worker)
         while len(self._hired) < min(self._actors.num_actors, num_tasks):
-            actor = actor_class.remote(self._run.root, self._factory, self._arguments)
+            remedy = scoring_remedy(self._actors)
+            actor = actor_class.remote(self._run.root, self._factory, self._arguments, remedy)
             self._hired.append(actor)
             self._starting[actor.load.remote()] = actor
 
@@ -90,20 +92,24 @@ class Crew:
 class _Worker:
     """The actor: makes one table from another by its process, and stores the result."""
 
-    def __init__(self, root: str, factory: Factory, arguments: dict[str, Any]) -> None:
+    def __init__(self, root: str, factory: Factory, arguments: dict[str, Any], remedy: str) -> None:
+        """remedy: what to do where memory is not enough"""
         self._root, self._factory, self._arguments = root, factory, arguments
+        self._memory = "decoded fit", remedy
         self._process: Process | None = None
 
     def load(self) -> None:
         """Load the models, outside of the constructor, so that an error arrives as what it is."""
         if self._process is None:
             torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-            self._process = self._factory(**self._arguments)
+            with memory_told(*self._memory):
+                self._process = self._factory(**self._arguments)
 
     def make(self, task: Task) -> None:
         self.load()  # again, where the actor was started again
         assert self._process is not None
-        made = self._process(task.table, dict(task.values))
+        with memory_told(*self._memory):
+            made = self._process(task.table, dict(task.values))
         Run.at(self._root).write_table(task.target, made, inputs=task.inputs)
 
 

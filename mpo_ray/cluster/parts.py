@@ -8,7 +8,7 @@ that was broken off, or changed and changed back, ends with the same files as on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -22,6 +22,7 @@ from rich.console import Console
 
 from mpo_ray.cluster.progress import bars
 from mpo_ray.config import Actors
+from mpo_ray.out_of_memory import OutOfMemoryError, memory_told
 from mpo_ray.run import Run
 from mpo_ray.storage import INPUTS
 from mpo_ray.waiting import told_if_slow
@@ -60,11 +61,13 @@ def process_parts(
     actors: Actors,
     console: Console,
     title: str,
+    remedy: str = "",
 ) -> None:
     """Make every part that is not there yet from the same inputs. `parts` is all that their directories shall hold.
 
     An actor whose process or node dies is started again, and makes the part that it was at from the start: that is Ray
     Data's default for pools of actors, without a limit. Raises the worker's own error; parts already written stay.
+    remedy: what to do where memory is not enough; if absent, about the run's scoring actors
     """
     missing = _missing(run, parts)
     finished = len(parts) - len(missing)
@@ -78,22 +81,36 @@ def process_parts(
     rows = [{"part": json.dumps(asdict(part))} for part in missing]
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _PartWorker,
-        fn_constructor_kwargs={"root": run.root, "factory": factory, "arguments": arguments},
+        fn_constructor_kwargs={
+            "root": run.root,
+            "factory": factory,
+            "arguments": arguments,
+            "memory": (title, remedy or scoring_remedy(actors)),
+        },
         batch_size=1,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=min(actors.num_actors, len(missing))),
         num_cpus=actors.cpus_per_actor,
         num_gpus=actors.gpus_per_actor or None,
     )
+    try:
+        _show(done.iter_rows(), title, finished, len(parts), actors, console)
+    except OutOfMemoryError as error:  # with a traceback of Ray's around it, and advice of Ray Data's
+        cause = getattr(error, "cause", error)
+        raise OutOfMemoryError(str(cause).splitlines()[0]) from None
+
+
+def _show(rows: Iterable[Any], title: str, finished: int, total: int, actors: Actors, console: Console) -> None:
+    """Have the parts made, and show how many there are. rows: one for each part that is made"""
+    size = min(actors.num_actors, total - finished)
     with bars(console) as shown:
-        shown.show(title, finished, len(parts))
-        rows = iter(done.iter_rows())
-        size = min(actors.num_actors, len(missing))
+        shown.show(title, finished, total)
+        made = iter(rows)
         with told_if_slow(f"  {title}: starting {size} actor{'s' * (size > 1)}, which open their models first"):
-            first = next(rows)
-        for _ in chain([first], rows):
+            first = next(made)
+        for _ in chain([first], made):
             finished += 1
-            shown.show(title, finished, len(parts))
+            shown.show(title, finished, total)
 
 
 def _missing(run: Run, parts: Sequence[Part]) -> list[Part]:
@@ -109,21 +126,40 @@ def _missing(run: Run, parts: Sequence[Part]) -> list[Part]:
     return [part for part in parts if recorded.get(part.target) != part.inputs]
 
 
+def scoring_remedy(actors: Actors) -> str:
+    """The settings of the run file that lower what an actor needs."""
+    smaller = [f"lower scoring.batch_size (now {actors.batch_size})"] if actors.batch_size > 1 else []
+    if actors.prompts_per_part > 1:
+        smaller.append(f"lower scoring.prompts_per_part (now {actors.prompts_per_part})")
+    if actors.num_actors > 1:
+        smaller.append(f"lower scoring.num_actors (now {actors.num_actors})")
+    if actors.precision != "bf16":
+        smaller.append("set scoring.precision: bf16")
+    text = ", or ".join(smaller) or "use a machine with more memory"
+    return f"{text[0].upper()}{text[1:]}."
+
+
 class _PartWorker:
     """The actor: fetches a table, calls one function, stores the result."""
 
-    def __init__(self, root: str, factory: Factory, arguments: dict[str, Any]) -> None:
+    def __init__(self, root: str, factory: Factory, arguments: dict[str, Any], memory: tuple[str, str]) -> None:
+        """memory: what the work is, and what to do where memory is not enough for it"""
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
         self._run = Run.at(root)
-        self._process = factory(**arguments)
+        self._factory, self._arguments, self._memory = factory, arguments, memory
+        self._process: Process | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         parts = [Part(**json.loads(str(text))) for text in batch["part"]]
+        with memory_told(*self._memory):
+            if self._process is None:  # outside of the constructor, so that an error arrives as what it is
+                self._process = self._factory(**self._arguments)
         for part in parts:
             table = self._run.read_table(part.source)
             for name, column in self._columns_at_hand(part).items():
                 table = table.append_column(name, column)
-            made = in_order(self._process(table, dict(part.values)), part.columns)
+            with memory_told(*self._memory):
+                made = in_order(self._process(table, dict(part.values)), part.columns)
             self._run.write_table(part.target, made, inputs=part.inputs)
         return {"target": [part.target for part in parts]}
 

@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from mpo_ray.cluster.checkpoints import checkpoint_to_resume
 from mpo_ray.cluster.progress import bars, report_note, reports_of
+from mpo_ray.cluster.training_failure import reason
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.config_training import Workers
 from mpo_ray.run import Run, StageError
@@ -31,7 +33,8 @@ class TrainingError(StageError):
 def train_all(jobs: Sequence[TrainingJob], console: Console) -> None:
     """Run every job to its end, as many at a time as the cluster has room for; each resumes from its last checkpoint.
 
-    Raises TrainingError with the worker's own error. What the other jobs finished stays.
+    One that fails is told at once; its workers are gone, and what they held serves the others, which go on.
+    Raises TrainingError at the end, with the workers' own errors. What the other jobs finished stays.
     """
     progress = Queue(actor_options={"num_cpus": 0})
     failed: dict[str, str] = {}
@@ -54,6 +57,9 @@ def train_all(jobs: Sequence[TrainingJob], console: Console) -> None:
                 error = future.result()
                 if error is not None:
                     failed[job.name] = error
+                    if running:
+                        others = ", ".join(other.name for other in running.values())
+                        console.print(f"  {job.name} failed, and {others} go on: {error}", markup=False, soft_wrap=True)
     progress.shutdown()
     if failed:
         causes = "\n".join(f"  {name}: {cause}" for name, cause in failed.items())
@@ -120,9 +126,7 @@ def _fit(job: TrainingJob, progress: Queue) -> str | None:
     )
     try:
         stopped: str | None = trainer.fit().return_value
-    except ray.train.TrainingFailedError as error:
-        log = f"{job.directory}/error.txt"
-        Run.at(job.run_root).write_text(log, str(error))
-        first = str(next(iter(getattr(error, "worker_failures", {}).values()), error))
-        return f"{first.strip().splitlines()[-1]} (all of it: {job.run_root}/{log})"
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+        Run.at(job.run_root).write_text(job.error_log, str(error))
+        return f"{reason(job, error)} (all of it: {job.run_root}/{job.error_log})"
     return stopped

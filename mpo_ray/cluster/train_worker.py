@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from functools import partial
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine, prepare_sharded_lo
 from mpo_ray.cluster.event_log import EventLog
 from mpo_ray.cluster.progress import report, report_note
 from mpo_ray.cluster.tasks import Figures, PreferenceTask, SupervisedTask, Task
+from mpo_ray.cluster.training_failure import OPENING, READING, STARTING, memory_sentence
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.cluster.training_metrics import TrainingMetrics, flat
 from mpo_ray.config_training import ConstrainedTraining, Lora, PolicyTraining, Training
 from mpo_ray.maths.constrained import RunawayError
+from mpo_ray.out_of_memory import OutOfMemoryError, lacking
 from mpo_ray.policies.dropout import restore_dropout
 from mpo_ray.policies.loading import load_model, load_tokenizer
 from mpo_ray.policies.lora_targets import lora_config
@@ -47,36 +49,62 @@ def train_worker(values: dict[str, Any]) -> str | None:
 
     values: `job`, a TrainingJob; `progress`, a Ray queue; `resume`, see `checkpoint_to_resume`
     Returns why training stopped where its own figures say that it leads nowhere, None where it came to its end. An
-    exception would have Ray Train start again from the last checkpoint, and stop at the same step.
+    exception would have Ray Train start again from the last checkpoint, and stop at the same step. So would a lack of
+    memory, which is told with the setting that lowers the need.
     """
     job = TrainingJob.model_validate(values["job"])
+    doing = _Doing(values["progress"], job.name)
+    try:
+        return _train(job, values["progress"], values["resume"], doing)
+    except Exception as error:
+        lack = lacking(error)
+        if lack is None:
+            raise
+        told = memory_sentence(job, lack, doing.what)
+        if ray.train.get_context().get_world_size() > 1:
+            raise OutOfMemoryError(told) from error  # the other workers wait for this one, and have to be ended
+        Run.at(job.run_root).write_text(job.error_log, traceback.format_exc())
+        return f"{told} (all of it: {job.run_root}/{job.error_log})"
+
+
+class _Doing:
+    """What the worker is at: kept for an error, and told to who waits."""
+
+    def __init__(self, progress: Any, name: str) -> None:
+        self.what, self._progress, self._name = "", progress, name
+
+    def begin(self, what: str) -> None:
+        self.what = what
+        report_note(self._progress, self._name, what)
+
+
+def _train(job: TrainingJob, progress: Any, resume: str | None, doing: _Doing) -> str | None:
     training = job.training
     context = ray.train.get_context()
     torch.set_num_threads(max(1, int(training.workers.cpus_per_worker)))
     run = Run.at(job.run_root)
-    note = partial(report_note, values["progress"], job.name)
 
-    note("opening the model")
+    doing.begin(OPENING)
     sharded = prepare_sharded_loading(training, world_size=context.get_world_size())  # in force while it is referenced
     model = completion_model(job.model, training, seed=job.seed)
     tokenizer = load_tokenizer(job.model)
-    note("reading the data")
+    doing.begin(READING)
     task = _task(run, job, tokenizer)
     total = num_steps(len(task.lengths), batch_size=training.batch_size, epochs=training.epochs)
-    note("starting DeepSpeed")
+    doing.begin(STARTING)
     engine = DeepSpeedEngine(model, training, total_steps=total, device=ray.train.torch.get_device())
     del sharded
 
     task.begin(engine)
-    start, history = _restore(engine, task, job, values["resume"])
+    start, history = _restore(engine, task, job, resume)
     pace = Pace(
         start=start,
         total=total,
         tokens_per_step=training.batch_size * float(task.lengths.mean()),
         now=time.monotonic(),
     )
-    display = _Display(run, job, values["progress"], pace, start=start, total=total) if engine.rank == 0 else None
-    note("at its first step")
+    display = _Display(run, job, progress, pace, start=start, total=total) if engine.rank == 0 else None
+    doing.begin("at its first step")
     try:
         for step, loss in train(
             engine,
@@ -91,6 +119,7 @@ def train_worker(values: dict[str, Any]) -> str | None:
             seed=job.seed,
         ):
             task.stepped(step)
+            doing.what = f"at step {step + 1}"
             mean = {"loss": float(engine.mean(torch.tensor(loss, dtype=torch.float64)))}
             if step % LOG_EVERY == 0 or step == total:
                 figures = {**mean, **task.figures()}
@@ -110,9 +139,9 @@ def train_worker(values: dict[str, Any]) -> str | None:
     finally:
         if display is not None:
             display.events.close()
-    note("looking at the held-out examples")
+    doing.begin("looking at the held-out examples")
     final = task.evaluate()
-    note("writing the model")
+    doing.begin("writing the model")
     _export(engine, run, job, tokenizer, {"inputs": job.inputs, "steps": total, "heldout": final, "history": history})
     _checkpoint(engine, task, total, history)
     return None

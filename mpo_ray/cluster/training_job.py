@@ -14,6 +14,7 @@ class TrainingJob(Strict):
     inputs never resume it, and stays in the result's training.json.
 
     model: directory or hub id to start from; *_parts: Parquet files of the run; output: node of the run to publish.
+    section: where the settings of the training are in the run file
     problem: what constrained training maximises and bounds; None for the other kinds
     """
 
@@ -27,11 +28,17 @@ class TrainingJob(Strict):
     heldout_parts: list[str]
     output: str
     seed: int
+    section: str = "policies"
 
     @property
     def directory(self) -> str:
         """Node of the run that holds the checkpoints."""
         return checkpoint_directory(self.name, self.inputs)
+
+    @property
+    def error_log(self) -> str:
+        """Node of the run for the traceback of an error."""
+        return f"{self.directory}/error.txt"
 
     @property
     def run_name(self) -> str:

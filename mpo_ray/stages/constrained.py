@@ -84,6 +84,7 @@ def train(context: Context) -> dict[str, Any]:
                 mopo.training_of(name),
                 f"mopo/{name}/candidates",
                 f"mopo/{name}/policy",
+                section=f"mopo{'' if mopo.problems[name].training is None else f'.problems.{name}'}.training",
                 problem=problem,
             )
         )

@@ -25,7 +25,8 @@ def train_reference(context: Context) -> dict[str, Any]:
     """Fine-tune the given model on the texts: π_ref of everything that follows."""
     sft = context.config.reference.sft
     assert sft is not None
-    job = training_job(context, "base", (context.given_model(), context.given_content()), sft, "texts", "base")
+    model = context.given_model(), context.given_content()
+    job = training_job(context, "base", model, sft, "texts", "base", section="reference.sft")
     train_jobs(context, [job])
     return figures_of(context, "base")
 
@@ -62,7 +63,9 @@ def train_policies(context: Context) -> dict[str, Any]:
     model = context.reference(), context.reference_inputs()
     settings = context.config.policies
     jobs = [
-        training_job(context, name, model, settings, f"reference_logprobs/{name}", f"policies/{name}")
+        training_job(
+            context, name, model, settings, f"reference_logprobs/{name}", f"policies/{name}", section="policies"
+        )
         for name in context.config.objectives
     ]
     train_jobs(context, jobs)
@@ -110,9 +113,12 @@ def training_job(
     data: str,
     output: str,
     *,
+    section: str,
     problem: Problem | None = None,
 ) -> TrainingJob:
-    """model: where it lies, and what stands for it in a digest of inputs; problem: what MOPO's policy is to solve."""
+    """model: where it lies, and what stands for it in a digest of inputs; section: of the run file, with the settings;
+    problem: what MOPO's policy is to solve.
+    """
     parts = context.run.parts(data)
     data_inputs = [[part, context.run.inputs_of(part)] for part in parts]
     settings = training.model_dump(mode="json", exclude={**PLACEMENT, "source": True})  # the data speak for it
@@ -127,6 +133,7 @@ def training_job(
         heldout_parts=[part for part in parts if part.rpartition("/")[2].startswith("heldout")],
         output=output,
         seed=context.config.seed,
+        section=section,
         problem=problem,
     )
 

@@ -1,14 +1,17 @@
 """Parts of a stage: only what is missing is made, and a failure leaves what is finished."""
 
+import resource
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 from rich.console import Console
 
 from mpo_ray.cluster.parts import Part, in_order, process_parts
 from mpo_ray.config import Actors
+from mpo_ray.out_of_memory import OutOfMemoryError
 from mpo_ray.run import Run
 from mpo_ray.storage import INPUTS
 
@@ -69,6 +72,35 @@ def test_a_failure_is_the_workers_own_error_and_finished_parts_are_not_made_agai
     loaded = (run.local / "notes").read_text()
     _process(run)
     assert (run.local / "notes").read_text() == loaded  # nothing to do: no actor is started
+
+
+class Greedy:
+    """A worker: meets a real limit of its process's memory, while it is made or at its first part."""
+
+    def __init__(self, at_once: bool) -> None:
+        if at_once:
+            self.take()
+
+    def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
+        self.take()
+        return table
+
+    def take(self) -> None:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + 2**28, resource.RLIM_INFINITY))
+        torch.ones(2**28)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_lack_of_memory_ends_in_one_sentence_with_the_setting_that_lowers_it(run: Run, at_once: bool) -> None:
+    parts = [Part("in/part-0.parquet", "out/part-0.parquet", "")]
+    how = {"actors": Actors(batch_size=8, precision="bf16"), "console": Console(stderr=True), "title": "scores"}
+    with pytest.raises(OutOfMemoryError) as raised:
+        process_parts(run, parts, Greedy, {"at_once": at_once}, **how)
+    assert str(raised.value) == (
+        "scores: out of memory: 1.00 GiB of memory could not be had. Lower scoring.batch_size (now 8), or lower "
+        "scoring.prompts_per_part (now 32)."
+    )
 
 
 class Columns:
