@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 #: A chat message: `role`, `content` and whatever else a chat template reads of it, as JSON values.
@@ -45,6 +45,9 @@ class Comparison:
     """One human judgement: for `prompt`, `chosen` was preferred to `rejected` (completions without the prompt).
 
     chosen_cut, rejected_cut: whether the reply was cut at a limit, so that it does not end where it stops
+    num_tokens: of prompt, chosen and rejected, these with the end token of a reply that is not cut; 0 where nobody
+        rendered them
+    where: its row's place (`pairs.jsonl:3`), of two rated responses both
     """
 
     id: str
@@ -55,6 +58,8 @@ class Comparison:
     margin: float | None = None
     chosen_cut: bool = False
     rejected_cut: bool = False
+    num_tokens: tuple[int, int, int] = field(default=(0, 0, 0), compare=False)
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ class Parsed:
 
     num_rows = comparisons + refused + skipped, where a comparison of the form `ratings` counts for its two rows.
     cut: how many replies were cut, `known` and `suspected`, and of how many tokens those are (`cuts`)
+    overlong: the first comparisons that were left out as too long, each with its place and lengths
     """
 
     comparisons: list[Comparison]
@@ -52,6 +53,7 @@ class Parsed:
     num_rows: int
     reading: Told | None = None
     cut: dict[str, int] = field(default_factory=dict)
+    overlong: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def read_comparisons(
     """Read what a source says about `objective`; `label` names its label or rating column, by default `objective`.
 
     label_means: what labels mean, where the column does not say it
-    accept: looks at the prompt and the replies of every row (`Rendering.accept`)
+    accept: looks at the prompt and the replies of every row (`Rendering.rendered`)
     Raises DataError if the rows fit no form, none has the label column, or its labels allow two readings. Bad rows are
     returned, not raised.
     """
@@ -236,15 +238,18 @@ class _Tally:
             else:
                 if item.id is not None:
                     places[item.id] = row.where
-                yield row.where, item
+                yield row.where, replace(item, where=row.where)
 
 
 def _accepted(item: Item, accept: Accept) -> Item:
     if isinstance(item, Pair):
-        prompt, (chosen, rejected) = accept(item.prompt, item.chosen, item.rejected)
-        return replace(item, prompt=prompt, chosen=chosen, rejected=rejected)
-    prompt, (response,) = accept(item.prompt, item.response)
-    return replace(item, prompt=prompt, response=response)
+        found = accept(item.prompt, item.chosen, item.rejected, cut=(item.chosen_cut, item.rejected_cut))
+        (chosen, rejected), (first, second) = found.replies, map(len, found.reply_ids)
+        lengths = (len(found.prompt_ids), first, second)
+        return replace(item, prompt=found.prompt, chosen=chosen, rejected=rejected, num_tokens=lengths)
+    found = accept(item.prompt, item.response, cut=(item.is_cut,))
+    num_tokens = (len(found.prompt_ids), len(found.reply_ids[0]))
+    return replace(item, prompt=found.prompt, response=found.replies[0], num_tokens=num_tokens)
 
 
 def _with_ids(pairs: Iterable[Pair]) -> list[Comparison]:
@@ -258,7 +263,7 @@ def _with_ids(pairs: Iterable[Pair]) -> list[Comparison]:
             name = content if not repeats[content] else f"{content}-{repeats[content]}"
             repeats[content] += 1
         judged = (pair.prompt, pair.chosen, pair.rejected, pair.weight, pair.margin)
-        comparisons.append(Comparison(name, *judged, chosen_cut=pair.chosen_cut, rejected_cut=pair.rejected_cut))
+        comparisons.append(Comparison(name, *judged, pair.chosen_cut, pair.rejected_cut, pair.num_tokens, pair.where))
     return comparisons
 
 
@@ -288,6 +293,7 @@ def _pair_by_rating(rated: Iterable[tuple[str, Rated]], tally: _Tally) -> list[C
                 continue
             name = None if better.id is None or worse.id is None else f"{better.id}/{worse.id}"
             weight, margin = (better.weight + worse.weight) / 2, better.rating - worse.rating
-            cut = (better.is_cut, worse.is_cut)
-            pairs.append(Pair(better.prompt, better.response, worse.response, weight, margin, name, *cut))
+            told = (better.is_cut, worse.is_cut, (*better.num_tokens, worse.num_tokens[1]))
+            where = f"{better.where} and {worse.where}"
+            pairs.append(Pair(better.prompt, better.response, worse.response, weight, margin, name, *told, where))
     return _with_ids(pairs)

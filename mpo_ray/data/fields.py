@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, Protocol
 from uuid import UUID
 
 from mpo_ray.records import Message, Prompt, Reply, ToolChat, chat_of
@@ -26,16 +26,34 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 Values = Mapping[str, Any]
 
 
-#: What makes of a row's prompt and replies what is kept of them. Raises BadFieldError where they cannot be used.
-Accept = Callable[..., tuple[Prompt, list[Reply]]]
-
-
 class BadFieldError(ValueError):
     """A row is bad; the message is the `reason` of its Refusal."""
 
 
-def accept_all(prompt: Prompt, *replies: Reply) -> tuple[Prompt, list[Reply]]:
-    return prompt, list(replies)
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """What is kept of a row's prompt and replies, and their token ids; without ids where nobody rendered them.
+
+    A reply's ids have its end token where it is not cut.
+    """
+
+    prompt: Prompt
+    replies: list[Reply]
+    prompt_ids: list[int]
+    reply_ids: list[list[int]]
+
+
+class Accept(Protocol):
+    """Looks at a row's prompt and replies. cut: of each reply, whether it was cut at a limit; none if absent.
+
+    Raises BadFieldError where they cannot be used.
+    """
+
+    def __call__(self, prompt: Prompt, *replies: Reply, cut: Sequence[bool] = ()) -> Rendered: ...
+
+
+def accept_all(prompt: Prompt, *replies: Reply, cut: Sequence[bool] = ()) -> Rendered:
+    return Rendered(prompt, list(replies), [], [[] for _ in replies])
 
 
 def read_text(values: Values, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,10 +11,12 @@ from transformers import AutoConfig
 
 from mpo_ray.data.comparisons import Parsed
 from mpo_ray.data.cuts import suspected
-from mpo_ray.data.rendering import Rendering
 from mpo_ray.data.sources import DataError
 
 OVERLONG = "overlong"
+Overlong = Literal["error", "drop"]
+#: How many rows that are too long an error names.
+NUM_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,33 +59,47 @@ def longest_text(config: Any) -> int | None:
     return min((int(limit) for limit in limits if limit), default=None)
 
 
-def check_lengths(
-    parsed: Parsed, rendering: Rendering, limits: Limits, *, objective: str, overlong: Literal["error", "drop"]
-) -> Parsed:
-    """Leave out the comparisons that are too long, and count them; with "error", raise DataError if there are any.
-
-    Replies that were cut are counted as well, before any is left out.
-    """
-    kept, first, lengths, known = [], "", list[int](), 0
+def leave_out_overlong(parsed: Parsed, limits: Limits) -> Parsed:
+    """Leave out the comparisons that are too long, and count them. Counts replies that were cut, before that."""
+    kept, named, lengths, known = [], list[str](), list[int](), 0
     for comparison in parsed.comparisons:
+        prompt, *replies = comparison.num_tokens
         cut = (comparison.chosen_cut, comparison.rejected_cut)
-        replies = zip((comparison.chosen, comparison.rejected), cut, strict=True)
-        both = [rendering.ids(comparison.prompt, reply, finished=not short) for reply, short in replies]
-        prompt, response = len(both[0][0]), max(len(ids) for _, ids in both)
         known += sum(cut)
-        lengths += [len(ids) - 1 for (_, ids), short in zip(both, cut, strict=True) if not short]
-        if limits.allow(prompt, response):
+        lengths += [number - 1 for number, short in zip(replies, cut, strict=True) if not short]
+        if limits.allow(prompt, max(replies)):
             kept.append(comparison)
-        elif not first:
-            first = f"pair {comparison.id!r}: prompt {prompt} tokens, longer response {response} tokens"
-    num_overlong = len(parsed.comparisons) - len(kept)
-    if num_overlong and (overlong == "error" or not kept):
-        raise DataError(
-            f"objective {objective!r}: {num_overlong} of {len(parsed.comparisons)} pairs are longer than {limits}; "
-            f"first {first}. Raise the limits, use a model with a longer context, or set data.overlong: drop."
-        )
+        elif len(named) < NUM_SHOWN:
+            where = f"{comparison.where}, pair {comparison.id!r}".removeprefix(", ")
+            named.append(f"{where}: prompt {prompt} tokens, longer response {max(replies)} tokens")
     number, length = suspected(lengths, limits.response)
-    cut_replies = {"known": known, "suspected": number, "of_tokens": length} if known or number else {}
     return dataclasses.replace(
-        parsed, comparisons=kept, skipped={**parsed.skipped, OVERLONG: num_overlong}, cut=cut_replies
+        parsed,
+        comparisons=kept,
+        skipped={**parsed.skipped, OVERLONG: len(parsed.comparisons) - len(kept)},
+        cut={"known": known, "suspected": number, "of_tokens": length} if known or number else {},
+        overlong=named,
     )
+
+
+def check_overlong(parsed: Parsed, limits: Limits, *, objective: str, overlong: Overlong) -> None:
+    """Raise DataError, with the first of them, if comparisons were too long and "error" says that none may be.
+
+    None may be either where no comparison is left.
+    """
+    number = parsed.skipped[OVERLONG]
+    if number and (overlong == "error" or not parsed.comparisons):
+        raise DataError(
+            named_overlong(
+                f"objective {objective!r}: {number} of {number + len(parsed.comparisons)} pairs are longer than "
+                f"{limits}. Raise the limits, use a model with a longer context, or set data.overlong: drop.",
+                parsed.overlong,
+                number,
+            )
+        )
+
+
+def named_overlong(text: str, named: Sequence[str], number: int) -> str:
+    """A message with the first rows that are too long, of `number`."""
+    more = [f"… and {number - len(named)} more"] if number > len(named) else []
+    return "\n".join([text, *(f"  {line}" for line in (*named, *more))])

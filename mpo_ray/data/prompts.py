@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mpo_ray.config_training import Source
 from mpo_ray.data.comparisons import check_share
@@ -29,17 +29,21 @@ REPLIES = ("chosen", "response", *(first for first, _ in RESPONSE_COLUMNS))
 
 @dataclass(frozen=True, slots=True)
 class PlacedPrompt:
-    """A prompt, where it was read (`prompts.jsonl:3`), and the `id` of its row as text, None where it has none."""
+    """A prompt, where it was read (`prompts.jsonl:3`), and the `id` of its row as text, None where it has none.
+
+    num_tokens: 0 where nobody rendered it
+    """
 
     where: str
     prompt: Prompt
     id: str | None = None
+    num_tokens: int = field(default=0, compare=False)
 
 
 def read_prompts(source: Source, *, accept: Accept = accept_all, allow: float = 0.0) -> list[Prompt]:
     """The prompts of rows with `prompt` or `messages`, or of transcripts of preferences: each once, in order.
 
-    Other columns but `tools` are not looked at. accept: looks at every prompt (`Rendering.accept`)
+    Other columns but `tools` are not looked at. accept: looks at every prompt (`Rendering.rendered`)
     Raises DataError where more than the share `allow` of the rows has no prompt that can be used.
     """
     rows = read_prompt_rows(source, accept=accept, allow=allow)
@@ -59,8 +63,8 @@ def read_prompt_rows(source: Source, *, accept: Accept = accept_all, allow: floa
             refused.append(row)
             continue
         try:
-            prompt, _ = accept(read(row.values))
-            found.append(PlacedPrompt(row.where, prompt, read_id(row.values)))
+            kept = accept(read(row.values))
+            found.append(PlacedPrompt(row.where, kept.prompt, read_id(row.values), len(kept.prompt_ids)))
         except BadFieldError as error:
             refused.append(Refusal(row.where, str(error)))
     remedy = "Correct them or take them out of the file."

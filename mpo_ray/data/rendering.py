@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from mpo_ray.data.chat_template import ChatTemplate
 from mpo_ray.data.end_tokens import ends_of
+from mpo_ray.data.fields import Rendered
 from mpo_ray.data.text_tokens import RenderingError, TextTokens, UnknownIdError
 from mpo_ray.records import Message, Prompt, Reply, ToolChat, chat_of
 
@@ -81,11 +82,18 @@ class Rendering:
 
         Raises RenderingError, also where the prompt is no beginning of the conversation.
         """
+        before, (after,) = self.ids_of_replies(prompt, [reply], finished=[finished])
+        return before, after
+
+    def ids_of_replies(
+        self, prompt: Prompt, replies: Sequence[Reply], *, finished: Sequence[bool]
+    ) -> tuple[list[int], list[list[int]]]:
+        """As `ids`, of one prompt and one or more replies to it: the prompt is rendered once for all of them."""
         if isinstance(prompt, str):
-            before, after = self._ids_of_text(prompt, reply, finished)
+            before, afters = self._ids_of_text(prompt, replies, finished)
         else:
-            before, after = self._ids_of_chat(prompt, reply, finished)
-        return self._known(before), self._known(after)
+            before, afters = self._ids_of_chat(prompt, replies, finished)
+        return self._known(before), [self._known(after) for after in afters]
 
     def words(self, text: str) -> list[int]:
         """Ids of a plain text by itself, in which nothing is a special token. Raises RenderingError."""
@@ -98,19 +106,27 @@ class Rendering:
         return self._template.render(*chat_of(prompt), generation_prompt=True)
 
     def accept(self, prompt: Prompt, *replies: Reply) -> tuple[Prompt, list[Reply]]:
+        """What `rendered` keeps of a row's prompt and replies, without their ids. Raises RenderingError."""
+        found = self.rendered(prompt, *replies)
+        return found.prompt, found.replies
+
+    def rendered(self, prompt: Prompt, *replies: Reply, cut: Sequence[bool] = ()) -> Rendered:
         """A row's prompt and replies, without the keys of messages that the chat template does not read: see `unread`.
 
+        cut: of each reply, whether it was cut at a limit and gets no end token; none if absent
         Raises RenderingError where they have no token ids, where replies are equal as they are rendered, and for a key
         without which the conversation means something else.
         """
         if not isinstance(prompt, str):
             prompt, replies = self._without_unread(prompt, replies)
         if not replies:
-            self.prompt_ids(prompt)
-        rendered = [tuple(self.ids(prompt, reply)[1]) for reply in replies]
-        if len(set(rendered)) < len(rendered):
+            return Rendered(prompt, [], self.prompt_ids(prompt), [])
+        before, afters = self.ids_of_replies(prompt, replies, finished=[True] * len(replies))
+        if len(set(map(tuple, afters))) < len(afters):
             raise RenderingError("the replies are equal once they are rendered")
-        return prompt, list(replies)
+        if any(cut):
+            before, afters = self.ids_of_replies(prompt, replies, finished=[not one for one in cut])
+        return Rendered(prompt, list(replies), before, afters)
 
     def _known(self, ids: list[int]) -> list[int]:
         """The same ids. Raises UnknownIdError for one that the model has no row for."""
@@ -126,54 +142,73 @@ class Rendering:
         read = self._text.as_words if self._is_plain else self._text.as_tokens
         return read(text, add_start=True)
 
-    def _ids_of_text(self, prompt: str, reply: Reply, finished: bool) -> tuple[list[int], list[int]]:
-        if not isinstance(reply, str):
-            keys = ", ".join(sorted(set(reply) - {"role", "content"}))
-            raise RenderingError(f"the reply has {keys}, which no chat template renders, because its prompt is text")
+    def _ids_of_text(
+        self, prompt: str, replies: Sequence[Reply], finished: Sequence[bool]
+    ) -> tuple[list[int], list[list[int]]]:
         before = self._text_ids(prompt)
-        ids = self._reply_to_text(prompt, before, reply)
-        if not before:
-            before = [self._text.start()]
+        own = self._text.as_tokens(prompt) if prompt and not self._is_plain else []
+        afters = [
+            self._ended(self._reply_to_text(prompt, before, own, _as_text(reply)), whole)
+            for reply, whole in zip(replies, finished, strict=True)
+        ]
+        return before or [self._text.start()], afters
+
+    def _ended(self, ids: list[int], finished: bool) -> list[int]:
+        """Ids of a reply to text with the end token that it has itself, or with the tokenizer's."""
         if self._is_plain:
-            return before, [*ids, self.tokenizer.eos_token_id] if finished else ids
+            return [*ids, self.tokenizer.eos_token_id] if finished else ids
         place = max((n for n, id in enumerate(ids) if id in self._seen_ends), default=None)
         if place is not None and not self.tokenizer.decode(ids[place + 1 :]).strip():
-            return before, ids[: place + 1] if finished else ids[:place]
-        return before, [*ids, self.tokenizer.eos_token_id] if finished else ids
+            return ids[: place + 1] if finished else ids[:place]
+        return [*ids, self.tokenizer.eos_token_id] if finished else ids
 
-    def _reply_to_text(self, prompt: str, before: Sequence[int], reply: str) -> list[int]:
-        """Ids of the reply behind its prompt. A start token that a text without prompt has itself is not doubled."""
+    def _reply_to_text(self, prompt: str, before: Sequence[int], own: Sequence[int], reply: str) -> list[int]:
+        """Ids of the reply behind its prompt. A start token that a text without prompt has itself is not doubled.
+
+        before, own: ids of the prompt, with its start token and without one that it does not spell
+        """
         if not prompt:
             ids = self._text_ids(reply)
             start = before or [self._text.start()]
             return ids[len(start) :] if ids[: len(start)] == list(start) else ids
         if self._is_plain:
             return self._text.as_words(reply)
-        own = self._text.as_tokens(prompt)
         return self._behind(prompt, own, prompt + reply, {})
 
     def _ids_of_chat(
-        self, prompt: tuple[Message, ...] | ToolChat, reply: Reply, finished: bool
-    ) -> tuple[list[int], list[int]]:
+        self, prompt: tuple[Message, ...] | ToolChat, replies: Sequence[Reply], finished: Sequence[bool]
+    ) -> tuple[list[int], list[list[int]]]:
         messages, tools = chat_of(prompt)
-        masked, masked_tools, masks = self._template.words_masked([*messages, _as_message(reply)], tools)
-        before = self._template.render(masked[:-1], masked_tools, generation_prompt=True)
-        whole = self._template.render(masked, masked_tools, generation_prompt=False)
+        known: dict[tuple[str, ...], tuple[str, list[int]]] = {}  # the masks of a conversation → its rendered prompt
+        afters = []
+        for reply, is_finished in zip(replies, finished, strict=True):
+            masked, masked_tools, masks = self._template.words_masked([*messages, _as_message(reply)], tools)
+            key = tuple(masks.values())
+            if key not in known:
+                text = self._template.render(masked[:-1], masked_tools, generation_prompt=True)
+                known[key] = text, self._text.ids_and_ends(text, masks)[0]
+            whole = self._template.render(masked, masked_tools, generation_prompt=False)
+            afters.append(self._reply_to_chat(*known[key], whole, masks, is_finished))
+        prompt_ids = next(iter(known.values()))[1]
+        return prompt_ids or [self._text.start()], afters
+
+    def _reply_to_chat(
+        self, before: str, prompt_ids: Sequence[int], whole: str, masks: Mapping[str, str], finished: bool
+    ) -> list[int]:
+        """Ids of what the template writes of a reply. before, whole: the masked conversation without and with it"""
         if not whole.startswith(before):
             beginnings = {ord(mask): beginning for beginning, mask in masks.items()}
             raise RenderingError(_no_beginning(before.translate(beginnings), whole.translate(beginnings)))
-        prompt_ids = self._text.ids_and_ends(before, masks)[0]
         ids = self._behind(before, prompt_ids, whole, masks)
-        start = prompt_ids or [self._text.start()]
         place = next((n for n, id in enumerate(ids) if id in self._seen_ends), None)
         after = self._template.after
         if place is not None and finished:
-            return start, ids[: place + 1]
+            return ids[: place + 1]
         if after and whole.endswith(after):
             ids = self._behind(before, prompt_ids, whole.removesuffix(after), masks)
         elif place is not None:
             ids = ids[:place]
-        return start, [*ids, self.end] if finished else ids
+        return [*ids, self.end] if finished else ids
 
     def _behind(self, before: str, ids: Sequence[int], whole: str, masks: Mapping[str, str]) -> list[int]:
         """Ids of what follows `before` in `whole`: as they follow there, or apart where a token would span both."""
@@ -205,6 +240,14 @@ class Rendering:
 
 def _as_message(reply: Reply) -> Message:
     return {"role": "assistant", "content": reply} if isinstance(reply, str) else reply
+
+
+def _as_text(reply: Reply) -> str:
+    """A reply to text. Raises RenderingError for one that is a message."""
+    if isinstance(reply, str):
+        return reply
+    keys = ", ".join(sorted(set(reply) - {"role", "content"}))
+    raise RenderingError(f"the reply has {keys}, which no chat template renders, because its prompt is text")
 
 
 def _as_reply(message: Message) -> Reply:

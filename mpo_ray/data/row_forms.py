@@ -49,6 +49,8 @@ class Pair:
     id: str | None
     chosen_cut: bool = False
     rejected_cut: bool = False
+    num_tokens: tuple[int, int, int] = (0, 0, 0)  # of prompt, chosen and rejected
+    where: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class Rated:
     weight: float
     id: str | None
     is_cut: bool = False
+    num_tokens: tuple[int, int] = (0, 0)  # of prompt and response
+    where: str = ""
 
 
 def find_form(columns: list[str], source: Source, label: str | None) -> str:
@@ -112,8 +116,8 @@ def _make_pair(
     margin = read_number(values, "margin")
     if margin is not None and margin < 0:
         raise BadFieldError(f"margin is negative: {margin:g}, and it says how much better chosen is")
-    cut = (is_cut(values, name) for name in names)
-    return Pair(prompt, chosen, rejected, _read_weight(values), margin, read_id(values), *cut)
+    first, second = (is_cut(values, name) for name in names)
+    return Pair(prompt, chosen, rejected, _read_weight(values), margin, read_id(values), first, second)
 
 
 def _read_weight(values: Values) -> float:

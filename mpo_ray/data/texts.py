@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from mpo_ray.config_training import Source
@@ -30,12 +30,17 @@ class Text:
 
     opening: of the conversation that it is a turn of, None elsewhere; all turns of one are on one side of a split
     is_cut: whether the response was cut at a limit, so that it does not end where it stops
+    prompt_ids, response_ids: what is learned of it, with an end token where it is not cut; empty where nobody rendered
+    where: its row's place (`texts.jsonl:3`)
     """
 
     prompt: Prompt | None
     response: Reply
     opening: Prompt | None = None
     is_cut: bool = False
+    prompt_ids: list[int] = field(default_factory=list, compare=False)
+    response_ids: list[int] = field(default_factory=list, compare=False)
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ class ParsedTexts:
 def read_texts(source: Source, *, accept: Accept = accept_all) -> ParsedTexts:
     """Read rows with `text`, with `prompt` and `response`, with preferences, whose chosen side counts, or `messages`.
 
-    accept: looks at the prompt and the response of every row (`Rendering.accept`)
+    accept: looks at the prompt and the response of every row (`Rendering.rendered`)
     Raises DataError if the rows have other columns. Bad rows are returned, not raised.
     """
     columns, rows = read_table(source)
@@ -70,7 +75,7 @@ def read_texts(source: Source, *, accept: Accept = accept_all) -> ParsedTexts:
             continue
         try:
             found, without = read(row.values)
-            found = [_accepted(text, accept) for text in found]
+            found = [_accepted(replace(text, where=row.where), accept) for text in found]
         except BadFieldError as error:
             refused.append(Refusal(row.where, str(error)))
         else:
@@ -80,8 +85,14 @@ def read_texts(source: Source, *, accept: Accept = accept_all) -> ParsedTexts:
 
 
 def _accepted(text: Text, accept: Accept) -> Text:
-    prompt, (response,) = accept("" if text.prompt is None else text.prompt, text.response)
-    return replace(text, prompt=None if text.prompt is None else prompt, response=response)
+    found = accept("" if text.prompt is None else text.prompt, text.response, cut=(text.is_cut,))
+    return replace(
+        text,
+        prompt=None if text.prompt is None else found.prompt,
+        response=found.replies[0],
+        prompt_ids=found.prompt_ids,
+        response_ids=found.reply_ids[0],
+    )
 
 
 #: A row's texts, and why turns of its conversation give none.

@@ -12,13 +12,15 @@ from rich.console import Console
 
 from mpo_ray.cluster.preflight import check_engine, check_placement, check_storage_everywhere
 from mpo_ray.config import RunConfig
+from mpo_ray.data.lengths import TableLengths, lengths_table
+from mpo_ray.data.problems import DataProblemsError
 from mpo_ray.evaluation.rewards import IMPLICIT, is_callable_spec, load_reward
 from mpo_ray.policies.given import check_comparable, find_policy
 from mpo_ray.policies.loading import check_model_files, load_tokenizer
 from mpo_ray.policies.weight_files import check_weight_files
 from mpo_ray.run import Run
 from mpo_ray.stages.check_model import check_reference
-from mpo_ray.stages.data import prepare_data, write_embedded
+from mpo_ray.stages.data import LENGTHS, prepare_data, write_embedded
 from mpo_ray.stages.judging import check_judge
 from mpo_ray.stages.stage import EMBEDDED, Context
 
@@ -31,6 +33,7 @@ class Findings:
     problems: list[str] = field(default_factory=list)
     counts: dict[str, Any] = field(default_factory=dict)
     conflict: Any = None
+    lengths: list[TableLengths] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -38,23 +41,32 @@ class Findings:
             "problems": self.problems,
             "counts": self.counts,
             "conflict": self.conflict,
+            "lengths": [table.as_json() for table in self.lengths],
         }
 
     def as_text(self) -> str:
-        lines = [f"ok       {what}" for what in self.passed] + [f"problem  {what}" for what in self.problems]
+        tables = [lengths_table(self.lengths), ""] if self.lengths else []
+        lines = [
+            *tables,
+            *(f"ok       {what}" for what in self.passed),
+            *(f"problem  {what}" for what in self.problems),
+        ]
         verdict = f"{len(self.problems)} problem(s)" if self.problems else "nothing would stop this run"
         return "\n".join([*lines, verdict])
 
 
 def check_run(config: RunConfig, console: Console, *, update: bool = False) -> Findings:
     """Look at everything from the storage to the data; a problem in one does not hide the others."""
-    findings = Findings()
+    findings, known = Findings(), set[str]()
 
     def look(what: str, at: Callable[[], object]) -> None:
         try:
             found = at()
         except (ValueError, OSError) as error:
-            findings.problems.append(f"{what}: {error}")
+            each = error.problems if isinstance(error, DataProblemsError) else (str(error),)
+            new = [problem for problem in each if problem not in known]
+            known.update(new)
+            findings.problems += [f"{what}: {problem}" for problem in new]
         else:
             findings.passed.append(f"{what}: {found}" if isinstance(found, str) else what)
 
@@ -75,6 +87,7 @@ def check_run(config: RunConfig, console: Console, *, update: bool = False) -> F
             look("judge", lambda: check_judge(context))
         look("data", lambda: findings.counts.update(prepare_data(context)))
         findings.conflict = context.run.read_json("comparisons/conflict.json")
+        findings.lengths = [TableLengths.from_json(table) for table in context.run.read_json(LENGTHS) or []]
     return findings
 
 

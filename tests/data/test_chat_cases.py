@@ -41,7 +41,7 @@ def test_calls_and_tools_are_rendered_as_trl_renders_them(name: str, cases: Path
 
     source = cases / f"{name}.jsonl"
     rendering = Rendering(chat_tokenizer(TOOL_TEMPLATE))
-    parsed = read_comparisons(Source(path=str(source)), "helpful", accept=rendering.accept)
+    parsed = read_comparisons(Source(path=str(source)), "helpful", accept=rendering.rendered)
     check_refused(parsed, objective="helpful", allow=0.0)
     row = first_row(source)
     expected = apply_chat_template(
@@ -59,7 +59,7 @@ def test_calls_and_tools_are_rendered_as_trl_renders_them(name: str, cases: Path
 @pytest.mark.parametrize(("name", "key"), [("tool_calls", "tool_calls"), ("tool_reply", "tool_calls")])
 def test_calls_that_the_template_does_not_read_are_refused_by_key(name: str, key: str, cases: Path) -> None:
     rendering = Rendering(chat_tokenizer(PLAIN_TEMPLATE))
-    parsed = read_comparisons(Source(path=str(cases / f"{name}.jsonl")), "helpful", accept=rendering.accept)
+    parsed = read_comparisons(Source(path=str(cases / f"{name}.jsonl")), "helpful", accept=rendering.rendered)
     assert not parsed.comparisons
     assert f"does not read {key!r}" in parsed.refused[0].reason
     assert parsed.refused[0].where.endswith(f"{name}.jsonl:1")
@@ -71,7 +71,7 @@ def test_a_row_that_the_template_refuses_is_a_bad_row_with_its_words(cases: Path
     source = cases / "system_turn_one.jsonl"
     rows = [json.loads(line) for line in source.read_text().splitlines()]
     (line,) = [n for n, row in enumerate(rows, 1) if row["prompt"][0]["role"] == "system"]
-    parsed = read_comparisons(Source(path=str(source)), "helpful", accept=rendering.accept)
+    parsed = read_comparisons(Source(path=str(source)), "helpful", accept=rendering.rendered)
     assert len(parsed.comparisons) == len(rows) - 1
     (refusal,) = parsed.refused
     assert refusal.where == f"{source}:{line}"
@@ -86,22 +86,22 @@ def test_so_are_prompts_and_texts(tmp_path: Path) -> None:
     user, system = {"role": "user", "content": "hi"}, {"role": "system", "content": "be brief"}
     source = write(tmp_path / "prompts.jsonl", {"prompt": [user]}, {"prompt": [system, user]})
     with pytest.raises(DataError, match=r"prompts.jsonl:2: the chat template refuses.*System role not supported"):
-        read_prompts(source, accept=rendering.accept)
-    assert read_prompts(source, accept=rendering.accept, allow=0.5) == [(user,)]
+        read_prompts(source, accept=rendering.rendered)
+    assert read_prompts(source, accept=rendering.rendered, allow=0.5) == [(user,)]
     rows = ({"prompt": prompt, "response": "ok"} for prompt in ([user], [system, user]))
-    parsed = read_texts(write(tmp_path / "texts.jsonl", *rows), accept=rendering.accept)
+    parsed = read_texts(write(tmp_path / "texts.jsonl", *rows), accept=rendering.rendered)
     assert [text.response for text in parsed.texts] == ["ok"]
     assert parsed.refused[0].where == f"{tmp_path}/texts.jsonl:2"
     ends = ([user, {"role": "assistant", "content": "ok"}], [system, user, {"role": "assistant", "content": "ok"}])
     conversations = write(tmp_path / "messages.jsonl", *({"messages": messages} for messages in ends))
-    assert len(read_texts(conversations, accept=rendering.accept).refused) == 1
+    assert len(read_texts(conversations, accept=rendering.rendered).refused) == 1
 
 
 def test_texts_that_end_in_the_end_token_have_it_once(cases: Path) -> None:
     """Whichever of its end tokens the tokenizer calls its own."""
     for eos in ("<|im_end|>", "<|endoftext|>"):
         rendering = Rendering(chat_tokenizer(PLAIN_TEMPLATE, eos=eos), model_ends=[2])
-        parsed = read_comparisons(Source(path=str(cases / "eos_in_text.jsonl")), "helpful", accept=rendering.accept)
+        parsed = read_comparisons(Source(path=str(cases / "eos_in_text.jsonl")), "helpful", accept=rendering.rendered)
         first = parsed.comparisons[0]
         prompt, reply = rendering.ids(first.prompt, first.chosen)
         assert shown(rendering, prompt) == "<|im_start|>user\nName a bird 0<|im_end|>\n<|im_start|>assistant\n"
@@ -126,7 +126,7 @@ def test_what_a_row_says_beside_its_messages_is_kept_or_refused(tmp_path: Path) 
         {"prompt": [user], "chosen": "yes", "rejected": "no", "chat_template_kwargs": {"enable_thinking": False}},
     )
     rendering = Rendering(chat_tokenizer(TOOL_TEMPLATE))
-    parsed = read_comparisons(source, "helpful", accept=rendering.accept)
+    parsed = read_comparisons(source, "helpful", accept=rendering.rendered)
     plain = {"role": "user", "content": "hi"}
     assert [c.prompt for c in parsed.comparisons] == [ToolChat((plain,), tuple(tools)), (plain,)]
     assert parsed.comparisons[0].chosen == {"role": "assistant", "content": "", "tool_calls": [call]}

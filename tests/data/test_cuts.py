@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from mpo_ray.config_training import Source
-from mpo_ray.data.comparisons import Parsed, read_comparisons
+from mpo_ray.data.comparisons import read_comparisons
 from mpo_ray.data.cuts import is_cut, suspected
-from mpo_ray.data.limits import Limits, check_lengths
+from mpo_ray.data.limits import Limits, leave_out_overlong
 from mpo_ray.data.rendering import Rendering
 from mpo_ray.data.texts import read_texts
-from mpo_ray.records import Comparison
 from tests.tiny import tiny_tokenizer
 
 ASSISTANT = {"role": "assistant", "content": "good"}
@@ -131,11 +130,12 @@ def test_a_pile_at_the_longest_length_or_at_the_limit_is_suspected() -> None:
     assert suspected([10] * 4, limit=64) == (0, 0)  # too few to tell
 
 
-def test_known_cuts_are_counted_and_are_one_token_shorter() -> None:
+def test_known_cuts_are_counted_and_are_one_token_shorter(tmp_path: Path) -> None:
     """`good` cut is 1 token, finished 2: with a limit of 1 the cut one fits."""
-    cut = Comparison("a", "the film", "good", "bad", chosen_cut=True, rejected_cut=True)
-    limits = Limits(prompt=10, response=1, context=10)
-    rendering = Rendering(tiny_tokenizer())
-    found = check_lengths(Parsed([cut], [], {}, "pairs", 1), rendering, limits, objective="x", overlong="error")
-    assert found.comparisons == [cut]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "the film", "chosen": "good", "rejected": "bad", "finish_reason": "length"}')
+    read = read_comparisons(Source(path=str(path)), "x", accept=Rendering(tiny_tokenizer()).rendered)
+    assert [c.num_tokens for c in read.comparisons] == [(3, 1, 1)]
+    found = leave_out_overlong(read, Limits(prompt=10, response=1, context=10))
+    assert found.comparisons == read.comparisons
     assert found.cut == {"known": 2, "suspected": 0, "of_tokens": 0}

@@ -3,29 +3,43 @@
 import pytest
 
 from mpo_ray.data.comparisons import Parsed
-from mpo_ray.data.limits import OVERLONG, Limits, check_lengths
-from mpo_ray.data.rendering import Rendering
+from mpo_ray.data.limits import OVERLONG, Limits, check_overlong, leave_out_overlong
 from mpo_ray.data.sources import DataError
 from mpo_ray.records import Comparison
-from tests.tiny import tiny_tokenizer
 
-SHORT = Comparison("short", "the film", "good", "bad")
-LONG = Comparison("long", "the film was very very very long", "good", "bad")
+SHORT = Comparison("short", "the film", "good", "bad", num_tokens=(3, 2, 2), where="p.jsonl:1")
+LONG = Comparison("long", "the film was very long", "good", "bad", num_tokens=(8, 2, 2), where="p.jsonl:2")
 
 
 def _parsed(*comparisons: Comparison) -> Parsed:
     return Parsed(list(comparisons), [], {}, "pairs", len(comparisons))
 
 
-def test_a_prompt_longer_than_the_context_is_an_error_that_names_it() -> None:
+def test_a_prompt_longer_than_the_context_is_an_error_that_names_its_row() -> None:
     limits = Limits(prompt=100, response=100, context=6)
-    with pytest.raises(DataError, match=r"'x': 1 of 2 pairs.*context 6.*'long': prompt 8 tokens.*overlong: drop"):
-        check_lengths(_parsed(SHORT, LONG), Rendering(tiny_tokenizer()), limits, objective="x", overlong="error")
+    found = leave_out_overlong(_parsed(SHORT, LONG), limits)
+    with pytest.raises(DataError) as error:
+        check_overlong(found, limits, objective="x", overlong="error")
+    first, second = str(error.value).splitlines()
+    assert first.startswith("objective 'x': 1 of 2 pairs are longer than max_prompt_tokens 100")
+    assert "context 6 for both. Raise the limits" in first
+    assert "data.overlong: drop" in first
+    assert second == "  p.jsonl:2, pair 'long': prompt 8 tokens, longer response 2 tokens"
+
+
+def test_an_error_names_three_rows_and_counts_the_others() -> None:
+    limits = Limits(prompt=4, response=100, context=100)
+    found = leave_out_overlong(_parsed(SHORT, *[LONG] * 5), limits)
+    with pytest.raises(DataError, match="5 of 6 pairs") as error:
+        check_overlong(found, limits, objective="x", overlong="error")
+    assert str(error.value).count("pair 'long'") == 3
+    assert str(error.value).endswith("… and 2 more")
 
 
 def test_dropped_pairs_are_counted() -> None:
     limits = Limits(prompt=5, response=100, context=100)
-    kept = check_lengths(_parsed(SHORT, LONG), Rendering(tiny_tokenizer()), limits, objective="x", overlong="drop")
+    kept = leave_out_overlong(_parsed(SHORT, LONG), limits)
+    check_overlong(kept, limits, objective="x", overlong="drop")
     assert kept.comparisons == [SHORT]
     assert kept.skipped == {OVERLONG: 1}
 
@@ -33,7 +47,7 @@ def test_dropped_pairs_are_counted() -> None:
 def test_dropping_everything_is_an_error() -> None:
     limits = Limits(prompt=100, response=1, context=100)
     with pytest.raises(DataError, match="2 of 2 pairs"):
-        check_lengths(_parsed(SHORT, LONG), Rendering(tiny_tokenizer()), limits, objective="x", overlong="drop")
+        check_overlong(leave_out_overlong(_parsed(SHORT, LONG), limits), limits, objective="x", overlong="drop")
 
 
 def test_the_end_token_counts() -> None:
@@ -41,3 +55,4 @@ def test_the_end_token_counts() -> None:
     for context, fits in ((5, True), (4, False)):
         limits = Limits(prompt=100, response=100, context=context)
         assert limits.allow(3, 2) is fits
+        assert bool(leave_out_overlong(_parsed(SHORT), limits).comparisons) is fits

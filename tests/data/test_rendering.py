@@ -340,3 +340,23 @@ def test_a_prompts_name_covers_tools_and_keys_and_is_the_old_one_without_them() 
     read = decode_prompt(*encode_prompt(ToolChat(CHAT, (TOOL,))))
     assert isinstance(read, ToolChat)
     assert json.dumps(read.tools) == json.dumps([TOOL])  # in its own order, which a template writes out
+
+
+def test_a_prompt_is_rendered_once_for_all_its_replies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes of it is what each reply alone gives, with the replies that are cut without their end."""
+    rendering = Rendering(chat_tokenizer(PLAIN_TEMPLATE))
+    plain = Rendering.ids(rendering, CHAT, "good"), Rendering.ids(rendering, CHAT, "bad", finished=False)
+    asked: list[bool] = []
+    tokenizer = rendering.tokenizer
+    render = type(tokenizer).apply_chat_template
+
+    def counted(self: Any, messages: Any, **how: Any) -> Any:
+        asked.append(how["add_generation_prompt"])
+        return render(self, messages, **how)
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", counted)
+    rendering.rendered(CHAT, "good", "bad")
+    assert sorted(asked) == [False, False, True]
+    found = rendering.rendered(CHAT, "good", "bad", cut=(False, True))
+    assert (found.prompt_ids, found.reply_ids) == (plain[0][0], [plain[0][1], plain[1][1]])
+    assert rendering.rendered("the film", " good", cut=(True,)).reply_ids == [rendering.words(" good")]

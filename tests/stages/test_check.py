@@ -1,0 +1,110 @@
+"""What `check` finds of a run's data: all of it at once."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mpo_ray.config import RunConfig
+from mpo_ray.data.lengths import Spread
+from mpo_ray.stages.check import Findings, check_run
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+PAIR = {"prompt": "the film", "chosen": "good", "rejected": "bad"}
+SAME = {"prompt": "the film", "chosen": "good", "rejected": "good"}
+LONG = {"prompt": "film " * 70, "chosen": "good", "rejected": "bad"}
+OTHERS = [{"prompt": f"a film {word}", "chosen": "good", "rejected": "bad"} for word in ("was", "I", "it", "not")]
+
+
+def found(root: Path, tables: dict[str, list[Any]], *, model: str | None = None, **data: Any) -> tuple[Findings, str]:
+    """What `check` finds in a run on these tables, and what it says on the way."""
+    for name, rows in tables.items():
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if model is None:
+        model = str(tiny_llama(root / "model", tiny_tokenizer(), seed=0))
+    source = {name: {"path": str(root / f"{name}.jsonl")} for name in tables}
+    config = RunConfig.model_validate(
+        {
+            "name": "checked",
+            "storage": str(root / "runs"),
+            "reference": {"model": model, "sft": {"source": source["texts"]}},
+            "objectives": {name: {"preferences": source[name]} for name in ("helpful", "kind")},
+            "data": {"heldout_share": 0.0, **data},
+            "samples": {"prompts": source["prompts"], "max_new_tokens": 4},
+            "evaluation": {"prompts": source["evaluation"], "max_new_tokens": 4},
+        }
+    )
+    out = io.StringIO()
+    return check_run(config, Console(file=out, width=200)), out.getvalue()
+
+
+BROKEN: dict[str, list[Any]] = {
+    "helpful": [PAIR, SAME, LONG, *OTHERS],
+    "kind": [PAIR, LONG, {"prompt": "the film", "chosen": "good"}],
+    "texts": [{"text": "good"}, {"text": ""}, {"text": "film " * 70}],
+    "prompts": [{"prompt": "the film"}, {"prompt": ""}],
+    "evaluation": [{"prompt": "the film"}, {"prompt": "film " * 70}],
+}
+#: (what a problem begins with, the row that it names)
+EXPECTED = [
+    ("data: objective 'helpful': 1 of 7 rows are bad", "helpful.jsonl:2: chosen is equal to rejected"),
+    ("data: objective 'helpful': 1 of 6 pairs are longer", "helpful.jsonl:3, pair "),
+    ("data: objective 'kind': 1 of 3 rows are bad", "kind.jsonl:3: field 'rejected' is missing"),
+    ("data: objective 'kind': 1 of 2 pairs are longer", "kind.jsonl:2, pair "),
+    ("data: prompts of ", "prompts.jsonl:2: field 'prompt' is empty"),
+    ("data: prompts for the evaluation: 1 of 2 are longer than 60 tokens", "evaluation.jsonl:2: 71 tokens"),
+    ("data: reference.sft.source: 1 of 3 rows are bad", "texts.jsonl:2: field 'text' is empty"),
+    ("data: reference.sft.source: 1 of 2 texts are longer", "texts.jsonl:3: prompt 1 tokens, response 71 tokens"),
+]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+class TestData:
+    def test_problems_of_all_tables_come_together_with_their_places(self, tmp_path: Path) -> None:
+        findings, told = found(tmp_path, BROKEN)
+        assert len(findings.problems) == len(EXPECTED), findings.as_text()
+        for problem, (beginning, place) in zip(findings.problems, EXPECTED, strict=True):
+            assert problem.startswith(beginning)
+            assert place in problem
+        assert "8 problem(s)" in findings.as_text()
+        assert "prefer opposite responses in 0% of" in told  # the conflict of the pairs that are left
+
+    def test_tables_are_read_without_a_model_too(self, tmp_path: Path) -> None:
+        """What needs no tokens is found, and the model's own problem is told once."""
+        findings, _ = found(tmp_path, BROKEN, model=str(tmp_path / "no-model"))
+        bad = [problem for problem in findings.problems if "rows are bad" in problem or "prompts of" in problem]
+        assert len(bad) == 4
+        assert [p for p in findings.problems if "no such directory" in p] == [findings.problems[0]]
+        assert findings.problems[0].startswith("reference model: ")
+        assert findings.lengths == []
+
+    def test_lengths_of_all_tables_are_told(self, tmp_path: Path) -> None:
+        """The start token counts, and a reply's end token; a row that is left out as too long counts as well."""
+        tables = {
+            "helpful": [PAIR, *OTHERS, LONG],
+            "kind": [PAIR],
+            "texts": [{"text": "good bad"}],
+            "prompts": [{"prompt": "the film"}, {"prompt": "a"}],
+            "evaluation": [{"prompt": "the film"}],
+        }
+        findings, _ = found(tmp_path, tables, overlong="drop")
+        assert findings.problems == []
+        by_name = {table.what: table for table in findings.lengths}
+        assert list(by_name) == [
+            "helpful",
+            "kind",
+            "prompts for the fit",
+            "prompts for the evaluation",
+            "texts for SFT",
+        ]
+        helpful = by_name["helpful"]
+        assert (helpful.number, helpful.prompt, helpful.reply) == (6, Spread(4, 71, 71), Spread(2, 2, 2))
+        assert helpful.too_long == 1 / 6
+        assert by_name["prompts for the fit"].prompt == Spread(2, 3, 3)
+        assert by_name["texts for SFT"].reply == Spread(3, 3, 3)
+        assert " ".join(findings.as_text().split()).count("helpful 6 pairs 4 71 71 2 2 2 16.7 %") == 1
