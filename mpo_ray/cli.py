@@ -97,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     add("run", _run, "do every stage that is not complete")
-    add("check", _check, "look for what would stop a run, before anything is paid for")
+    check = add("check", _check, "look for what would stop a run, and what it will take, before anything is paid for")
+    check.add_argument("--no-timing", action="store_true", help="estimate memory and disk alone; time nothing")
     for verb, text in HELP.items():
         if verb not in ("fit", "mopo", "export"):
             add(verb, _stage, text)
@@ -181,7 +182,7 @@ def _check(options: argparse.Namespace) -> int:
 
     config = _config(options)
     with ray_session(options.address):
-        findings = check_run(config, _console(), update=options.update)
+        findings = check_run(config, _console(), update=options.update, timing=not options.no_timing)
     if options.json:
         print(json.dumps(findings.as_json()))
     else:

@@ -19,6 +19,7 @@ class Spread:
     median: int
     high: int
     longest: int
+    mean: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +46,10 @@ class TableLengths:
 
 
 def spread(lengths: Sequence[int]) -> Spread:
-    """Of at least one length: the smallest that covers half of them, the smallest that covers 95 %, the longest."""
+    """Of at least one length: the smallest that covers half of them, that covers 95 %, the longest, and the mean."""
     ordered = sorted(lengths)
     median, high = (ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, HIGH))
-    return Spread(median, high, ordered[-1])
+    return Spread(median, high, ordered[-1], sum(ordered) / len(ordered))
 
 
 def lengths_table(tables: Sequence[TableLengths]) -> str:

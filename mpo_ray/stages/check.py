@@ -19,6 +19,7 @@ from mpo_ray.policies.given import check_comparable, find_policy
 from mpo_ray.policies.loading import check_model_files, load_tokenizer
 from mpo_ray.policies.weight_files import check_weight_files
 from mpo_ray.run import Run
+from mpo_ray.stages.check_estimate import Estimates, estimate_run
 from mpo_ray.stages.check_model import check_reference
 from mpo_ray.stages.data import LENGTHS, prepare_data, write_embedded
 from mpo_ray.stages.judging import check_judge
@@ -34,6 +35,12 @@ class Findings:
     counts: dict[str, Any] = field(default_factory=dict)
     conflict: Any = None
     lengths: list[TableLengths] = field(default_factory=list)
+    estimates: Estimates | None = None
+
+    @property
+    def cautions(self) -> list[str]:
+        """What may stop the run, by an estimate. It does not make `check` fail."""
+        return [] if self.estimates is None else self.estimates.cautions()
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -42,24 +49,32 @@ class Findings:
             "counts": self.counts,
             "conflict": self.conflict,
             "lengths": [table.as_json() for table in self.lengths],
+            "estimates": None if self.estimates is None else self.estimates.as_json(),
+            "cautions": self.cautions,
         }
 
     def as_text(self) -> str:
         tables = [lengths_table(self.lengths), ""] if self.lengths else []
+        tables += [] if self.estimates is None else [self.estimates.as_text(), ""]
         lines = [
             *tables,
             *(f"ok       {what}" for what in self.passed),
+            *(f"caution  {what}" for what in self.cautions),
             *(f"problem  {what}" for what in self.problems),
         ]
         verdict = f"{len(self.problems)} problem(s)" if self.problems else "nothing would stop this run"
         return "\n".join([*lines, verdict])
 
 
-def check_run(config: RunConfig, console: Console, *, update: bool = False) -> Findings:
-    """Look at everything from the storage to the data; a problem in one does not hide the others."""
+def check_run(config: RunConfig, console: Console, *, update: bool = False, timing: bool = True) -> Findings:
+    """Look at everything from the storage to the data; a problem in one does not hide the others.
+
+    Where model and data are sound, say what the run will take. timing: whether to time some batches for that
+    """
     findings, known = Findings(), set[str]()
 
-    def look(what: str, at: Callable[[], object]) -> None:
+    def look(what: str, at: Callable[[], object]) -> bool:
+        """Whether it was sound."""
         try:
             found = at()
         except (ValueError, OSError) as error:
@@ -67,8 +82,9 @@ def check_run(config: RunConfig, console: Console, *, update: bool = False) -> F
             new = [problem for problem in each if problem not in known]
             known.update(new)
             findings.problems += [f"{what}: {problem}" for problem in new]
-        else:
-            findings.passed.append(f"{what}: {found}" if isinstance(found, str) else what)
+            return False
+        findings.passed.append(f"{what}: {found}" if isinstance(found, str) else what)
+        return True
 
     run = Run(config.storage, config.name)
     look("run name and storage", lambda: Run.check(config, update=update))
@@ -79,15 +95,17 @@ def check_run(config: RunConfig, console: Console, *, update: bool = False) -> F
         context = Context(config, Run(scratch, config.name), console)
         if context.uses_embedded():
             write_embedded(context)
-        look("reference model", lambda: check_model(context))
-        look("weights of the reference", lambda: check_weights(context))
+        sound = look("reference model", lambda: check_model(context))
+        sound &= look("weights of the reference", lambda: check_weights(context))
         look("models to compare", lambda: check_compared_models(context))
         look("rewards", lambda: check_rewards(context))
         if config.evaluation.judge is not None:
             look("judge", lambda: check_judge(context))
-        look("data", lambda: findings.counts.update(prepare_data(context)))
+        sound &= look("data", lambda: findings.counts.update(prepare_data(context)))
         findings.conflict = context.run.read_json("comparisons/conflict.json")
         findings.lengths = [TableLengths.from_json(table) for table in context.run.read_json(LENGTHS) or []]
+        if sound:
+            findings.estimates = estimate_run(context, findings.counts, findings.lengths, timing=timing)
     return findings
 
 

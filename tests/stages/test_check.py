@@ -21,7 +21,9 @@ LONG = {"prompt": "film " * 70, "chosen": "good", "rejected": "bad"}
 OTHERS = [{"prompt": f"a film {word}", "chosen": "good", "rejected": "bad"} for word in ("was", "I", "it", "not")]
 
 
-def found(root: Path, tables: dict[str, list[Any]], *, model: str | None = None, **data: Any) -> tuple[Findings, str]:
+def found(
+    root: Path, tables: dict[str, list[Any]], *, model: str | None = None, timing: bool = False, **data: Any
+) -> tuple[Findings, str]:
     """What `check` finds in a run on these tables, and what it says on the way."""
     for name, rows in tables.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -40,7 +42,7 @@ def found(root: Path, tables: dict[str, list[Any]], *, model: str | None = None,
         }
     )
     out = io.StringIO()
-    return check_run(config, Console(file=out, width=200)), out.getvalue()
+    return check_run(config, Console(file=out, width=200), timing=timing), out.getvalue()
 
 
 BROKEN: dict[str, list[Any]] = {
@@ -61,6 +63,15 @@ EXPECTED = [
     ("data: reference.sft.source: 1 of 3 rows are bad", "texts.jsonl:2: field 'text' is empty"),
     ("data: reference.sft.source: 1 of 2 texts are longer", "texts.jsonl:3: prompt 1 tokens, response 71 tokens"),
 ]
+
+
+SOUND: dict[str, list[Any]] = {
+    "helpful": [PAIR, *OTHERS],
+    "kind": [PAIR],
+    "texts": [{"text": "good bad"}],
+    "prompts": [{"prompt": "the film"}, {"prompt": "a"}],
+    "evaluation": [{"prompt": "the film"}],
+}
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -85,14 +96,7 @@ class TestData:
 
     def test_lengths_of_all_tables_are_told(self, tmp_path: Path) -> None:
         """The start token counts, and a reply's end token; a row that is left out as too long counts as well."""
-        tables = {
-            "helpful": [PAIR, *OTHERS, LONG],
-            "kind": [PAIR],
-            "texts": [{"text": "good bad"}],
-            "prompts": [{"prompt": "the film"}, {"prompt": "a"}],
-            "evaluation": [{"prompt": "the film"}],
-        }
-        findings, _ = found(tmp_path, tables, overlong="drop")
+        findings, _ = found(tmp_path, {**SOUND, "helpful": [PAIR, *OTHERS, LONG]}, overlong="drop")
         assert findings.problems == []
         by_name = {table.what: table for table in findings.lengths}
         assert list(by_name) == [
@@ -103,8 +107,34 @@ class TestData:
             "texts for SFT",
         ]
         helpful = by_name["helpful"]
-        assert (helpful.number, helpful.prompt, helpful.reply) == (6, Spread(4, 71, 71), Spread(2, 2, 2))
+        assert (helpful.number, helpful.prompt, helpful.reply) == (6, Spread(4, 71, 71, 15.0), Spread(2, 2, 2, 2.0))
         assert helpful.too_long == 1 / 6
-        assert by_name["prompts for the fit"].prompt == Spread(2, 3, 3)
-        assert by_name["texts for SFT"].reply == Spread(3, 3, 3)
+        assert by_name["prompts for the fit"].prompt == Spread(2, 3, 3, 2.5)
+        assert by_name["texts for SFT"].reply == Spread(3, 3, 3, 3.0)
         assert " ".join(findings.as_text().split()).count("helpful 6 pairs 4 71 71 2 2 2 16.7 %") == 1
+
+
+STAGES = ["reference", "pairs", "policies", "samples", "scores", "fit", "evaluation"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+class TestEstimates:
+    @pytest.mark.parametrize("timing", [True, False])
+    def test_memory_and_disk_are_always_told_and_time_where_it_is_asked_for(self, tmp_path: Path, timing: bool) -> None:
+        findings, _ = found(tmp_path, SOUND, timing=timing)
+        assert findings.problems == findings.cautions == []
+        assert findings.estimates is not None
+        needs = {need.stage: need for need in findings.estimates.needs}
+        assert list(needs) == STAGES
+        assert all((need.seconds is not None) is timing for need in needs.values())
+        assert all(4e8 < need.bytes_each < 2e9 for need in needs.values())
+        assert findings.estimates.free_disk is not None
+        text, told = findings.as_text(), findings.as_json()["estimates"]
+        assert "free here: " in text
+        assert ("--no-timing" in text) is not timing
+        assert [stage["stage"] for stage in told["stages"]] == STAGES
+
+    def test_there_are_none_where_the_data_are_wrong(self, tmp_path: Path) -> None:
+        findings, _ = found(tmp_path, BROKEN, timing=True)
+        assert findings.estimates is None
+        assert findings.as_json()["cautions"] == []
