@@ -27,6 +27,7 @@ class TableLengths:
     """One table: its rows of the unit `unit`, those that are too long included, and the share of these.
 
     reply: of pairs both replies; None where the table has prompts alone
+    kept: of the prompts with their longer reply, without rows that are too long; None where none is left
     """
 
     what: str
@@ -34,6 +35,7 @@ class TableLengths:
     number: int
     prompt: Spread
     reply: Spread | None
+    kept: Spread | None
     too_long: float
 
     def as_json(self) -> dict[str, Any]:
@@ -41,7 +43,7 @@ class TableLengths:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TableLengths:
-        spreads = {name: values[name] and Spread(**values[name]) for name in ("prompt", "reply")}
+        spreads = {name: values[name] and Spread(**values[name]) for name in ("prompt", "reply", "kept")}
         return cls(**{**values, **spreads})
 
 

@@ -162,7 +162,8 @@ def _tables(context: Context, counts: Mapping[str, Any], lengths: Sequence[Table
 
 def _table(counts: dict[str, Any], lengths: TableLengths) -> Table:
     assert lengths.reply is not None
-    return Table(counts["train"], counts["heldout"], lengths.prompt, lengths.reply)
+    assert lengths.kept is not None
+    return Table(counts["train"], counts["heldout"], lengths.prompt, lengths.reply, lengths.kept)
 
 
 def _speeds(context: Context, path: str) -> Speeds:

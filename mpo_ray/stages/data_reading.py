@@ -17,7 +17,6 @@ from mpo_ray.data.fields import Accept, Rendered, accept_all
 from mpo_ray.data.lengths import TableLengths, spread
 from mpo_ray.data.limits import (
     NUM_SHOWN,
-    OVERLONG,
     Limits,
     check_overlong,
     leave_out_overlong,
@@ -68,9 +67,8 @@ class Reader:
             check_refused(read, objective=name, allow=allow)
         with self.problems.kept():
             check_overlong(found, self.limits, objective=name, overlong=overlong)
-        tokens = [c.num_tokens for c in read.comparisons]
-        replies = [reply for _, *both in tokens for reply in both]
-        self._measure(name, "pairs", [prompt for prompt, *_ in tokens], replies, found.skipped[OVERLONG])
+        kept = [c.num_tokens[0] + max(c.num_tokens[1:]) for c in found.comparisons]
+        self._measure(name, "pairs", [c.num_tokens for c in read.comparisons], kept)
         self._tell_cut(f"objective {name!r}", found.cut)
         if config.data.cut_replies == "finished":
             found = replace(
@@ -90,7 +88,8 @@ class Reader:
         limits = self.limits
         room = min(limits.prompt, limits.context - new_tokens)
         long = [p for p in available if p.num_tokens > room]
-        self._measure(f"prompts for the {use}", "prompts", [p.num_tokens for p in available], [], len(long))
+        kept = [p.num_tokens for p in available if p.num_tokens <= room]
+        self._measure(f"prompts for the {use}", "prompts", [(p.num_tokens,) for p in available], kept)
         if long and self.context.config.data.overlong == "error":
             text = (
                 f"prompts for the {use}: {len(long)} of {len(available)} are longer than {room} tokens, which is what "
@@ -121,7 +120,8 @@ class Reader:
         fits = [self.limits.allow(*size) for size in sizes]
         fitting = [text for text, fit in zip(parsed.texts, fits, strict=True) if fit]
         overlong = len(parsed.texts) - len(fitting)
-        self._measure("texts for SFT", "texts", [prompt for prompt, _ in sizes], [n for _, n in sizes], overlong)
+        kept = [sum(one) for one, fit in zip(sizes, fits, strict=True) if fit]
+        self._measure("texts for SFT", "texts", sizes, kept)
         if overlong and config.data.overlong == "error":
             with self.problems.kept():
                 raise DataError(self._overlong_texts(parsed.texts, fits))
@@ -147,10 +147,22 @@ class Reader:
         )
         return named_overlong(text, named, len(long))
 
-    def _measure(self, what: str, unit: str, prompts: list[int], replies: list[int], too_long: int) -> None:
-        if prompts and self.rendered:
-            reply = spread(replies) if replies else None
-            self.lengths.append(TableLengths(what, unit, len(prompts), spread(prompts), reply, too_long / len(prompts)))
+    def _measure(self, what: str, unit: str, rows: Sequence[tuple[int, ...]], kept: Sequence[int]) -> None:
+        """rows: tokens of each row's prompt and replies; kept: of a prompt with its longer reply, of rows that fit"""
+        if not rows or not self.rendered:
+            return
+        replies = [reply for _, *both in rows for reply in both]
+        self.lengths.append(
+            TableLengths(
+                what,
+                unit,
+                len(rows),
+                prompt=spread([prompt for prompt, *_ in rows]),
+                reply=spread(replies) if replies else None,
+                kept=spread(kept) if kept else None,
+                too_long=1 - len(kept) / len(rows),
+            )
+        )
 
     def _tell_unread(self, what: str) -> None:
         """Say which keys of messages the model will not see."""

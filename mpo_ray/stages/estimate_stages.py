@@ -20,12 +20,16 @@ MOST_TOKENS_ON_CPU = 1024
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows to learn from and held-out ones, and their lengths in tokens. reply: of pairs, of both replies."""
+    """Rows to learn from and held-out ones, and their lengths in tokens. reply: of pairs, of both replies.
+
+    whole: of a prompt with its longer reply
+    """
 
     train: int
     heldout: int
     prompt: Spread
     reply: Spread
+    whole: Spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,7 @@ class Estimator:
         rows = self.config.samples.samples_per_prompt * (1 if mopo.candidates == "reference" else self._proposals)
         heldout = round(mopo.heldout_share * self.tables.fit)
         like = next(iter(self.tables.pairs.values()))
-        pool = Table(self.tables.fit - heldout, heldout, like.prompt, like.reply)
+        pool = Table(self.tables.fit - heldout, heldout, like.prompt, like.reply, like.whole)
         tokens = rows * (self.tables.prompt + self._answer)
         jobs, training = len(mopo.problems), mopo.training
         longest = _longest(pool, rows=rows)
@@ -331,5 +335,5 @@ class Estimator:
 
 
 def _longest(table: Table, *, rows: int) -> tuple[int, int]:
-    """Tokens of a long example of so many rows, and those of its replies: 95 % of prompts and replies are no longer."""
-    return rows * (table.prompt.high + table.reply.high), rows * table.reply.high
+    """Tokens of a long example of so many rows, and those of its replies: 95 % of the rows are no longer."""
+    return rows * table.whole.high, rows * min(table.reply.high, table.whole.high)

@@ -11,8 +11,10 @@ def test_figures_are_lengths_that_occur() -> None:
 
 
 def test_a_table_of_prompts_alone_has_no_figures_of_replies() -> None:
-    pairs = TableLengths("helpful", "pairs", 1200, Spread(40, 900, 1800, 100.0), Spread(50, 300, 512, 60.0), 0.125)
-    prompts = TableLengths("prompts for the fit", "prompts", 8, Spread(3, 4, 5, 3.5), None, 0.0)
+    pairs = TableLengths(
+        "helpful", "pairs", 1200, Spread(40, 900, 1800, 100.0), Spread(50, 300, 512, 60.0), Spread(9, 9, 9, 9.0), 0.125
+    )
+    prompts = TableLengths("prompts for the fit", "prompts", 8, Spread(3, 4, 5, 3.5), None, None, 0.0)
     assert lengths_table([pairs, prompts]).splitlines() == [
         "                                  prompt tokens          reply tokens",
         "                            rows  median  95 %  longest  median  95 %  longest  too long",

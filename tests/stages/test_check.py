@@ -108,7 +108,8 @@ class TestData:
         ]
         helpful = by_name["helpful"]
         assert (helpful.number, helpful.prompt, helpful.reply) == (6, Spread(4, 71, 71, 15.0), Spread(2, 2, 2, 2.0))
-        assert helpful.too_long == 1 / 6
+        assert helpful.kept == Spread(6, 6, 6, 5.8)  # the prompt of one has 3 tokens, those of the others 4
+        assert helpful.too_long == pytest.approx(1 / 6)
         assert by_name["prompts for the fit"].prompt == Spread(2, 3, 3, 2.5)
         assert by_name["texts for SFT"].reply == Spread(3, 3, 3, 3.0)
         assert " ".join(findings.as_text().split()).count("helpful 6 pairs 4 71 71 2 2 2 16.7 %") == 1

@@ -103,7 +103,7 @@ def config(model: str = "model", **sections: object) -> RunConfig:
 
 
 def estimator(**sections: object) -> Estimator:
-    table = Table(64, 16, Spread(10, 10, 10, 10.0), Spread(5, 5, 5, 5.0))
+    table = Table(64, 16, Spread(10, 10, 10, 10.0), Spread(5, 5, 5, 5.0), Spread(15, 15, 15, 15.0))
     tables = Tables({"helpful": table, "kind": table}, table, fit=8, evaluation=4)
     side_by_side = {"policies": 1, "reference.sft": 1, "mopo.training": 1}
     return Estimator(config(**sections), SHAPE, tables, SPEEDS, side_by_side)
