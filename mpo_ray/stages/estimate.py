@@ -15,13 +15,16 @@ from dataclasses import dataclass
 
 BYTES = {"fp32": 4, "bf16": 2}
 #: What a process holds before its models: Python, torch and Ray; for training DeepSpeed as well.
-ACTOR_PROCESS, TRAINING_PROCESS = 520_000_000, 650_000_000
+ACTOR_PROCESS, TRAINING_PROCESS = 600_000_000, 780_000_000
 #: Seconds until the processes of a stage are at work, and until those of a training have also written their results.
 ACTOR_START_S, TRAINING_START_S = 12.0, 35.0
 #: Values of a layer that wait for the backward pass, per token: of the hidden size, and of the inner size of its MLP.
 HIDDEN_KEPT, INNER_KEPT = 11, 4
-#: Seconds that the fit takes beside its decoding: bootstrap draws, the other fits, the predicted trade-off.
-FIT_S = 5.0
+#: Seconds beside decoding and scoring: of the fit for bootstrap draws, the other fits and the predicted trade-off, of
+#: the evaluation for opening soups and for its metrics.
+FIT_S, EVALUATION_S = 5.0, 8.0
+#: Forward passes that comparing two whole distributions at each place costs, for each model.
+KL_PASSES = 2
 #: Copies of the logits: with their gradient, alone, and beside the fp64 probabilities that a token is drawn from.
 LOGITS_TRAINED, LOGITS_READ, LOGITS_DRAWN = 2, 1, 3
 #: Checkpoints of one training: two are kept while the next is written.

@@ -241,7 +241,7 @@ class Estimator:
             decoded += rows * answers * answer
             forward += rows * prompts * self.tables.prompt
             if candidate.kind != "reference":  # its KL: the candidate's and the reference's distributions
-                forward += (rows + 1) * (prompts * self.tables.prompt + answers * answer)
+                forward += estimate.KL_PASSES * (rows + 1) * (prompts * self.tables.prompt + answers * answer)
             num_answers += answers
             steps += self._steps(prompts, settings.max_new_tokens)
             most_rows = max(most_rows, rows)
@@ -251,6 +251,7 @@ class Estimator:
             forward=forward,
             decoded=decoded,
             steps=steps,
+            further=estimate.EVALUATION_S,
             disk=self._table_bytes(num_answers),
             policies=len(self.config.objectives),
             copies=2 + (num_models > 0) + self._implicit,  # the reference, the mixture, a soup, the rewards' models
