@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import ray
+import torch
 from peft import get_peft_model
 
 from mpo_ray.cluster.train import num_side_by_side
@@ -33,23 +34,31 @@ NUM_PAIRS, ROOM = 64, 4
 
 @dataclass(frozen=True, slots=True)
 class Estimates:
-    """free_memory, free_disk: bytes of this machine; None where the storage is elsewhere. timed: whether, or why not"""
+    """free_memory, free_gpu, free_disk: bytes of this machine, and of its GPU that has most free.
+
+    They are None without a GPU, and where the storage is elsewhere. timed: whether times were measured, or why not
+    """
 
     needs: Sequence[Need]
     free_memory: int
     free_disk: int | None
     num_nodes: int
     timed: str
+    free_gpu: int | None = None
 
     def cautions(self) -> list[str]:
         """The stages that would not fit, each with the setting that lowers what it takes."""
         found = []
         for need in self.needs:
-            remedy = need.remedy(self.free_memory, num_nodes=self.num_nodes)
+            free = self.free_gpu if need.on_gpu else self.free_memory
+            where = "a GPU of this machine" if need.on_gpu else "this machine"
+            if free is None:
+                continue
+            remedy = need.remedy(free, num_nodes=self.num_nodes)
             if remedy is not None:
                 found.append(
                     f"{need.stage}: holds about {need.processes} × {size(need.bytes_each)} of memory by this estimate, "
-                    f"and {size(self.free_memory)} are free on this machine. To lower it: {remedy}."
+                    f"and {size(free)} are free on {where}. To lower it: {remedy}."
                 )
         total = sum(need.disk for need in self.needs)
         if self.free_disk is not None and total > self.free_disk:
@@ -75,12 +84,19 @@ class Estimates:
             for row in rows
         ]
         disk = "" if self.free_disk is None else f", {size(self.free_disk)} of disk"
-        lines.append(f"free here: {size(self.free_memory)} of memory{disk}. {self.timed}")
+        gpu = "" if self.free_gpu is None else f", {size(self.free_gpu)} of a GPU's memory"
+        lines.append(f"free here: {size(self.free_memory)} of memory{gpu}{disk}. {self.timed}")
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
         needs = [{**asdict(n), "bytes_each": n.bytes_each, "memory": dict(n.memory)} for n in self.needs]
-        return {"stages": needs, "free_memory": self.free_memory, "free_disk": self.free_disk, "timed": self.timed}
+        return {
+            "stages": needs,
+            "free_memory": self.free_memory,
+            "free_gpu": self.free_gpu,
+            "free_disk": self.free_disk,
+            "timed": self.timed,
+        }
 
 
 def estimate_run(
@@ -106,7 +122,7 @@ def estimate_run(
     found = Estimator(config, shape, tables, speeds, _side_by_side(config))
     storage = Run(config.storage, config.name)
     disk = shutil.disk_usage(_existing(storage.local)).free if storage.is_local else None
-    return Estimates(found.needs(), free, disk, max(1, sum(node["Alive"] for node in ray.nodes())), timed)
+    return Estimates(found.needs(), free, disk, max(1, sum(node["Alive"] for node in ray.nodes())), timed, _free_gpu())
 
 
 def model_shape(config: RunConfig, path: str) -> Shape:
@@ -200,6 +216,11 @@ def _side_by_side(config: RunConfig) -> dict[str, int]:
     if config.mopo is not None:
         kinds["mopo.training"] = config.mopo.training.workers
     return {place: max(1, num_side_by_side(workers)) for place, workers in kinds.items()}
+
+
+def _free_gpu() -> int | None:
+    """Free bytes of the GPU that has most; None without one."""
+    return max((torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())), default=None)
 
 
 def _existing(path: Path) -> Path:

@@ -73,6 +73,7 @@ class Need:
 
     processes: how many work at a time; disk: bytes, the checkpoints of a training included
     settings: part of the memory, or `processes` → the setting that lowers it
+    on_gpu: whether each has a GPU of its own, which holds all but the process itself
     """
 
     stage: str
@@ -81,17 +82,26 @@ class Need:
     processes: int
     disk: int
     settings: Mapping[str, str]
+    on_gpu: bool = False
 
     @property
     def bytes_each(self) -> int:
         return sum(self.memory.values())
 
     def remedy(self, free: int, *, num_nodes: int = 1) -> str | None:
-        """What lowers the memory of a stage that needs more than `free` bytes on each node; None where it fits."""
+        """What lowers the memory of a stage that needs more than `free` bytes on each node; None where it fits.
+
+        Of a stage on GPUs, `free` is that of one GPU.
+        """
+        if self.on_gpu:
+            return None if self.bytes_each - self.memory["process"] <= free else self._of_largest_part()
         if self.bytes_each * math.ceil(self.processes / num_nodes) <= free:
             return None
         if self.bytes_each <= free and "processes" in self.settings:
             return self.settings["processes"]
+        return self._of_largest_part()
+
+    def _of_largest_part(self) -> str:
         return self.settings[max(self.settings, key=lambda part: self.memory.get(part, 0))]
 
 

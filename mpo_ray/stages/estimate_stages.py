@@ -156,7 +156,8 @@ class Estimator:
         settings["optimiser"] = f"set {place}.zero_stage: 2 and more {place}.workers.num_workers, or train a LoRA"
         if at_a_time > 1:
             settings["processes"] = f"raise {place}.workers.cpus_per_worker, so that fewer run side by side"
-        return Need(stage, seconds, memory, at_a_time * workers, disk, settings)
+        on_gpu = training.workers.gpus_per_worker > 0
+        return Need(stage, seconds, memory, at_a_time * workers, disk, settings, on_gpu)
 
     def _step(self, adapts: bool) -> float:
         """Seconds per token of a training; of the other kind where this one was not timed."""
@@ -332,7 +333,7 @@ class Estimator:
             settings["weights"] = "set scoring.precision: bf16"
         if scoring.num_actors > 1:
             settings["processes"] = "lower scoring.num_actors"
-        return Need(stage, seconds, memory, scoring.num_actors, disk, settings)
+        return Need(stage, seconds, memory, scoring.num_actors, disk, settings, scoring.gpus_per_actor > 0)
 
 
 def _longest(table: Table, *, rows: int) -> tuple[int, int]:

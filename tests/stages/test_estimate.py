@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,19 @@ def test_a_stage_that_does_not_fit_is_named_with_the_setting_that_lowers_it() ->
     assert memory.startswith("policies: holds about 2 × ")
     assert memory.endswith("To lower it: raise Y.")
     assert disk.startswith("storage: the run leaves about ")
+
+
+def test_a_stage_on_gpus_is_compared_with_one_gpu() -> None:
+    """Each process has its own, for its 90 bytes beside the process. Without a GPU here nothing is said."""
+    need = replace(NEED, on_gpu=True)
+    assert need.remedy(90) is None
+    assert need.remedy(89) == "lower X"
+    [caution] = Estimates([need], 10, 1000, 1, "", free_gpu=89).cautions()
+    assert "are free on a GPU of this machine. To lower it: lower X." in caution
+    assert Estimates([need], 10, 1000, 1, "").cautions() == []
+    needs = estimator(policies={"workers": {"gpus_per_worker": 1}}, scoring={"gpus_per_actor": 0.5}).needs()
+    assert all(need.on_gpu for need in needs)
+    assert not any(need.on_gpu for need in estimator().needs())
 
 
 def test_sizes_and_durations_are_rounded_for_people() -> None:
