@@ -39,7 +39,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rank", type=int, help="of the student's LoRA adapter; the sum of the policies' if absent")
     group.add_argument("--batch-size", type=int, help="completions of a step; 16 if absent")
     group.add_argument("--micro-batch-size", type=int, help="completions of a forward pass; 8 if absent")
-    group.add_argument("--num-lanes", type=int, help="completions that are drawn side by side; 16 if absent")
+    group.add_argument(
+        "--max-num-seqs", "--num-lanes", type=int, help="completions that are drawn side by side; 16 if absent"
+    )
     defaults = {action.dest: action.default for action in parser._actions if action.dest not in before}
     parser.set_defaults(of_plain_model=defaults)
 
@@ -93,8 +95,8 @@ def _distil(options: argparse.Namespace, directory: str, artefact: str, out: Pat
     prompts = _prompts(options, directory)
     recipe = recipe_of(options, artefact)
     remedy = (
-        f"Lower --micro-batch-size (now {schooling.micro_batch_size}), --num-lanes (now {schooling.num_lanes}) or "
-        "--max-tokens."
+        f"Lower --micro-batch-size (now {schooling.micro_batch_size}), --max-num-seqs (now {schooling.max_num_seqs}) "
+        "or --max-tokens."
     )
     with bars(Console(stderr=True, highlight=False)) as shown, memory_told("distillation", remedy):
 

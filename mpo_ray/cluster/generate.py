@@ -159,7 +159,7 @@ def generate_parts(
             actors=actors,
             console=console,
             title="completions",
-            remedy=f"Lower --lanes (now {num_lanes}), or --max-tokens.",
+            remedy=f"Lower --kv-cache-gib, --lanes (now {serve.max_num_seqs}) or --max-tokens.",
         )
         return _summary(run, parts, jsonl=jsonl)
 

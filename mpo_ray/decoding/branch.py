@@ -64,7 +64,7 @@ class Branch:
     """One model of the mixture: a stack of adapters on one base, or a policy of its own.
 
     policies: the numbers of those it holds; the base without an adapter, which a stack can run as well, comes first
-    pool, cache: the blocks of its sequences, none before `reserve`; bytes_per_token: of one sequence of one policy
+    pool, cache: the blocks of its sequences, those of the probe before `reserve`; bytes_per_token: of one sequence of one policy
     """
 
     def __init__(self, module: nn.Module, objectives: Sequence[str], policies: tuple[int, ...]) -> None:
@@ -82,11 +82,10 @@ class Branch:
         self._scale = 1.0
         self._check_blocks()
         self.bytes_per_token: int = self.cache.bytes_per_token
-        self.reserve(0)
 
     def reserve(self, num_blocks: int) -> None:
-        """Make room for as many blocks, all of them free."""
-        self.pool, self.cache = BlockPool(num_blocks), KVCache(num_blocks)
+        """Make room for as many blocks, all of them free. Raises what a lack of memory raises."""
+        self.pool, self.cache = BlockPool(num_blocks), KVCache(num_blocks, like=self.cache)
 
     def run(
         self,

@@ -32,6 +32,7 @@ from mpo_ray.decoding.request_check import check_ends, check_request
 from mpo_ray.decoding.runner import Runner
 from mpo_ray.decoding.runs import Place, Run, places_of
 from mpo_ray.decoding.token_choice import Draw, choose_tokens
+from mpo_ray.out_of_memory import lacking
 from mpo_ray.records import REFERENCE, check_weights
 
 #: Tokens of prompts that a step computes, at most, beside the running completions: longer ones would make them stall.
@@ -233,7 +234,7 @@ class MixtureEngine:
     def _fail(self, run: Run, error: Exception, events: list[Event]) -> None:
         if not isinstance(error, NothingAcceptedError):
             logger.error("request %s failed", run.request.id, exc_info=error)
-            error = error if isinstance(error, EngineError) else EngineError(f"{type(error).__name__} while decoding")
+            error = error if isinstance(error, EngineError) else EngineError(_in_words(error))
         events.append((run.request.id, error))
         self._release(run, spoiled=not isinstance(error, NothingAcceptedError))
         self._count(failed=1)
@@ -245,3 +246,14 @@ class MixtureEngine:
 
     def _count(self, **added: float) -> None:
         self._counts = replace(self._counts, **{name: getattr(self._counts, name) + n for name, n in added.items()})
+
+
+def _in_words(error: Exception) -> str:
+    """What an error of a pass means for whoever waits for the completion; the log has the rest."""
+    lack = lacking(error)
+    if lack is None:
+        return f"{type(error).__name__} while decoding"
+    return (
+        f"decoding: out of memory: {lack} could not be had. Lower the server's kv_cache_gib, max_num_seqs or "
+        "prompt_tokens_per_step."
+    )

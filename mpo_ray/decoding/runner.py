@@ -16,8 +16,9 @@ from torch import Tensor
 from mpo_ray.decoding.branch import Branch, Piece, Predictions
 from mpo_ray.decoding.need import Need, describe_pool, too_large, too_many
 from mpo_ray.maths.log_linear import log_normalizer
+from mpo_ray.out_of_memory import memory_told
 from mpo_ray.policies.kv_blocks import BLOCK_TOKENS, BlockPool, Promise, Row, blocks_for
-from mpo_ray.policies.memory import GIB, usual_kv_cache
+from mpo_ray.policies.memory import GIB, gib, usual_kv_cache
 from mpo_ray.policies.mixture import MixtureForCausalLM
 
 #: What is there of a prompt: node and block, by policy.
@@ -117,8 +118,9 @@ class MixtureRunner:
             num_blocks = min(num_blocks, max_num_seqs * blocks_for(min(limits)))
         self.num_tokens = num_blocks * BLOCK_TOKENS
         self.context: int = min(limits, default=self.num_tokens)
-        for place, policies in everyone.items():
-            self._branches[place].reserve(num_blocks * len(policies))
+        with memory_told(f"a KV cache of {gib(self.num_tokens * self.bytes_per_token)}", "Lower kv_cache_gib."):
+            for place, policies in everyone.items():
+                self._branches[place].reserve(num_blocks * len(policies))
         self.kv_blocks = sum(branch.pool.num_blocks for branch in self._branches.values())
 
     def __str__(self) -> str:

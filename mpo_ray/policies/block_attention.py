@@ -37,13 +37,16 @@ NOTHING = -1e30
 class KVCache:
     """Room for the keys and values of `num_blocks` blocks, for every layer of one model.
 
-    A layer's room is made when the layer is first used, so that its sizes are the model's own. On a CPU it costs memory
-    only where something was written.
+    like: another cache of the model, whose layers this one has at once; else a layer's room is made when it is first
+        used, so that its sizes are the model's own. On a CPU it costs memory only where something was written.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, like: KVCache | None = None) -> None:
         self.num_tokens = num_blocks * BLOCK_TOKENS
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        for index, rooms in ({} if like is None else like._layers).items():
+            keys, values = (_zeros((self.num_tokens, *room.shape[1:]), room) for room in rooms)
+            self._layers[index] = (keys, values)
 
     @property
     def bytes_per_token(self) -> int:

@@ -14,7 +14,7 @@ from mpo_ray.stages import estimate
 from mpo_ray.stages.estimate import ID_BYTES, TEXT_BYTES, Need, Shape, Speeds
 from mpo_ray.training.order import num_steps
 
-#: Tokens of a forward pass on a CPU (`policies.policy_set`).
+#: Tokens of a forward pass on a CPU (`policies.ensemble`).
 MOST_TOKENS_ON_CPU = 1024
 
 
@@ -227,7 +227,6 @@ class Estimator:
             further=estimate.FIT_S,
             disk=self._table_bytes(answers),
             policies=num,
-            copies=1 + scored,
             rows=rows,
             new=self.config.samples.max_new_tokens,
         )
@@ -255,7 +254,7 @@ class Estimator:
             further=estimate.EVALUATION_S,
             disk=self._table_bytes(num_answers),
             policies=len(self.config.objectives),
-            copies=2 + (num_models > 0) + self._implicit,  # the reference, the mixture, a soup, the rewards' models
+            copies=1 + (num_models > 0),  # the ensemble, and a soup or another model
             rows=self.config.scoring.prompts_per_part * settings.completions_per_prompt * most_rows,
             new=settings.max_new_tokens,
         )

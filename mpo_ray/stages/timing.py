@@ -16,8 +16,8 @@ import torch
 from mpo_ray.cluster.train_worker import load_trainable
 from mpo_ray.config_training import PolicyTraining, SupervisedTraining, Training
 from mpo_ray.decoding.batch import sample_completions
+from mpo_ray.policies.ensemble import Sequences, sequence_logprobs
 from mpo_ray.policies.loading import load_model
-from mpo_ray.policies.policy_set import Sequences, sequence_logprobs
 from mpo_ray.stages.estimate import Speeds
 from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.preference import Pair, preference_loss
