@@ -64,7 +64,8 @@ class Branch:
     """One model of the mixture: a stack of adapters on one base, or a policy of its own.
 
     policies: the numbers of those it holds; the base without an adapter, which a stack can run as well, comes first
-    pool, cache: the blocks of its sequences, those of the probe before `reserve`; bytes_per_token: of one sequence of one policy
+    pool, cache: the blocks of its sequences, those of the probe before `reserve`
+    bytes_per_token: of one sequence under one policy
     """
 
     def __init__(self, module: nn.Module, objectives: Sequence[str], policies: tuple[int, ...]) -> None:

@@ -84,6 +84,10 @@ class MixtureEngine:
         self._since: dict[str, float] = {}  # when those that wait came
         self._counts = Statistics(running=0, waiting=0, kv_blocks=runner.kv_blocks, kv_blocks_used=0)
 
+    def __str__(self) -> str:
+        """What its KV cache holds."""
+        return str(self._runner)
+
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)

@@ -66,6 +66,10 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="mixture-engine", daemon=True)
         self._thread.start()
 
+    def __str__(self) -> str:
+        """What its KV cache holds."""
+        return str(self._engine)
+
     async def generate(
         self, request: GenerationRequest, tokens_per_delta: Callable[[], float] = every_token
     ) -> AsyncIterator[Delta]:

@@ -65,6 +65,10 @@ class Replica:
         """The replica's name, and where its engine stands."""
         return self._name, self._engine.statistics()
 
+    def describe(self) -> str:
+        """What its KV cache holds."""
+        return str(self._engine)
+
     def check_health(self) -> None:
         """Raise EngineError if the engine has ended or is stuck: Serve then replaces this replica."""
         self._shown.hear(self._name, self._engine.statistics())

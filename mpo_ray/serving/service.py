@@ -33,6 +33,8 @@ from mpo_ray.serving.interface import artefact_digest
 from mpo_ray.serving.ports import PortInUseError, check_port, free_port
 from mpo_ray.serving.replica import Replica
 
+#: Seconds in which a replica that has just started says what it holds.
+DESCRIBED_WITHIN_S = 60.0
 #: The last line of a traceback: the error's type, and what it says.
 _ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception): (.+)$", re.MULTILINE)
 #: Requests that the ingress has open at a time, at most; above it they are refused. How many are decoded or wait is
@@ -169,6 +171,8 @@ def _run(app: ray_serve.Application, name: str, url: str, serve: Serve) -> None:
         raise StartError(f"{name} cannot be served: {_cause([str(error), *told])}") from None
     key = serve.api_keys_env or serve.api_key_env
     place = f"the API key is in {key}" if key else "no API key"
+    replica = ray_serve.get_deployment_handle("MixtureReplica", name).describe.remote()
+    print(f"A replica has {replica.result(timeout_s=DESCRIBED_WITHIN_S)}.")
     print(f"Serving {name} at {url}/v1 ({place}). Stop with Ctrl-C.", flush=True)
 
 

@@ -132,6 +132,10 @@ class VllmEngine:
             raise
         self._count(kv_blocks=int(self._source.llm.vllm_config.cache_config.num_gpu_blocks or 0))
 
+    def __str__(self) -> str:
+        """What its KV cache holds."""
+        return f"{self._counts.kv_blocks:,} KV-cache blocks of vLLM's"
+
     async def generate(
         self, request: GenerationRequest, tokens_per_delta: Callable[[], float] = every_token
     ) -> AsyncIterator[Delta]:
