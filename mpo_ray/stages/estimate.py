@@ -20,6 +20,8 @@ ACTOR_PROCESS, TRAINING_PROCESS = 600_000_000, 780_000_000
 ACTOR_START_S, TRAINING_START_S = 12.0, 35.0
 #: Values of a layer that wait for the backward pass, per token: of the hidden size, and of the inner size of its MLP.
 HIDDEN_KEPT, INNER_KEPT = 11, 4
+#: What a backward pass holds at its peak, as a multiple of what waits for it: gradients, and memory not yet given back.
+BACKWARD = 1.5
 #: Seconds beside decoding and scoring: of the fit for bootstrap draws, the other fits and the predicted trade-off, of
 #: the evaluation for opening soups and for its metrics.
 FIT_S, EVALUATION_S = 5.0, 8.0

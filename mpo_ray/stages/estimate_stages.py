@@ -127,9 +127,12 @@ class Estimator:
         memory = {"process": estimate.TRAINING_PROCESS} | estimate.training_state(
             total, trained, precision=precision, zero_stage=zero, num_workers=workers
         )
-        memory["activations"] = estimate.kept_activations(
+        kept = estimate.kept_activations(
             shape, micro * longest[0], precision=precision, checkpointing=training.gradient_checkpointing
-        ) + estimate.logits(shape, micro * longest[1], copies=estimate.LOGITS_TRAINED)
+        )
+        memory["activations"] = round(estimate.BACKWARD * kept) + estimate.logits(
+            shape, micro * longest[1], copies=estimate.LOGITS_TRAINED
+        )
         at_a_time = min(jobs, self.side_by_side[place])
         seconds = None
         if self.speeds is not None:
