@@ -85,3 +85,18 @@ def test_a_ray_of_its_own_listens_on_loopback_and_asks_for_a_token_that_nothing_
     _, told = started.communicate("", timeout=60)
     assert started.returncode == 0
     assert "authentication" not in told
+
+
+@pytest.mark.slow
+def test_a_start_that_takes_long_is_told_while_it_lasts() -> None:
+    """On standard error, which is Ray's own at that time. What takes no time is not told."""
+    code = "from mpo_ray import waiting\nwaiting.SLOW_S = {slow}\nfrom mpo_ray.cluster.session import ray_session\n"
+    for slow, told in ((0.01, 1), (600.0, 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(slow=slow) + "with ray_session():\n    pass"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.splitlines().count("starting Ray") == told, done.stderr
