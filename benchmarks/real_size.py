@@ -2,8 +2,8 @@
 
     python benchmarks/real_size.py --model SMOLLM2 --before COMMIT [--rows memory ensemble particles turn decoding]
 
-`shared/models/smollm2.py` makes the model. K = 3 LoRA adapters of rank 16 with random factors are put on it. Each commit
-runs in processes of its own, from a worktree in a temporary directory, on one thread.
+`shared/models/smollm2.py` makes the model. K = 3 LoRA adapters of rank 16 with random factors are put on it. Each
+commit runs in processes of its own, from a worktree in a temporary directory, on one thread.
 
     memory      of a process with an engine at the settings of `serve`'s defaults, after 200 requests, 8 at a time
     ensemble    copies of the base's weights that an actor of the evaluation with implicit rewards holds
@@ -50,8 +50,9 @@ for number, name in enumerate({NAMES!r}):
     policy.save_pretrained(places[name])
     transformers.AutoTokenizer.from_pretrained({model!r}).save_pretrained(places[name])
 import pathlib
-write_artefact(pathlib.Path({str(directory / "mixture")!r}), objectives={{k: pathlib.Path(v) for k, v in places.items()}},
-    reference={model!r}, copy_reference=False, weights=dict.fromkeys(places, 1 / 3), fit={{}})
+policies = {{name: pathlib.Path(place) for name, place in places.items()}}
+write_artefact(pathlib.Path({str(directory / "mixture")!r}), objectives=policies, reference={model!r},
+    copy_reference=False, weights=dict.fromkeys(places, 1 / 3), fit={{}})
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     return str(directory / "mixture")
@@ -204,22 +205,20 @@ class Rows:
         text, is_chat = encode_prompt(({"role": "user", "content": "Hello"},))
         table = pa.table({"prompt_id": ["0"], "prompt": [text], "is_chat": [is_chat]})
         for candidate in (Candidate("reference"), Candidate("mixture", (0.5, 0.3, 0.2))):
-            evaluator(table, {"candidate": candidate.to_json(), "seed": 0, "num_prompts": 1})
+            evaluator(table, {"candidate": candidate.as_json(), "seed": 0, "num_prompts": 1})
         held = {
             each.data_ptr(): each.nbytes
             for each in gc.get_objects()
             if isinstance(each, torch.nn.Parameter) and each.device.type == "cpu"
         }
         base = sum(file.stat().st_size for file in Path(self._model).glob("*.safetensors"))
-        adapters = sum(file.stat().st_size for file in Path(self._artefact).glob("policies/*/*.safetensors"))
-        return {"copies of the base, adapters included": sum(held.values()) / base, "one copy": 1 + adapters / base}
+        return {"copies of the base": sum(held.values()) / base}
 
     def particles(self) -> dict[str, float]:
         from mpo_ray.decoding.protocol import Mode
 
         engine = self._engine(16)
         engine.submit(self._request(_ids(512, 0), 64, Mode("smc", 16)))
-        used = 0.0
         while engine._counts.prompt_tokens < 512:
             engine.step()
         now = engine.statistics()
