@@ -101,7 +101,12 @@ def compare(rows: list[str], roots: dict[str, Path], artefact: str, model: str) 
     for row in rows:
         if row != "decoding":
             with sides(roots, artefact, model) as both:
-                print(f"{row:12}", *(f"{name}: {_shown(side.ask(row))}" for name, side in both.items()), sep="  ")
+                print(
+                    f"{row:12}",
+                    *(f"{name}: {_shown(side.ask(row))}" for name, side in both.items()),
+                    sep="  ",
+                    flush=True,
+                )
             continue
         with sides(roots, artefact, model) as both:
             for num in (1, 16):
@@ -243,7 +248,7 @@ class Rows:
 
         engine = self._engines.get((num, precision))
         if engine is None:
-            engine = self._engines[num, precision] = self._engine(num, precision)
+            engine = self._engines[num, precision] = self._engine(num, precision, context=512)
         steps = 24 if num == 1 else 8
         for number in range(num):
             engine.submit(self._request(_ids(32, number), steps + 34))
@@ -258,7 +263,7 @@ class Rows:
             engine.abort(name)
         return seconds / steps
 
-    def _engine(self, num: int, precision: str = "fp32") -> Any:
+    def _engine(self, num: int, precision: str = "fp32", context: int | None = None) -> Any:
         import inspect
 
         import torch
@@ -269,7 +274,7 @@ class Rows:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         mixture = MixtureForCausalLM.from_pretrained(self._artefact, dtype=dtype)
         name = "max_num_seqs" if "max_num_seqs" in inspect.signature(engine_of).parameters else "num_lanes"
-        engine = engine_of(mixture, None, **{name: num})
+        engine = engine_of(mixture, None, context=context, **{name: num})
         engine._eos_ids = ()
         return engine
 

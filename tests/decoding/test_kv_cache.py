@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import random
+import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
+from mpo_ray.config_serving import Serve
 from mpo_ray.decoding import branch
 from mpo_ray.decoding.engine import MixtureEngine
 from mpo_ray.decoding.need import check_pool
 from mpo_ray.decoding.open_engine import engine_of as engine_of_mixture
+from mpo_ray.decoding.open_engine import open_engine
 from mpo_ray.decoding.protocol import Delta, Mode, RequestError
 from mpo_ray.decoding.runner import MixtureRunner
 from mpo_ray.policies.kv_blocks import BLOCK_TOKENS
@@ -21,6 +27,7 @@ from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.memory import GIB
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from tests.decoding.mixtures import KINDS, completed, engine_of, request, tokens
+from tests.serving.served import write_mixture
 
 LONG = [1, *(3 + (5 * place) % 20 for place in range(37))]  # two blocks and six tokens
 
@@ -182,3 +189,48 @@ def test_a_pool_that_is_too_small_for_one_request_says_what_would_do(artefacts: 
     check_pool(48, 10, 48)
     with pytest.raises(ModelError, match="holds 32 tokens of this mixture, and one request can need 33"):
         check_pool(32, 10**6, 33)
+
+
+def test_a_model_with_a_context_of_262144_is_opened_with_the_defaults(tmp_path: Path) -> None:
+    """Its 64 sequences of a whole context would be 8 GiB; the pool is a share of what is free, the context is whole."""
+    artefact = write_mixture(tmp_path, context=262_144)
+    serve = Serve()
+    before = psutil.Process().memory_info().rss
+    engine = open_engine(str(artefact), max_num_seqs=serve.max_num_seqs, least_tokens=serve.least_tokens)
+    assert runner_of(engine).context == 262_144
+    assert runner_of(engine).num_tokens <= 64 * 262_144
+    assert "of KV cache: " in str(engine)
+    assert len(tokens(completed(engine, [request(0, LONG, max_tokens=20, ignore_eos=True)])[0])) == 20
+    assert psutil.Process().memory_info().rss - before < GIB, "memory was taken for tokens that nobody asked for"
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+import psutil, torch
+from mpo_ray.decoding.open_engine import open_engine
+from mpo_ray.decoding.protocol import GenerationRequest, Sampling
+torch.set_num_threads(1)
+engine = open_engine(sys.argv[1], max_num_seqs=2, prompt_tokens=4096)
+def told(number, prompt, sampling):
+    engine.submit(GenerationRequest(str(number), prompt, sampling))
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    return events[-1][1]
+small = Sampling(2, temperature=0.0)
+expected = told(0, (1, 8, 9), small)
+resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**27, -1))
+print(told(1, (1, 8, 9) * 1300, Sampling(1, prompt_logprobs=True, num_logprobs=0)))
+print(told(2, (1, 8, 9), small).tokens == expected.tokens)
+"""
+
+
+def test_a_pass_without_memory_ends_its_request_in_words_and_the_next_is_answered(tmp_path: Path) -> None:
+    """A limit of the process stands for a machine that has no more: the attention mask alone is 61 MB, twice."""
+    artefact = write_mixture(tmp_path, context=8192)
+    code = [sys.executable, "-c", OUT_OF_MEMORY, str(artefact)]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
+    words, answered = done.stdout.splitlines()[-2:]
+    assert re.fullmatch(r"decoding: out of memory: .* could not be had\. Lower the server's kv_cache_gib, .*", words)
+    assert answered == "True"
