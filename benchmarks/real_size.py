@@ -5,7 +5,8 @@
 `shared/models/smollm2.py` makes the model. K = 3 LoRA adapters of rank 16 with random factors are put on it. Each
 commit runs in processes of its own, from a worktree in a temporary directory, on one thread.
 
-    memory      of a process with an engine at the settings of `serve`'s defaults, after 200 requests, 8 at a time
+    memory      of a process with an engine at the settings of `serve`'s defaults, after 200 requests, 8 at a time, of
+                32 tokens and 8 new ones
     ensemble    copies of the base's weights that an actor of the evaluation with implicit rewards holds
     particles   prompts in the KV cache at the first token of 16 particles of a prompt of 512 tokens
     turn        seconds to the first token of a chat's second turn, with 1,000 tokens before it
@@ -176,7 +177,7 @@ class Rows:
         alone, settings = me.memory_info().rss, Serve()
         engine = self._engine(getattr(settings, "max_num_seqs", 0) or settings.num_lanes)
         for first in range(0, 200, 8):
-            self._drain(engine, [self._request(_ids(64, number), 32) for number in range(first, first + 8)])
+            self._drain(engine, [self._request(_ids(32, number), 8) for number in range(first, first + 8)])
         runner = engine._runner
         pool = runner.num_tokens * runner.bytes_per_token if hasattr(runner, "num_tokens") else 0
         weights = sum(file.stat().st_size for file in Path(self._artefact).glob("policies/*/*.safetensors"))
