@@ -266,15 +266,18 @@ class MixtureRunner:
     @torch.inference_mode()
     def _copy_known(self, lane: _Lane, known: Known) -> None:
         """Copy known blocks to where the lane's rows are in one piece: rows in parts are read more slowly."""
+        kept = {k: Row() for k in known}
         for k, found in known.items():
-            pool, row, given = self._pool(k), lane.rows[k], Row()
-            pool.share(given, [block for _, block in found])  # or their room might be taken for the copy
+            self._pool(k).share(kept[k], [block for _, block in found])  # or their room might be taken for the copies
+        for k, given in kept.items():
+            pool, row = self._pool(k), lane.rows[k]
             self._grow(lane, k, len(lane.tokens))
             pairs = zip(given.places(0, len(lane.tokens)), row.places(0, len(lane.tokens)), strict=True)
             self._branches[self._place_of[k]].cache.copy(list(pairs))
             for block, copy in zip(given.blocks, row.blocks, strict=True):
                 pool.replace(block, copy)
-            pool.close(given)
+        for k, given in kept.items():
+            self._pool(k).close(given)
 
     def _open(self, group: _Group) -> int:
         number, self._next_lane = self._next_lane, self._next_lane + 1

@@ -22,7 +22,7 @@ from mpo_ray.decoding.open_engine import engine_of as engine_of_mixture
 from mpo_ray.decoding.open_engine import open_engine
 from mpo_ray.decoding.protocol import Delta, Mode, RequestError
 from mpo_ray.decoding.runner import MixtureRunner
-from mpo_ray.policies.kv_blocks import BLOCK_TOKENS
+from mpo_ray.policies.kv_blocks import BLOCK_TOKENS, Row
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.memory import GIB
 from mpo_ray.policies.mixture import MixtureForCausalLM
@@ -99,6 +99,25 @@ def test_conversations_in_a_small_pool_get_what_they_get_in_a_fresh_one(
     assert ways["copied"]
     assert ways["in parts"]
     assert engine.statistics().cached_prompt_tokens >= 16 * ways["copied"]
+
+
+def test_known_blocks_are_not_taken_for_their_own_copies(artefacts: dict[str, Path]) -> None:
+    """No block is blank, and the oldest ones are those that are copied, each policy's after the other's."""
+    engine = engine_of(artefacts["lora"], max_num_seqs=2)
+    completed(engine, [request("first", LONG[:20], max_tokens=1)])
+    [model] = runner_of(engine)._branches.values()
+    pool, other = model.pool, Row()
+    pool.grow(other, (pool.num_blocks - 3) * BLOCK_TOKENS, pool.promise(pool.num_blocks - 3))
+    for number, block in enumerate(other.blocks):
+        pool.remember(0, -1, [number] * BLOCK_TOKENS, block)
+    pool.close(other)
+    again = request("again", [*LONG[:20], 4, 5, 6, 7], max_tokens=12, temperature=1.0, seed=1, num_logprobs=0)
+    before = engine.statistics().cached_prompt_tokens
+    [found] = completed(engine, [again])
+    [expected] = completed(engine_of(artefacts["lora"]), [again])
+    assert engine.statistics().cached_prompt_tokens == before + 16
+    for one, other in zip(found, expected, strict=True):
+        assert one.logprobs[0].logprob == pytest.approx(other.logprobs[0].logprob, abs=1e-5)
 
 
 def test_a_policy_that_was_not_asked_before_computes_its_prompt(artefacts: dict[str, Path]) -> None:
