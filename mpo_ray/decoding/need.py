@@ -90,7 +90,7 @@ def too_many(num_seqs: int, most: int) -> str:
 def too_large(need: Need, wanted: int, most: int) -> str:
     fewer = "particles, " if need.num_seqs > 1 else ""
     return (
-        f"{len(need.prompt)} tokens of prompt and {need.new_tokens} new ones, {need.num_seqs} × {len(need.policies)} "
-        f"times, need {wanted} KV-cache blocks, and there are {most}. Ask for fewer {fewer}tokens, or let the server "
-        "have more (kv_cache_gib)."
+        f"{len(need.prompt)} tokens of prompt and {need.new_tokens} new ones need {wanted} KV-cache blocks (sequences: "
+        f"{need.num_seqs}, policies: {len(need.policies)}), and there are {most}. Ask for fewer {fewer}tokens, or let "
+        "the server have more (kv_cache_gib)."
     )

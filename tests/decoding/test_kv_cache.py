@@ -176,7 +176,7 @@ def test_admission_never_exceeds_the_pool(artefacts: dict[str, Path]) -> None:
         assert now.kv_blocks_used <= 9
     alone = completed(engine_of(artefacts["lora"], max_num_seqs=1), asked)
     assert [tokens(told[one.id]) for one in asked] == [tokens(deltas) for deltas in alone]
-    with pytest.raises(RequestError, match="12 KV-cache blocks, and there are 9"):
+    with pytest.raises(RequestError, match=r"12 KV-cache blocks \(sequences: 1, policies: 3\), and there are 9"):
         engine.submit(request(99, [*LONG, *LONG[:13]], max_tokens=13))
 
 
