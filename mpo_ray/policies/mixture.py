@@ -76,7 +76,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         """Open a mixture artefact, after checking that it is what was written. Raises ModelError.
 
         weights: override the artefact's λ (objectives left out have weight 0)
-        dtype: float32 or bfloat16; the artefact's own if absent
+        dtype: float32, bfloat16 or float16; the artefact's own if absent
         device_map: one device for everything
         """
         directory = Path(pretrained_model_name_or_path)
@@ -325,7 +325,7 @@ def _precision(dtype: str | torch.dtype | None) -> str:
     for name, known in PRECISIONS.items():
         if str(known).removeprefix("torch.") == wanted:
             return name
-    raise ModelError(f"dtype {wanted} is not supported for a mixture; use float32 or bfloat16.")
+    raise ModelError(f"dtype {wanted} is not supported for a mixture; use float32, bfloat16 or float16.")
 
 
 AutoModelForCausalLM.register(MixtureConfig, MixtureForCausalLM, exist_ok=True)

@@ -253,3 +253,15 @@ def test_a_pass_without_memory_ends_its_request_in_words_and_the_next_is_answere
     words, answered = done.stdout.splitlines()[-2:]
     assert re.fullmatch(r"decoding: out of memory: .* could not be had\. Lower the server's kv_cache_gib, .*", words)
     assert answered == "True"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_precision_is_that_of_weights_and_kv_cache(kind: str, artefacts: dict[str, Path]) -> None:
+    """The artefact's own is fp32; the likeliest tokens are the same in half of the memory."""
+    found = {}
+    for precision in ("auto", "fp32", "bf16", "fp16"):
+        engine = engine_of(artefacts[kind], precision=precision)
+        found[precision] = (runner_of(engine).bytes_per_token, tokens(completed(engine, [request(0, LONG)])[0])[:2])
+    whole, half = found["fp32"][0], found["bf16"][0]
+    assert (found["auto"], half, found["fp16"][0]) == (found["fp32"], whole // 2, whole // 2)
+    assert found["fp16"][1] == found["fp32"][1]

@@ -148,12 +148,13 @@ def test_a_policy_without_safetensors_is_refused(material: Path, tmp_path: Path)
         )
 
 
-def test_bfloat16_is_a_choice_at_loading(artefact: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(artefact, dtype=torch.bfloat16)
-    assert model.dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_is_a_choice_at_loading(artefact: Path, dtype: torch.dtype) -> None:
+    model = AutoModelForCausalLM.from_pretrained(artefact, dtype=dtype)
+    assert model.dtype == dtype
     assert model(torch.tensor([ids_of(artefact)])).logits.dtype == torch.float32
-    with pytest.raises(ModelError, match="float16 is not supported"):
-        AutoModelForCausalLM.from_pretrained(artefact, dtype=torch.float16)
+    with pytest.raises(ModelError, match="float64 is not supported"):
+        AutoModelForCausalLM.from_pretrained(artefact, dtype=torch.float64)
 
 
 def test_unknown_keywords_are_refused_when_loading(artefact: Path) -> None:
