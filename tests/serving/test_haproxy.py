@@ -30,7 +30,8 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def process(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     port, state = free_port(), tmp_path_factory.mktemp("haproxy")
-    command = [sys.executable, "-m", "mpo_ray", "serve", str(artefact), "--port", str(port)]
+    command = [sys.executable, "-m", "mpo_ray", "serve", str(artefact), "--port", str(port), "--set"]
+    command.append("serve.max_num_seqs=16")  # as where the same requests are sent without it
     said = state / "said"
     with said.open("wb") as output:
         serving = subprocess.Popen(command, cwd=state, stdout=output)
