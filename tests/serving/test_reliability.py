@@ -30,6 +30,7 @@ CONFIG = Serve(
     max_replicas=2,
     target_ongoing_requests=4,
     max_queued_requests=60,
+    max_num_seqs=16,
     max_tokens=600,
     cpus_per_replica=0.5,
     health_check_period_s=1,
