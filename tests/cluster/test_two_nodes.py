@@ -23,7 +23,7 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
         text=True,
         env=environment(),
         cwd=ROOT,
-        timeout=400,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return storage / "two", json.loads(done.stdout.splitlines()[-1])
