@@ -37,7 +37,7 @@ def process(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         serving = subprocess.Popen(command, cwd=state, stdout=output)
     url = f"http://127.0.0.1:{port}"
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while f"Serving {NAME} at {url}/v1" not in said.read_text(encoding="utf-8") or not _healthy(url):
             assert serving.poll() is None, f"it ended with {serving.returncode}"
             assert time.monotonic() < end, "it does not come up"

@@ -179,7 +179,11 @@ def test_a_config_file_deploys_and_its_user_config_swaps_the_weights_in_place(ur
     def deploy(weights: dict[str, float]) -> set[int]:
         """Processes of the decoding replicas, once the application runs with these weights."""
         application["deployments"] = [{"name": "MixtureReplica", "user_config": {"weights": weights}}]
-        connected.deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}), _blocking=True)
+        connected.deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}), _blocking=False)
+        end = time.monotonic() + 300  # Ray's own wait ends after 60 s, which a busy machine needs
+        while ray_serve.status().applications["from_file"].status != "RUNNING":
+            assert time.monotonic() < end, ray_serve.status().applications["from_file"]
+            time.sleep(0.2)
         deployed = connected.get_serve_details()["applications"]["from_file"]["deployments"]["MixtureReplica"]
         return {replica["pid"] for replica in deployed["replicas"]}
 
