@@ -45,6 +45,14 @@ def _replica_starts(serving: subprocess.Popen[bytes]) -> list[psutil.Process]:
         assert serving.poll() is None, f"it ended with {serving.returncode}"
         assert time.monotonic() < end, "no replica starts"
         children = psutil.Process(serving.pid).children(recursive=True)
-        if any("ServeReplica" in one.name() for one in children):
+        if any("ServeReplica" in _name(one) for one in children):
             return children
         time.sleep(0.05)
+
+
+def _name(process: psutil.Process) -> str:
+    """Empty for one that has ended meanwhile."""
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
