@@ -62,6 +62,15 @@ def need_of(request: GenerationRequest, policies: Sequence[int]) -> Need:
     )
 
 
+def pool_blocks(num_bytes: int, bytes_per_token: int, max_num_seqs: int, context: int | None) -> int:
+    """Blocks of a sequence that every policy takes part in, which a KV cache of as many bytes holds.
+
+    Never more than as many sequences of a whole context need. bytes_per_token: of such a sequence
+    """
+    num_blocks = num_bytes // (bytes_per_token * BLOCK_TOKENS)
+    return num_blocks if context is None else min(num_blocks, max_num_seqs * blocks_for(context))
+
+
 def describe_pool(num_tokens: int, bytes_per_token: int, context: int) -> str:
     """What a KV cache holds. num_tokens: of sequences that every policy takes part in; bytes_per_token: of those"""
     request = min(USUAL_REQUEST, context)

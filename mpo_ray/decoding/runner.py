@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mpo_ray.decoding.branch import Branch, Piece, Predictions
-from mpo_ray.decoding.need import Need, describe_pool, too_large, too_many
+from mpo_ray.decoding.need import Need, describe_pool, pool_blocks, too_large, too_many
 from mpo_ray.maths.log_linear import log_normalizer
 from mpo_ray.out_of_memory import memory_told
 from mpo_ray.policies.kv_blocks import BLOCK_TOKENS, BlockPool, Promise, Row, blocks_for
@@ -112,10 +112,8 @@ class MixtureRunner:
         self._next_lane = 0
         limits = [limit for limit in (*mixture.longest_texts(), context) if limit is not None]
         self.bytes_per_token = sum(self._branches[place].bytes_per_token * len(ks) for place, ks in everyone.items())
-        available = usual_kv_cache(self.device) if kv_cache_gib is None else int(kv_cache_gib * GIB)
-        num_blocks = available // (self.bytes_per_token * BLOCK_TOKENS)
-        if limits:
-            num_blocks = min(num_blocks, max_num_seqs * blocks_for(min(limits)))
+        num_bytes = usual_kv_cache(self.device) if kv_cache_gib is None else int(kv_cache_gib * GIB)
+        num_blocks = pool_blocks(num_bytes, self.bytes_per_token, max_num_seqs, min(limits, default=None))
         self.num_tokens = num_blocks * BLOCK_TOKENS
         self.context: int = min(limits, default=self.num_tokens)
         with memory_told(f"a KV cache of {gib(self.num_tokens * self.bytes_per_token)}", "Lower kv_cache_gib."):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpo_ray.decoding.branch import Piece, Predictions
-from mpo_ray.decoding.need import Need, describe_pool, too_large, too_many
+from mpo_ray.decoding.need import Need, describe_pool, pool_blocks, too_large, too_many
 from mpo_ray.maths.log_linear import log_normalizer
 from mpo_ray.policies.kv_blocks import BLOCK_TOKENS, blocks_for
 from mpo_ray.policies.memory import GIB, usual_kv_cache
@@ -50,10 +50,8 @@ class SequenceRunner:
         self._next_lane = 0
         limits = [limit for limit in (*mixture.longest_texts(), context) if limit is not None]
         self.bytes_per_token = max(1, sum(self._bytes_per_token(k) for k in range(self.num_policies)))
-        available = usual_kv_cache(self.device) if kv_cache_gib is None else int(kv_cache_gib * GIB)
-        num_blocks = available // (self.bytes_per_token * BLOCK_TOKENS)
-        if limits:
-            num_blocks = min(num_blocks, max_num_seqs * blocks_for(min(limits)))
+        num_bytes = usual_kv_cache(self.device) if kv_cache_gib is None else int(kv_cache_gib * GIB)
+        num_blocks = pool_blocks(num_bytes, self.bytes_per_token, max_num_seqs, min(limits, default=None))
         self.num_tokens = num_blocks * BLOCK_TOKENS
         self.context: int = min(limits, default=self.num_tokens)
         self.kv_blocks = num_blocks * self.num_policies
