@@ -39,7 +39,7 @@ class Need:
 
     @property
     def shared_blocks(self) -> int:
-        """Of each policy: blocks that the prompt fills, which all sequences read."""
+        """Of each policy: blocks that a prompt of SHARED_FROM tokens or more fills, which all sequences read."""
         shares = self.num_seqs > 1 and len(self.prompt) >= SHARED_FROM
         return len(self.prompt) // BLOCK_TOKENS if shares else 0
 
