@@ -13,10 +13,9 @@ import math
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -26,8 +25,8 @@ from torch import Tensor
 from benchmarks.family_models import FAMILIES, write_reference
 from mpo_ray.cluster.train_worker import load_trainable
 from mpo_ray.config_training import PolicyTraining
-from mpo_ray.decoding.batch import DecodedBatch
-from mpo_ray.decoding.open_engine import open_engine
+from mpo_ray.decoding.engine import MixtureEngine
+from mpo_ray.decoding.open_engine import open_engine, runner_of
 from mpo_ray.decoding.protocol import Delta, GenerationRequest, Sampling
 from mpo_ray.decoding.sequence_runner import SequenceRunner
 from mpo_ray.policies.artefact import write_artefact
@@ -145,13 +144,12 @@ class Product:
         return mixed.log_softmax(-1)
 
 
-def engine_difference(artefact: Path, product: Product) -> tuple[float, bool]:
+def engine_difference(engine: MixtureEngine, product: Product, seed: int) -> float:
     """Requests with λ of their own, side by side: every log-probability of prompt and answer against the product's.
 
-    Returns the largest difference, and whether the engine decodes in transformers' own cache.
+    Returns the largest difference. seed: of the prompts
     """
-    engine = open_engine(str(artefact), max_num_seqs=len(WEIGHTS), context=64, prompt_tokens=16)
-    prompts = texts(5, PROMPT_LENGTHS)
+    prompts = texts(seed, PROMPT_LENGTHS)
     sampling = Sampling(NUM_NEW, seed=0, num_logprobs=40, prompt_logprobs=True, ignore_eos=True)
     requests = [
         GenerationRequest(str(n), tuple(prompt), sampling, weights=dict(zip(NAMES, weights, strict=True)))
@@ -175,7 +173,7 @@ def engine_difference(artefact: Path, product: Product) -> tuple[float, bool]:
         assert len(found) == len(request.prompt_ids) + len(drawn) - 1
         for place, one in enumerate(found):
             most = max(most, *(abs(value - float(expected[place, token])) for token, value in one.top))
-    return most, isinstance(engine._runner, SequenceRunner)
+    return most
 
 
 @torch.no_grad()
@@ -199,25 +197,10 @@ def generate_difference(artefact: Path, product: Product) -> float:
     return most
 
 
-def sampler_difference(model: Any, logprobs: Callable[[Sequence[int]], Tensor]) -> float:
-    """The run's sampler, two completions of each prompt: the distribution of every place."""
-    prompts = texts(7, PROMPT_LENGTHS)
-    with torch.no_grad():
-        batch = DecodedBatch(model, prompts, 2, 0)
-        drawn = torch.zeros(6, NUM_NEW, dtype=torch.long)
-        uniforms = torch.rand(NUM_NEW, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        unfinished, most = torch.ones(6, dtype=torch.bool), 0.0
-        for place in range(NUM_NEW):
-            for row, logits in zip(batch.rows.tolist(), batch.logits, strict=True):
-                expected = logprobs([*prompts[row // 2], *drawn[row, :place].tolist()])[-1]
-                most = max(most, float((logits.double().log_softmax(-1) - expected).abs().max()))
-            if place == 1:  # as when completions end, and particles are drawn again
-                keep = torch.tensor([0, 0, 2, 5])
-                rows, drawn = torch.tensor([0, 1, 2, 5]), drawn[torch.tensor([0, 0, 2, 3, 4, 5])]
-                batch.select(keep, rows)
-            if not batch.step(drawn, unfinished, uniforms, place=place, temperature=1.0, ends=torch.tensor([2])):
-                break
-    return most
+def sampling_engine(mixture: MixtureForCausalLM) -> MixtureEngine:
+    """As a run's sampler has it, on models that are open already."""
+    runner = runner_of(mixture, max_num_seqs=len(WEIGHTS), context=64)
+    return MixtureEngine(runner, dict(zip(NAMES, WEIGHTS[0], strict=True)), eos_ids=[], tokenizer=None)
 
 
 def try_kind(row: Row, root: Path, model: str, *, lora: bool) -> None:
@@ -238,15 +221,12 @@ def try_kind(row: Row, root: Path, model: str, *, lora: bool) -> None:
     weights = dict(zip(NAMES, WEIGHTS[0], strict=True))
     write_artefact(artefact, objectives=policies, reference=model, copy_reference=True, weights=weights, fit={})
     product = Product(model, list(policies.values()), adapters=lora)
-    difference, by_own_cache = engine_difference(artefact, product)
-    row.add("engine", difference)
-    row.by_own_cache |= by_own_cache
+    engine = open_engine(str(artefact), max_num_seqs=len(WEIGHTS), context=64, prompt_tokens=16)
+    row.add("engine", engine_difference(engine, product, 5))
+    row.by_own_cache |= isinstance(engine._runner, SequenceRunner)
     row.add("generate", generate_difference(artefact, product))
-    policy_set = Ensemble(model, {name: str(path) for name, path in policies.items()})
-    with policy_set.model(NAMES[1]) as one:
-        row.add("sampler", sampler_difference(one, lambda ids: product.logprobs(ids, (0.0, 1.0))))
-    mixture = MixtureForCausalLM.from_pretrained(artefact)
-    row.add("sampler", sampler_difference(mixture, lambda ids: product.logprobs(ids, WEIGHTS[0])))
+    ensemble = Ensemble(model, {name: str(path) for name, path in policies.items()})
+    row.add("sampler", engine_difference(sampling_engine(ensemble.mixture), product, 7))
 
 
 def try_family(family: str, root: Path) -> Row:

@@ -34,12 +34,13 @@ from rl_curves import write_curves
 from rl_training import METHODS, add_training_options, open_context
 from stage_costs import COSTS
 
-from mpo_ray.cluster.score import draw, load_rewards, log_ratios, sequences, with_rewards
+from mpo_ray.cluster.score import draw, load_rewards, log_ratios, room_of, sequences, with_rewards
+from mpo_ray.decoding.sampler import MixtureSampler, sampling_recipe
 from mpo_ray.evaluation.divergence import divergences
 from mpo_ray.evaluation.estimates import number, written
 from mpo_ray.evaluation.metrics import Metrics, evaluate_completions
 from mpo_ray.evaluation.rewards import IMPLICIT
-from mpo_ray.policies.ensemble import Ensemble
+from mpo_ray.policies.ensemble import Ensemble, mixture_of_one
 from mpo_ray.policies.loading import load_model, load_policy, load_rendering
 from mpo_ray.records import digest
 from mpo_ray.run import Run
@@ -184,15 +185,16 @@ def completions(context: Context, name: str, path: Path) -> pa.Table:
     if IMPLICIT in specs.values():
         judges = Ensemble(base, context.policies(), precision=actors.precision)
     policy, reference = load_policy(str(path), base), load_model(base)
+    sampler = MixtureSampler(mixture_of_one(name, policy), room_of(actors))
+    recipe = sampling_recipe({name: 1.0}, max_new_tokens=evaluation.max_new_tokens, temperature=evaluation.temperature)
     tables = []
     for index, part in enumerate(context.run.parts("prompts/evaluation")):
         rows = draw(
-            policy,
+            sampler,
+            recipe,
             rendering,
             context.run.read_table(part),
             num=evaluation.completions_per_prompt,
-            max_new_tokens=evaluation.max_new_tokens,
-            temperature=evaluation.temperature,
             seed=int(digest([context.config.seed, name, index])[:12], 16),
         )
         pad = rendering.tokenizer.pad_token_id

@@ -41,9 +41,9 @@ from rl_objectives import Floats, WorstObjective, log_odds_per_unit, moments, pl
 from mpo_ray.config import RunConfig
 from mpo_ray.data.prompts import select_prompts
 from mpo_ray.data.rendering import Rendering
-from mpo_ray.decoding.batch import sample_completions
+from mpo_ray.decoding.sampler import MixtureSampler, Room, sampling_recipe
 from mpo_ray.evaluation.rewards import IMPLICIT, load_reward
-from mpo_ray.policies.ensemble import Ensemble
+from mpo_ray.policies.ensemble import Ensemble, mixture_of_one
 from mpo_ray.policies.loading import load_model, load_tokenizer
 from mpo_ray.records import REFERENCE, Prompt, decode_prompt
 from mpo_ray.run import Run
@@ -132,17 +132,11 @@ def reference_rewards(
 ) -> tuple[Floats, int]:
     """Rewards (N, K) of one completion of π_ref for every prompt, and how many tokens that took."""
     rendering = Rendering(tokenizer)
-    drawn = sample_completions(
-        load_model(reference),
-        [rendering.prompt_ids(prompt) for prompt in prompts],
-        num_completions=1,
-        max_new_tokens=max_new_tokens,
-        temperature=1.0,
-        end_ids=rendering.ends,
-        pad_id=tokenizer.pad_token_id,
-        seed=seed,
-    )
-    ids = [completion.ids for (completion,) in drawn]
+    sampler = MixtureSampler(mixture_of_one(REFERENCE, load_model(reference)), Room(len(prompts)))
+    recipe = sampling_recipe({REFERENCE: 1.0}, max_new_tokens=max_new_tokens, temperature=1.0)
+    ids = [rendering.prompt_ids(prompt) for prompt in prompts]
+    drawn = sampler.draw(ids, recipe, num=1, end_ids=rendering.ends, seed=seed)
+    ids = [list(completion.tokens) for (completion,) in drawn]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return rewards(prompts, texts, ids), sum(map(len, ids))
 

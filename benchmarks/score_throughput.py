@@ -45,8 +45,10 @@ from mpo_ray.cluster.score import SampleScorer, draw, sequences
 from mpo_ray.cluster.session import ray_session
 from mpo_ray.config import Actors
 from mpo_ray.data.tokens import collate
-from mpo_ray.policies.ensemble import Ensemble, by_length, sequence_logprobs
+from mpo_ray.decoding.sampler import MixtureSampler, Room, sampling_recipe
+from mpo_ray.policies.ensemble import Ensemble, by_length, mixture_of_one, sequence_logprobs
 from mpo_ray.policies.loading import add_adapter, load_model, load_rendering, load_tokenizer
+from mpo_ray.records import REFERENCE
 from mpo_ray.run import Run
 
 TOLERANCE = 1e-3
@@ -215,14 +217,15 @@ def random_lora(directory: Path, base: str, *, seed: int) -> str:
 def sample_tables(testbed: Path, num_parts: int, num_prompts: int, num_samples: int) -> list[pa.Table]:
     """Samples of the base model as the sampling stage leaves them, log π_ref included."""
     rendering, reference = load_rendering(str(testbed / "base")), load_model(str(testbed / "base"))
+    sampler = MixtureSampler(mixture_of_one(REFERENCE, load_model(str(testbed / "base"))), Room(64))
+    recipe = sampling_recipe({REFERENCE: 1.0}, max_new_tokens=96, temperature=1.0)
     lines = (testbed / "prompts_test.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines[: num_parts * num_prompts]]
     tables = []
     for part in range(num_parts):
         chosen = rows[part * num_prompts : (part + 1) * num_prompts]
         prompts = pa.Table.from_pylist([{**row, "is_chat": False} for row in chosen])
-        how: dict[str, Any] = {"num": num_samples, "max_new_tokens": 96, "temperature": 1.0, "seed": part}
-        table = draw(reference, rendering, prompts, **how)
+        table = draw(sampler, recipe, rendering, prompts, num=num_samples, seed=part)
         log_ref = sequence_logprobs(reference, sequences(table), batch_size=64, pad_id=rendering.tokenizer.pad_token_id)
         tables.append(table.append_column("log_ref", [log_ref]))
     return tables

@@ -15,7 +15,7 @@ from mpo_ray.cli_values import parse_weights
 if TYPE_CHECKING:
     from mpo_ray.config_serving import Serve
     from mpo_ray.data.prompts import PlacedPrompt
-    from mpo_ray.decoding.offline import Finished, Recipe
+    from mpo_ray.decoding.offline import Completion, Recipe
     from mpo_ray.decoding.protocol import Mode
 
 #: Particles of sequential Monte Carlo, or attempts side by side, where an exact mode is asked for without a number.
@@ -196,7 +196,7 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"--seed {seed}: a seed is 0 or more, and below 2147483648.")
 
 
-def _as_json(completion: Finished) -> dict[str, Any]:
+def _as_json(completion: Completion) -> dict[str, Any]:
     return {
         "text": completion.text,
         "tokens": completion.tokens,

@@ -105,7 +105,7 @@ class Actors(Strict):
     num_actors: PositiveInt = 1
     cpus_per_actor: PositiveFloat = 1.0
     gpus_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
-    batch_size: PositiveInt = Field(32, description="sequences per forward pass")
+    batch_size: PositiveInt = Field(32, description="sequences per forward pass, and that are sampled at a time")
     prompts_per_part: PositiveInt = Field(32, description="prompts in one file: the unit of work, progress and resume")
     precision: Literal["fp32", "bf16"] = "fp32"
 
@@ -117,6 +117,9 @@ class Scoring(Actors):
         "mpo", description="what computes log π_k of the samples; reference and pairs are always scored by mpo"
     )
     vllm: dict[str, Any] = Field({}, description="further arguments of vLLM's EngineArgs, for engine: vllm")
+    kv_cache_gib: PositiveFloat | None = Field(
+        None, description="of the KV cache that an actor samples with, at most; a share of what is free if absent"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Scoring:

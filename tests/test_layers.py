@@ -200,8 +200,8 @@ RIGHT = {
     "mpo_ray/maths/simplex.py": "import numpy as np\n",
     "mpo_ray/maths/partition.py": "from .simplex import uniform\nfrom . import simplex\n",
     "mpo_ray/policies/mixture.py": "import torch, transformers\nfrom mpo_ray.maths.partition import gap\n",
-    "mpo_ray/decoding/batch.py": "from mpo_ray.policies.mixture import Mixture\n",
-    "mpo_ray/cluster/train.py": "import ray.train\nfrom mpo_ray.decoding.batch import generate\n",
+    "mpo_ray/decoding/engine.py": "from mpo_ray.policies.mixture import Mixture\n",
+    "mpo_ray/cluster/train.py": "import ray.train\nfrom mpo_ray.decoding.engine import generate\n",
     "jobs/pipeline.py": "from mpo_ray.pipeline import run\n",
 }
 
@@ -214,9 +214,9 @@ def test_a_tree_in_layers_is_accepted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "complaint"),
     [
-        ("mpo_ray/decoding/batch.py", "from mpo_ray.cluster import train\n", "which lies above it"),
-        ("mpo_ray/decoding/batch.py", "def f():\n    import mpo_ray.cluster.train\n", "which lies above it"),
-        ("mpo_ray/decoding/batch.py", "from ..cluster.train import fit\n", "which lies above it"),
+        ("mpo_ray/decoding/engine.py", "from mpo_ray.cluster import train\n", "which lies above it"),
+        ("mpo_ray/decoding/engine.py", "def f():\n    import mpo_ray.cluster.train\n", "which lies above it"),
+        ("mpo_ray/decoding/engine.py", "from ..cluster.train import fit\n", "which lies above it"),
         ("mpo_ray/cluster/train.py", "from mpo_ray import cli\n", "which lies above it"),
         ("mpo_ray/run.py", "from mpo_ray.data.tokens import x\n", "which lies above it"),
         ("mpo_ray/training/loop.py", "import ray.data\n", "may know ray"),
@@ -232,7 +232,7 @@ def test_a_tree_in_layers_is_accepted(tmp_path: Path) -> None:
             "modules import each other",
         ),
         ("mpo_ray/policies/other.py", "from mpo_ray.decoding.cache import K\n", "packages import each other"),
-        ("mpo_ray/policies/__init__.py", "from mpo_ray.decoding.batch import x\n", "modules import each other"),
+        ("mpo_ray/policies/__init__.py", "from mpo_ray.decoding.engine import x\n", "modules import each other"),
         ("mpo_ray/pipeline.py", "from jobs.pipeline import main\n", "nothing imports an entry point"),
         ("mpo_ray/somewhere/new.py", "", "has no layer"),
         ("jobs/pipeline.py", "\n" * 41, "41 lines"),

@@ -27,7 +27,7 @@ from mpo_ray.config import Actors
 from mpo_ray.config_serving import Serve
 from mpo_ray.data.prompts import PlacedPrompt
 from mpo_ray.data.sources import DataError
-from mpo_ray.decoding.offline import Finished, Recipe, check_recipe, complete, lanes_for, row_seed
+from mpo_ray.decoding.offline import Completion, Recipe, check_recipe, complete, lanes_for, row_seed
 from mpo_ray.decoding.open_engine import open_engine
 from mpo_ray.decoding.protocol import RequestError
 from mpo_ray.policies.loading import AUTO, load_rendering
@@ -198,7 +198,7 @@ def prompt_rows(
     return rows, max(len(row["prompt_ids"]) for row in rows) + recipe.sampling.max_tokens
 
 
-def _columns(completion: Finished) -> dict[str, Any]:
+def _columns(completion: Completion) -> dict[str, Any]:
     measured = {} if completion.diagnostics is None else asdict(completion.diagnostics)
     names = ("log_z", "log_z_hat", "effective_sample_size", "particles", "attempts")
     return {

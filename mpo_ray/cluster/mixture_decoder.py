@@ -7,8 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from mpo_ray.cluster.score import draw, load_rewards, log_ratios, with_rewards
+from mpo_ray.cluster.score import draw, load_rewards, log_ratios, room_of, with_rewards
 from mpo_ray.config import Scoring
+from mpo_ray.decoding.sampler import EnsembleSampler, sampling_recipe
 from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import load_rendering
 
@@ -35,19 +36,15 @@ class MixtureDecoder:
         self._rewards = load_rewards(rewards, self._actors)
         self._ensemble = Ensemble(reference, policies, precision=self._actors.precision)
         self._with_log_ratios = with_log_ratios
-        self._drawing: dict[str, Any] = {
-            "num": num_completions,
-            "max_new_tokens": max_new_tokens,
-            "temperature": 1.0,
-            "particles": particles,
-        }
+        self._sampler = EnsembleSampler(self._ensemble, room_of(self._actors))
+        self._num, self._drawing = num_completions, {"max_new_tokens": max_new_tokens, "particles": particles}
 
     def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
         """values: `weights`, λ in the order of the objectives; `seed`."""
-        mixture = self._ensemble.mixture
-        mixture.set_weights(dict(zip(self._names, values["weights"], strict=True)))
+        weights = dict(zip(self._names, values["weights"], strict=True))
+        recipe = sampling_recipe(weights, temperature=1.0, log_z=True, **self._drawing)
         seed = int(values["seed"])
-        rows = draw(mixture, self._rendering, table, seed=seed, with_log_z=True, **self._drawing)
+        rows = draw(self._sampler, recipe, self._rendering, table, num=self._num, seed=seed, with_log_z=True)
         ratios: dict[str, list[float]] = {}
         if self._with_log_ratios:
             ratios = log_ratios(self._ensemble, self._names, rows, self._actors, self._rendering.tokenizer.pad_token_id)

@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from mpo_ray.config import Actors, Scoring
 from mpo_ray.data.rendering import Rendering
-from mpo_ray.decoding.particles import sample_mixture
+from mpo_ray.decoding.offline import Completion, Recipe
+from mpo_ray.decoding.sampler import EnsembleSampler, Room, sampling_recipe
 from mpo_ray.decoding.text_stream import text_behind
 from mpo_ray.evaluation.rewards import IMPLICIT, Reward, load_reward
 from mpo_ray.policies.ensemble import Ensemble, Sequences
@@ -66,20 +67,14 @@ class Sampler:
         self._actors = Scoring.model_validate(actors)
         self._rendering = load_rendering(reference, **rendering)
         self._policies = Ensemble(reference, policies, precision=self._actors.precision)
+        self._sampler = EnsembleSampler(self._policies, room_of(self._actors))
         self._num_samples, self._max_new_tokens = num_samples, max_new_tokens
 
     def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
         """values: `proposal`; `first_id`, the sample_id of its first response to each prompt; `seed`."""
-        with self._policies.model(values["proposal"]) as model:
-            samples = draw(
-                model,
-                self._rendering,
-                table,
-                num=self._num_samples,
-                max_new_tokens=self._max_new_tokens,
-                temperature=1.0,
-                seed=int(values["seed"]),
-            )
+        recipe = sampling_recipe({values["proposal"]: 1.0}, max_new_tokens=self._max_new_tokens, temperature=1.0)
+        seed = int(values["seed"])
+        samples = draw(self._sampler, recipe, self._rendering, table, num=self._num_samples, seed=seed)
         pad_id = self._rendering.tokenizer.pad_token_id
         log_ref = logprobs(self._policies, [REFERENCE], sequences(samples), self._actors, pad_id)[REFERENCE]
         ids = [values["first_id"] + index for index in samples["sample_id"].to_pylist()]
@@ -146,44 +141,44 @@ def _open(reference: str, policies: Mapping[str, str], scoring: Scoring) -> Poli
     )
 
 
+class Draws(Protocol):
+    """What draws completions: `EnsembleSampler`, `MixtureSampler`."""
+
+    def draw(
+        self, prompts: Sequence[Sequence[int]], recipe: Recipe, *, num: int, end_ids: Sequence[int], seed: int
+    ) -> list[list[Completion]]: ...
+
+
+def room_of(actors: Scoring) -> Room:
+    return Room(actors.batch_size, actors.kv_cache_gib)
+
+
 def draw(
-    model: Any,
+    sampler: Draws,
+    recipe: Recipe,
     rendering: Rendering,
     prompts: pa.Table,
     *,
     num: int,
-    max_new_tokens: int,
-    temperature: float,
     seed: int,
-    particles: int = 1,
     with_log_z: bool = False,
     further_ends: Collection[int] = (),
 ) -> pa.Table:
     """Sample `num` completions for every row of a prompt table; one row per completion.
 
     further_ends: what ends a completion of this model beside the rendering's own end tokens
-    particles: more than 1 draw from the sequence-level mixture, at temperature 1; the model is then a mixture
-    with_log_z: add the column `log_z` in nats, log Ẑ of the completion's particles: with one, Σ_t log Z_t (design 2.3);
-        the model is then a mixture
+    with_log_z: add the column `log_z` in nats, log Ẑ of the completion's particles: with one, Σ_t log Z_t (design 2.3),
+        which the recipe then has to measure
     """
     rows = prompts.to_pylist()
     ids = [rendering.prompt_ids(decode_prompt(r["prompt"], r["is_chat"])) for r in rows]
     ends = sorted({*rendering.ends, *further_ends})
-    drawn = sample_mixture(
-        model,
-        ids,
-        num_particles=particles,
-        temperature=temperature,
-        num_completions=num,
-        max_new_tokens=max_new_tokens,
-        end_ids=ends,
-        pad_id=rendering.tokenizer.pad_token_id,
-        seed=seed,
-    )
+    drawn = sampler.draw(ids, recipe, num=num, end_ids=ends, seed=seed)
     columns: dict[str, list[Any]] = {name: [] for name in _SAMPLE_SCHEMA.names}
     for row, prompt_ids, completions in zip(rows, ids, drawn, strict=True):
         for index, completion in enumerate(completions):
-            words = completion.ids[:-1] if completion.finished else completion.ids  # an end may be no special token
+            tokens = list(completion.tokens)
+            words = tokens[:-1] if completion.ended else tokens  # an end may be no special token
             # a text goes on from its prompt, a chat's reply stands alone
             response = text_behind(rendering.tokenizer, () if row["is_chat"] else prompt_ids, words)
             cells = (
@@ -193,8 +188,8 @@ def draw(
                 row["is_chat"],
                 response,
                 prompt_ids,
-                completion.ids,
-                completion.finished,
+                tokens,
+                completion.ended,
             )
             for name, cell in zip(_SAMPLE_SCHEMA.names, cells, strict=True):
                 columns[name].append(cell)

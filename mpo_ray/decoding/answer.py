@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mpo_ray.config_serving import Serve
-from mpo_ray.decoding.offline import Finished, Recipe, check_recipe, complete, lanes_for
+from mpo_ray.decoding.offline import Completion, Recipe, check_recipe, complete, lanes_for
 from mpo_ray.decoding.open_engine import open_engine
 from mpo_ray.policies.loading import load_rendering
 from mpo_ray.policies.mixture_config import MixtureConfig
@@ -12,7 +12,7 @@ from mpo_ray.records import Prompt
 
 def answer(
     artefact: str, text: str, recipe: Recipe, *, num: int, seed: int, serve: Serve | None = None
-) -> list[Finished]:
+) -> list[Completion]:
     """Decode `num` completions, with the seeds `seed`, `seed` + 1 …
 
     serve: of the engine, its own defaults if absent

@@ -33,6 +33,7 @@ from mpo_ray.decoding.runner import Runner
 from mpo_ray.decoding.runs import Place, Run, places_of
 from mpo_ray.decoding.token_choice import Draw, choose_tokens
 from mpo_ray.out_of_memory import lacking
+from mpo_ray.policies.kv_blocks import BLOCK_TOKENS
 from mpo_ray.records import REFERENCE, check_weights
 
 #: Tokens of prompts that a step computes, at most, beside the running completions: longer ones would make them stall.
@@ -177,12 +178,26 @@ class MixtureEngine:
 
     def _admit(self) -> None:
         while self._waiting and self._runner.fits(self._waiting[0].need):
+            if self._is_computed_now(self._waiting[0]):
+                return  # it would compute the same prompt beside it
             run = self._waiting.popleft()
             lanes, num_computed = self._runner.open(run.need)
             run.start(lanes, num_computed)
             self._running[run.request.id] = run
             waited = time.monotonic() - self._since.pop(run.request.id)
             self._count(admitted=1, queue_seconds=waited, cached_prompt_tokens=num_computed)
+
+    def _is_computed_now(self, run: Run) -> bool:
+        """Whether another request computes this prompt, so that its blocks will soon be there for both."""
+        need = run.need
+        return (
+            need.reads_prompt
+            and len(need.prompt) > BLOCK_TOKENS
+            and any(
+                other.prompt_left and other.need.prompt == need.prompt and {*need.policies} <= {*other.policies}
+                for other in self._running.values()
+            )
+        )
 
     def _plan(self) -> list[_Work]:
         work, row, budget = [], 0, self._prompt_tokens

@@ -62,13 +62,19 @@ def need_of(request: GenerationRequest, policies: Sequence[int]) -> Need:
     )
 
 
-def pool_blocks(num_bytes: int, bytes_per_token: int, max_num_seqs: int, context: int | None) -> int:
-    """Blocks of a sequence that every policy takes part in, which a KV cache of as many bytes holds.
+def pool_tokens(
+    num_bytes: int, bytes_per_token: int, max_num_seqs: int, longest: Sequence[int | None]
+) -> tuple[int, int]:
+    """How many tokens a KV cache of as many bytes holds, and how many each sequence may have.
 
-    Never more than as many sequences of a whole context need. bytes_per_token: of such a sequence
+    Of sequences that every policy takes part in. The cache is never larger than as many sequences of a whole context
+    need. bytes_per_token: of such a sequence; longest: limits of a sequence, None where one names no end
     """
     num_blocks = num_bytes // (bytes_per_token * BLOCK_TOKENS)
-    return num_blocks if context is None else min(num_blocks, max_num_seqs * blocks_for(context))
+    context = min((limit for limit in longest if limit is not None), default=None)
+    if context is None:
+        return num_blocks * BLOCK_TOKENS, num_blocks * BLOCK_TOKENS
+    return min(num_blocks, max_num_seqs * blocks_for(context)) * BLOCK_TOKENS, context
 
 
 def describe_pool(num_tokens: int, bytes_per_token: int, context: int) -> str:

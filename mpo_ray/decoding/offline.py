@@ -50,7 +50,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class Completion:
     """A completion to its end, its end token among `tokens`.
 
     error: why there is none, where rejection accepted nothing; then the rest is empty
@@ -61,6 +61,17 @@ class Finished:
     finish_reason: FinishReason | None = None
     diagnostics: Diagnostics | None = None
     error: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether its end came before the limit: its last token is then an end token, unless a stop string ended it."""
+        return self.finish_reason == "stop"
+
+    @property
+    def log_z_hat(self) -> float | None:
+        """log Ẑ of its particles, nats; Σ_t log Z_t where there is one, in token mode; None where not measured."""
+        found = self.diagnostics
+        return None if found is None else found.log_z if found.mode == "token" else found.log_z_hat
 
 
 @dataclass(slots=True)
@@ -99,7 +110,7 @@ def complete(
     requests: Sequence[GenerationRequest],
     *,
     show: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Finished]:
+) -> list[Completion]:
     """Decode all requests, as many at a time as the engine has room for; one outcome for each, in their order.
 
     The ids of the requests are all different. show: is told how many of how many are done
@@ -122,10 +133,10 @@ def complete(
             if name in failed or parts[name][-1].finish_reason is not None:
                 num_done += 1
                 show(num_done, len(requests))
-    return [Finished(error=failed[name]) if name in failed else _joined(deltas) for name, deltas in parts.items()]
+    return [Completion(error=failed[name]) if name in failed else _joined(deltas) for name, deltas in parts.items()]
 
 
-def _joined(deltas: Sequence[Delta]) -> Finished:
+def _joined(deltas: Sequence[Delta]) -> Completion:
     last = deltas[-1]
     tokens = tuple(token for delta in deltas for token in delta.tokens)
-    return Finished(tokens, "".join(delta.text for delta in deltas), last.finish_reason, last.diagnostics)
+    return Completion(tokens, "".join(delta.text for delta in deltas), last.finish_reason, last.diagnostics)

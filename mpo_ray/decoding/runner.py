@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mpo_ray.decoding.branch import Branch, Piece, Predictions
-from mpo_ray.decoding.need import Need, describe_pool, pool_blocks, too_large, too_many
+from mpo_ray.decoding.need import Need, describe_pool, pool_tokens, too_large, too_many
 from mpo_ray.maths.log_linear import log_normalizer
 from mpo_ray.out_of_memory import memory_told
 from mpo_ray.policies.kv_blocks import BLOCK_TOKENS, BlockPool, Promise, Row, blocks_for
@@ -30,6 +30,7 @@ class Runner(Protocol):
 
     has_reference: whether there is a policy more, after those of the objectives: the base of their adapters
     context: tokens of a sequence, at most; kv_blocks: of the whole KV cache
+    num_tokens: of sequences that every policy takes part in, that it holds; bytes_per_token: of those
     """
 
     num_policies: int
@@ -37,6 +38,8 @@ class Runner(Protocol):
     vocab_size: int
     context: int
     kv_blocks: int
+    num_tokens: int
+    bytes_per_token: int
 
     def kv_blocks_used(self) -> int: ...
 
@@ -51,6 +54,9 @@ class Runner(Protocol):
 
     def close(self, lanes: Sequence[int], *, spoiled: bool = False) -> None:
         """Give back all lanes of a request. spoiled: what they hold is of no use to anybody"""
+
+    def reserve(self, *, max_num_seqs: int, context: int | None = None, kv_cache_gib: float | None = None) -> None:
+        """Take another KV cache in the place of the one there is, while nothing is decoded."""
 
     def copy(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
         """Let the second lane of each pair hold the first `length` tokens of the first; a lane may be both."""
@@ -107,18 +113,25 @@ class MixtureRunner:
         self._place_of = {k: place for place, branch in self._branches.items() for k in branch.policies}
         self.has_reference = self.num_policies in self._place_of
         self.vocab_size = next(iter(self._branches.values())).vocab_size
-        self.device, self._max_num_seqs = mixture.device, max_num_seqs
+        self.device = mixture.device
         self._lanes: dict[int, _Lane] = {}
         self._next_lane = 0
-        limits = [limit for limit in (*mixture.longest_texts(), context) if limit is not None]
+        self._longest = mixture.longest_texts()
+        self._num_sharing = {place: len(policies) for place, policies in everyone.items()}
         self.bytes_per_token = sum(self._branches[place].bytes_per_token * len(ks) for place, ks in everyone.items())
+        self.reserve(max_num_seqs=max_num_seqs, context=context, kv_cache_gib=kv_cache_gib)
+
+    def reserve(self, *, max_num_seqs: int, context: int | None = None, kv_cache_gib: float | None = None) -> None:
+        self._max_num_seqs = max_num_seqs
+        for branch in self._branches.values():
+            branch.reserve(1)  # what there was counts as free
         num_bytes = usual_kv_cache(self.device) if kv_cache_gib is None else int(kv_cache_gib * GIB)
-        num_blocks = pool_blocks(num_bytes, self.bytes_per_token, max_num_seqs, min(limits, default=None))
-        self.num_tokens = num_blocks * BLOCK_TOKENS
-        self.context: int = min(limits, default=self.num_tokens)
+        self.num_tokens, self.context = pool_tokens(
+            num_bytes, self.bytes_per_token, max_num_seqs, [*self._longest, context]
+        )
         with memory_told(f"a KV cache of {gib(self.num_tokens * self.bytes_per_token)}", "Lower kv_cache_gib."):
-            for place, policies in everyone.items():
-                self._branches[place].reserve(num_blocks * len(policies))
+            for place, branch in self._branches.items():
+                branch.reserve(self.num_tokens // BLOCK_TOKENS * self._num_sharing[place])
         self.kv_blocks = sum(branch.pool.num_blocks for branch in self._branches.values())
 
     def __str__(self) -> str:

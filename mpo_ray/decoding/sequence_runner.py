@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpo_ray.decoding.branch import Piece, Predictions
-from mpo_ray.decoding.need import Need, describe_pool, pool_blocks, too_large, too_many
+from mpo_ray.decoding.need import Need, describe_pool, pool_tokens, too_large, too_many
 from mpo_ray.maths.log_linear import log_normalizer
 from mpo_ray.policies.kv_blocks import BLOCK_TOKENS, blocks_for
 from mpo_ray.policies.memory import GIB, usual_kv_cache
@@ -45,16 +45,19 @@ class SequenceRunner:
         self.has_reference = self.num_policies in self._caches
         with mixture.running(0) as model:
             self.vocab_size: int = model.config.get_text_config().vocab_size
-        self.device, self._max_num_seqs = mixture.device, max_num_seqs
+        self.device, self._longest = mixture.device, mixture.longest_texts()
         self._lanes: dict[int, _Lane] = {}
         self._next_lane = 0
-        limits = [limit for limit in (*mixture.longest_texts(), context) if limit is not None]
         self.bytes_per_token = max(1, sum(self._bytes_per_token(k) for k in range(self.num_policies)))
+        self.reserve(max_num_seqs=max_num_seqs, context=context, kv_cache_gib=kv_cache_gib)
+
+    def reserve(self, *, max_num_seqs: int, context: int | None = None, kv_cache_gib: float | None = None) -> None:
+        self._max_num_seqs = max_num_seqs
         num_bytes = usual_kv_cache(self.device) if kv_cache_gib is None else int(kv_cache_gib * GIB)
-        num_blocks = pool_blocks(num_bytes, self.bytes_per_token, max_num_seqs, min(limits, default=None))
-        self.num_tokens = num_blocks * BLOCK_TOKENS
-        self.context: int = min(limits, default=self.num_tokens)
-        self.kv_blocks = num_blocks * self.num_policies
+        self.num_tokens, self.context = pool_tokens(
+            num_bytes, self.bytes_per_token, max_num_seqs, [*self._longest, context]
+        )
+        self.kv_blocks = self.num_tokens // BLOCK_TOKENS * self.num_policies
 
     def __str__(self) -> str:
         return describe_pool(self.num_tokens, self.bytes_per_token, self.context)

@@ -11,9 +11,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from mpo_ray.decoding.batch import draw_tokens
 from mpo_ray.decoding.protocol import Sampling
+
+#: Just below 1, so that u times a sum of probabilities stays below the sum when rounded.
+LARGEST_UNIFORM = 1 - 2**-40
+#: Tokens whose probabilities are summed before they are looked at one by one: running sums of a whole vocabulary, in
+#: float64, take longer than its softmax.
+CHUNK = 128
 
 
 @dataclass(slots=True)
@@ -64,10 +70,30 @@ def choose_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
         for n in limited:
             adjusted[n] = _limit(adjusted[n], draws[n].sampling)
     uniforms = torch.tensor([draw.uniform for draw in draws], dtype=torch.float64, device=logits.device)
-    tokens: list[int] = draw_tokens(adjusted, uniforms, temperature=1.0).tolist()
+    tokens: list[int] = draw_tokens(adjusted, uniforms).tolist()
     for n in greedy:
         tokens[n] = int(adjusted[n].argmax())
     return tokens
+
+
+def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw v with probability softmax(logits) in every row: the first v whose cumulative one exceeds u.
+
+    logits: (B, V); uniforms: (B,) float64 in [0, 1). Returns (B,).
+    """
+    probabilities = logits.float().softmax(-1)
+    missing = -probabilities.shape[-1] % CHUNK
+    if missing:
+        probabilities = pad(probabilities, (0, missing))
+    # first the chunk in which the cumulative probability exceeds u, then the token in it
+    chunks = probabilities.view(len(probabilities), -1, CHUNK)
+    cumulative = chunks.sum(-1).cumsum(-1, dtype=torch.float64)
+    thresholds = uniforms[:, None] * cumulative[:, -1:]
+    found = torch.searchsorted(cumulative, thresholds, right=True)
+    before = pad(cumulative, (1, 0)).gather(1, found)
+    within = chunks[torch.arange(len(chunks), device=chunks.device), found[:, 0]].cumsum(-1, dtype=torch.float64)
+    left = (thresholds - before).minimum(within[:, -1:] * LARGEST_UNIFORM)  # the sums of a chunk may round differently
+    return (found * CHUNK + torch.searchsorted(within, left, right=True))[:, 0]
 
 
 def _is_plain(draw: Draw) -> bool:

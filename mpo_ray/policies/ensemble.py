@@ -51,14 +51,17 @@ class Ensemble:
         """
         models = {name: self._full.get(name, self._stack.base) for name in self.names}
         check_output_sizes(models, where=", ".join(self.names))
-        config = MixtureConfig(
-            self.names,
-            {name: 1 / len(self.names) for name in self.names},
-            vocab_size=models[self.names[0]].config.get_text_config().vocab_size,
-        )
-        stack = self._stack if self._stack.names else None
-        mixture: MixtureForCausalLM = MixtureForCausalLM(config, adapters=stack, full=self._full).eval()
-        return mixture
+        return _mixture(models, self._stack if self._stack.names else None, self._full)
+
+    @property
+    def mixes_reference(self) -> bool:
+        """Whether the mixture's engine can decode the reference as well: where it is the base of an adapter."""
+        return bool(self._stack.names)
+
+    @cached_property
+    def reference_alone(self) -> MixtureForCausalLM:
+        """The reference as a mixture of one, called `reference`."""
+        return mixture_of_one(REFERENCE, self._stack.base)
 
     @contextmanager
     def model(self, name: str) -> Iterator[Any]:
@@ -88,6 +91,19 @@ class Ensemble:
             if name in self._full:
                 values[name] = sequence_logprobs(self._full[name], sequences, **how)
         return {name: values[name] for name in names}
+
+
+def mixture_of_one(name: str, model: Any) -> MixtureForCausalLM:
+    """A model under this name as a mixture of one policy, for what decodes mixtures."""
+    return _mixture({name: model}, None, {name: model})
+
+
+def _mixture(models: Mapping[str, Any], stack: AdapterStack | None, full: Mapping[str, Any]) -> MixtureForCausalLM:
+    names = list(models)
+    size = models[names[0]].config.get_text_config().vocab_size
+    config = MixtureConfig(names, {name: 1 / len(names) for name in names}, vocab_size=size)
+    mixture: MixtureForCausalLM = MixtureForCausalLM(config, adapters=stack, full=full).eval()
+    return mixture
 
 
 def sequence_logprobs(model: Any, sequences: Sequences, *, batch_size: int, pad_id: int) -> list[float]:

@@ -202,7 +202,7 @@ def _speeds(context: Context, path: str) -> Speeds:
         pad_id=rendering.tokenizer.pad_token_id,
         seed=config.seed,
         scored_rows=scoring.batch_size,
-        decoded_rows=scoring.prompts_per_part * config.samples.samples_per_prompt,
+        decoded_rows=min(scoring.batch_size, scoring.prompts_per_part * config.samples.samples_per_prompt),
         precision=scoring.precision,
         cpus_per_actor=scoring.cpus_per_actor,
     )

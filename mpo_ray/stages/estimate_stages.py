@@ -193,17 +193,16 @@ class Estimator:
         settings = self.config.samples
         decoded = self._drawn * self._answer
         prompts = self.tables.fit * self._proposals * self.tables.prompt
-        rows = self.config.scoring.prompts_per_part * settings.samples_per_prompt
         disk = self._table_bytes(self._drawn)
         policies = 0 if settings.proposals == "reference" else len(self.config.objectives)
         return self._actors(
             "samples",
             forward=2 * prompts + decoded,
             decoded=decoded,
-            steps=self._proposals * self._steps(self.tables.fit, settings.max_new_tokens),
+            steps=self._proposals * self._steps(self.tables.fit, settings.samples_per_prompt, settings.max_new_tokens),
             disk=disk,
             policies=policies,
-            rows=rows,
+            rows=self._sequences(settings.samples_per_prompt),
             new=settings.max_new_tokens,
         )
 
@@ -218,15 +217,15 @@ class Estimator:
         particles = self.config.decoding.particles
         answers = settings.steps * prompts * settings.completions_per_prompt
         forward = num * settings.steps * prompts * self.tables.prompt
-        scored = settings.gain == "implicit" or self._implicit
-        if scored:
+        if settings.gain == "implicit" or self._implicit:
             forward += (num + 1) * answers * self._answer
-        rows = self.config.scoring.prompts_per_part * settings.completions_per_prompt * num * particles
+        each = settings.completions_per_prompt
+        rows = num * self._sequences(each, particles)
         return self._actors(
             "fit",
             forward=forward,
             decoded=answers * self._answer * num * particles,
-            steps=settings.steps * self._steps(prompts, self.config.samples.max_new_tokens),
+            steps=settings.steps * self._steps(prompts, each, self.config.samples.max_new_tokens, particles),
             further=estimate.FIT_S,
             disk=self._table_bytes(answers),
             policies=num,
@@ -238,16 +237,16 @@ class Estimator:
         settings = self.config.evaluation
         answer = min(self.tables.reply, settings.max_new_tokens)
         forward = decoded = 0.0
-        num_answers, most_rows, num_models, steps = 0, 1, 0, 0
+        num_answers, most_rows, num_models, steps, each = 0, 1, 0, 0, settings.completions_per_prompt
         for candidate, prompts in self._candidates():
-            rows, answers = candidate.rows_per_token, prompts * settings.completions_per_prompt
+            rows, answers = candidate.rows_per_token, prompts * each
             decoded += rows * answers * answer
             forward += rows * prompts * self.tables.prompt
             if candidate.kind != "reference":  # its KL: the candidate's and the reference's distributions
                 forward += estimate.KL_PASSES * (rows + 1) * (prompts * self.tables.prompt + answers * answer)
             num_answers += answers
-            steps += self._steps(prompts, settings.max_new_tokens)
-            most_rows = max(most_rows, rows)
+            steps += self._steps(prompts, each, settings.max_new_tokens, candidate.particles)
+            most_rows = max(most_rows, rows // candidate.particles * self._sequences(each, candidate.particles))
             num_models += candidate.kind in ("soup", "model")
         return self._actors(
             "evaluation",
@@ -258,7 +257,7 @@ class Estimator:
             disk=self._table_bytes(num_answers),
             policies=len(self.config.objectives),
             copies=1 + (num_models > 0),  # the ensemble, and a soup or another model
-            rows=self.config.scoring.prompts_per_part * settings.completions_per_prompt * most_rows,
+            rows=most_rows,
             new=settings.max_new_tokens,
         )
 
@@ -281,9 +280,17 @@ class Estimator:
     def _implicit(self) -> bool:
         return any(objective.reward == IMPLICIT for objective in self.config.objectives.values())
 
-    def _steps(self, prompts: int, limit: int) -> int:
-        """Steps that decode an answer to each of these prompts: part by part, to the end of its longest answer."""
-        return estimate.rounds(prompts, self.config.scoring.prompts_per_part) * min(self.tables.longest_reply, limit)
+    def _sequences(self, each: int, particles: int = 1) -> int:
+        """Sequences that are decoded at a time, of a part with `each` answers to a prompt."""
+        scoring = self.config.scoring
+        return min(scoring.prompts_per_part * each * particles, max(scoring.batch_size, particles))
+
+    def _steps(self, prompts: int, each: int, limit: int, particles: int = 1) -> int:
+        """Steps that decode `each` answers to all of these prompts: part by part, to the end of its longest answer."""
+        size = self.config.scoring.prompts_per_part
+        turns = estimate.rounds(min(prompts, size) * each * particles, self._sequences(each, particles))
+        longest, mean = min(self.tables.longest_reply, limit), min(self.tables.reply, limit)
+        return estimate.rounds(prompts, size) * round(longest + (turns - 1) * mean)
 
     def _table_bytes(self, answers: int) -> int:
         return int(answers * (self.tables.prompt + self._answer)) * TEXT_BYTES
@@ -304,8 +311,8 @@ class Estimator:
     ) -> Need:
         """forward, decoded: tokens; steps: of all decoded parts; further: seconds of other work
 
-        policies: how many are loaded; copies: of the reference; rows: of a decoded part; new: tokens of its longest
-        answer at most
+        policies: how many are loaded; copies: of the reference; rows: that are decoded at a time; new: tokens of the
+        longest answer at most
         """
         shape, scoring = self.shape, self.config.scoring
         width, whole = estimate.BYTES[scoring.precision], self.config.policies.lora is None
@@ -330,7 +337,7 @@ class Estimator:
                 num_actors=scoring.num_actors,
                 speeds=self.speeds,
             )
-        settings = {"activations": "lower scoring.batch_size", "cache": "lower scoring.prompts_per_part"}
+        settings = {"activations": "lower scoring.batch_size", "cache": "lower scoring.batch_size"}
         if scoring.precision == "fp32":
             settings["weights"] = "set scoring.precision: bf16"
         if scoring.num_actors > 1:

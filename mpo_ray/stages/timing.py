@@ -15,9 +15,10 @@ import torch
 
 from mpo_ray.cluster.train_worker import load_trainable
 from mpo_ray.config_training import PolicyTraining, SupervisedTraining, Training
-from mpo_ray.decoding.batch import sample_completions
-from mpo_ray.policies.ensemble import Sequences, sequence_logprobs
+from mpo_ray.decoding.sampler import MixtureSampler, Room, sampling_recipe
+from mpo_ray.policies.ensemble import Sequences, mixture_of_one, sequence_logprobs
 from mpo_ray.policies.loading import load_model
+from mpo_ray.records import REFERENCE
 from mpo_ray.stages.estimate import Speeds
 from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.preference import Pair, preference_loss
@@ -100,7 +101,7 @@ def measure_speeds(
         read = load_model(model, precision=precision).to(device)
         sequences = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
         forward = _of_forward(read, sequences, most=scored_rows, pad_id=pad_id)
-        step, decode = _of_decoding(read, sequences, forward, most=decoded_rows, ends=ends, pad_id=pad_id)
+        step, decode = _of_decoding(read, sequences, forward, most=decoded_rows, ends=ends)
     return Speeds(adapt=steps[True], train=steps[False], forward=forward, step=step, decode=decode)
 
 
@@ -168,15 +169,15 @@ def _of_decoding(
     *,
     most: int,
     ends: Sequence[int],
-    pad_id: int,
 ) -> tuple[float, float]:
     """Without the prompts' own forward pass, whose seconds per token are known."""
+    sampler = MixtureSampler(mixture_of_one(REFERENCE, model), Room(most))
+    recipe = sampling_recipe({REFERENCE: 1.0}, max_new_tokens=NEW_TOKENS, temperature=1.0)
 
     def draw(size: int) -> Batch:
         prompts = [prompt for prompt, _ in _first(sequences, size)]
-        how: dict[str, Any] = {"num_completions": 1, "max_new_tokens": NEW_TOKENS, "temperature": 1.0, "seed": 0}
-        drawn = sample_completions(model, prompts, end_ids=ends, pad_id=pad_id, **how)
-        lengths = [len(one.ids) for row in drawn for one in row]
+        drawn = sampler.draw(prompts, recipe, num=1, end_ids=ends, seed=0)
+        lengths = [len(one.tokens) for row in drawn for one in row]
         return Batch(sum(lengths), steps=max(lengths), elsewhere=forward * sum(map(len, prompts)))
 
     return per_step(timed(draw, most))

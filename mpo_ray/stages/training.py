@@ -18,7 +18,7 @@ from mpo_ray.training.constrained import Problem
 
 #: What says where and how fast work is done, and not what comes out.
 PLACEMENT = {"workers": {"cpus_per_worker", "gpus_per_worker", "max_failures"}}
-ACTOR_PLACEMENT = {"num_actors", "cpus_per_actor", "gpus_per_actor", "batch_size", "engine", "vllm"}
+ACTOR_PLACEMENT = {"num_actors", "cpus_per_actor", "gpus_per_actor", "batch_size", "engine", "vllm", "kv_cache_gib"}
 
 
 def train_reference(context: Context) -> dict[str, Any]:

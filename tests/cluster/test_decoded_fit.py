@@ -20,7 +20,7 @@ from mpo_ray.cluster.decoded_fit import DecodedFit, play
 from mpo_ray.cluster.score import draw, load_rewards, with_rewards
 from mpo_ray.config import Decoding, RunConfig
 from mpo_ray.data.sources import DataError
-from mpo_ray.decoding.particles import sample_from_particles
+from mpo_ray.decoding.sampler import EnsembleSampler, MixtureSampler, Room, sampling_recipe
 from mpo_ray.evaluation.gains import Gains
 from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.ensemble import Ensemble
@@ -104,11 +104,12 @@ def write_game(root: Path) -> Game:
     prompts = pa.table(rows)
     game.run.write_table("prompts/fit/part-00000.parquet", prompts)
     policies = Ensemble(game.places[REFERENCE], {name: game.places[name] for name in OBJECTIVES})
+    sampler = EnsembleSampler(policies, Room(8))
     opened = load_rendering(game.places[REFERENCE])
     rewards = load_rewards({name: f"{root}/rewards.py:{name}" for name in OBJECTIVES}, game.config.scoring)
     for name in (REFERENCE, *OBJECTIVES):
-        with policies.model(name) as model:
-            drawn = draw(model, opened, prompts, num=3, max_new_tokens=8, temperature=1.0, seed=7)
+        recipe = sampling_recipe({name: 1.0}, max_new_tokens=8, temperature=1.0)
+        drawn = draw(sampler, recipe, opened, prompts, num=3, seed=7)
         scored = with_rewards(drawn, rewards, opened, {}, beta=0.1)
         scored = scored.append_column("proposal", pa.array([name] * scored.num_rows))
         game.run.write_table(f"scores/{name}-part-00000.parquet", scored)
@@ -166,7 +167,7 @@ def test_log_z_is_the_sum_over_the_completions_tokens(unbroken: tuple[Game, Deco
 
 
 def test_with_particles_a_step_decodes_whole_completions(unbroken: tuple[Game, DecodedFit]) -> None:
-    """The first step's files hold what `sample_from_particles` draws; the token-level game's files are not taken."""
+    """The first step's files hold what the sampler draws; the token-level game's files are not taken."""
     game = copy_of(unbroken[0], "particles")
     game.config = game.config.model_copy(update={"decoding": Decoding(particles=4)})
     fit = game.play()
@@ -176,21 +177,19 @@ def test_with_particles_a_step_decodes_whole_completions(unbroken: tuple[Game, D
     reference, even = game.places[REFERENCE], dict.fromkeys(OBJECTIVES, 0.5)
     artefact = game.root / "artefact"
     write_artefact(artefact, objectives=policies, reference=reference, copy_reference=False, weights=even, fit={})
-    model, tokenizer = MixtureForCausalLM.from_pretrained(artefact), load_tokenizer(str(artefact))
+    sampler = MixtureSampler(MixtureForCausalLM.from_pretrained(artefact), Room(4))
+    tokenizer = load_tokenizer(str(artefact))
     for part in range(2):
         node = f"fit/decoded/step-000-part-{part:05d}.parquet"
         rows = game.run.read_table(node).to_pylist()
-        drawn = sample_from_particles(
-            model,
+        drawn = sampler.draw(
             [row["prompt_ids"] for row in rows[::2]],
-            num_completions=2,
-            num_particles=4,
-            max_new_tokens=8,
+            sampling_recipe(even, max_new_tokens=8, temperature=1.0, particles=4),
+            num=2,
             end_ids=[tokenizer.eos_token_id],
-            pad_id=tokenizer.pad_token_id,
             seed=int(digest([0, "decoded", 0, part])[:12], 16),
         )
-        assert [row["response_ids"] for row in rows] == [c.ids for own in drawn for c in own]
+        assert [row["response_ids"] for row in rows] == [list(c.tokens) for own in drawn for c in own]
         assert [row["log_z"] for row in rows] == pytest.approx([c.log_z_hat for own in drawn for c in own])
     game.config = game.config.model_copy(update={"decoding": Decoding(particles=1)})
     assert game.play() == unbroken[1]

@@ -6,9 +6,9 @@ import pyarrow as pa
 import pytest
 
 from mpo_ray.cluster.evaluate import CandidateEvaluator
-from mpo_ray.config import Actors
+from mpo_ray.config import Scoring
 from mpo_ray.data.rendering import Rendering
-from mpo_ray.decoding.particles import sample_from_particles
+from mpo_ray.decoding.sampler import MixtureSampler, Room, sampling_recipe
 from mpo_ray.evaluation.candidates import Candidate
 from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.ensemble import Ensemble
@@ -43,7 +43,7 @@ def evaluator(places: dict[str, str]) -> CandidateEvaluator:
         policies={name: places[name] for name in "ab"},
         rewards={"a": "implicit", "b": f"{__file__}:length"},
         beta=0.5,
-        actors=Actors(batch_size=4).model_dump(),
+        actors=Scoring(batch_size=4).model_dump(),
         rendering={},
         num_completions=2,
         max_new_tokens=6,
@@ -87,18 +87,15 @@ def test_particles_draw_whole_completions_with_their_own_log_z_and_kl(evaluator,
     table = part(evaluator, mixture)
     assert table.schema.equals(part(evaluator, Candidate("reference")).schema)
     model = MixtureForCausalLM.from_pretrained(places["mixture"])
-    model.set_weights({"a": 0.3, "b": 0.7})
     tokenizer = load_tokenizer(places["base"])
     prompts = [Rendering(tokenizer).prompt_ids(prompt) for prompt in PROMPTS["prompt"].to_pylist()]
-    special = {"end_ids": [tokenizer.eos_token_id], "pad_id": tokenizer.pad_token_id}
-    drawn = sample_from_particles(
-        model, prompts, num_completions=2, num_particles=4, max_new_tokens=6, seed=7, **special
-    )
+    recipe = sampling_recipe({"a": 0.3, "b": 0.7}, max_new_tokens=6, temperature=1.0, particles=4)
+    drawn = MixtureSampler(model, Room(4)).draw(prompts, recipe, num=2, end_ids=[tokenizer.eos_token_id], seed=7)
     expected = [(prompt, completion) for prompt, own in zip(prompts, drawn, strict=True) for completion in own]
-    assert table["num_tokens"].to_pylist() == [len(completion.ids) for _, completion in expected]
+    assert table["num_tokens"].to_pylist() == [len(completion.tokens) for _, completion in expected]
     assert table["log_z"].to_pylist() == pytest.approx([completion.log_z_hat for _, completion in expected])
     policies = Ensemble(places["base"], {name: places[name] for name in "ab"})
-    rows = [(prompt, completion.ids) for prompt, completion in expected]
+    rows = [(prompt, completion.tokens) for prompt, completion in expected]
     logprobs = policies.logprobs([REFERENCE, "a", "b"], rows, batch_size=4, pad_id=tokenizer.pad_token_id)
     for i, (_, completion) in enumerate(expected):
         tilt = 0.3 * logprobs["a"][i] + 0.7 * logprobs["b"][i] - logprobs[REFERENCE][i]

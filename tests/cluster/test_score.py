@@ -8,7 +8,9 @@ import torch
 
 from mpo_ray.cluster.score import Sampler, SampleScorer, draw, sequences
 from mpo_ray.config import Actors
-from mpo_ray.policies.ensemble import sequence_logprobs
+from mpo_ray.decoding.offline import Recipe
+from mpo_ray.decoding.sampler import MixtureSampler, Room, sampling_recipe
+from mpo_ray.policies.ensemble import mixture_of_one, sequence_logprobs
 from mpo_ray.policies.loading import load_model, load_policy, load_rendering
 from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
 
@@ -26,6 +28,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]
     return str(base), {name: str(tiny_lora(directory / name, base, seed=k)) for k, name in enumerate("ab", start=1)}
 
 
+def alone_of(model: Any) -> tuple[MixtureSampler, Recipe]:
+    recipe = sampling_recipe({"one": 1.0}, max_new_tokens=8, temperature=1.0)
+    return MixtureSampler(mixture_of_one("one", model), Room(4)), recipe
+
+
 def test_the_sampler_draws_from_the_proposal_it_is_told(world: tuple[str, dict[str, str]]) -> None:
     """The same tokens as the policy alone, by PEFT, with the same seed; ids from `first_id`; log π_ref of each row."""
     reference, policies = world
@@ -39,7 +46,7 @@ def test_the_sampler_draws_from_the_proposal_it_is_told(world: tuple[str, dict[s
         ("a", load_policy(policies["a"], reference)),
     ):
         table = sampler(PROMPTS, {"proposal": name, "first_id": 6, "seed": 5})
-        alone = draw(model, rendering, PROMPTS, num=3, max_new_tokens=8, temperature=1.0, seed=5)
+        alone = draw(*alone_of(model), rendering, PROMPTS, num=3, seed=5)
         drawn[name] = table["response_ids"].to_pylist()
         assert drawn[name] == alone["response_ids"].to_pylist()
         assert table["sample_id"].to_pylist() == [6, 7, 8] * 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpo_ray.decoding.engine import MixtureEngine
-from mpo_ray.decoding.offline import Finished, Recipe, check_recipe, complete, row_seed
+from mpo_ray.decoding.offline import Completion, Recipe, check_recipe, complete, row_seed
 from mpo_ray.decoding.open_engine import engine_of
 from mpo_ray.decoding.protocol import Mode, RequestError, Sampling
 from mpo_ray.policies.loading import load_tokenizer
@@ -35,7 +35,7 @@ def engine(mixture: MixtureForCausalLM, max_num_seqs: int) -> MixtureEngine:
     return engine_of(mixture, load_tokenizer(mixture.name_or_path), max_num_seqs=max_num_seqs, max_waiting=2)
 
 
-def drawn(mixture: MixtureForCausalLM, recipe: Recipe, rows: list[int], max_num_seqs: int) -> dict[int, Finished]:
+def drawn(mixture: MixtureForCausalLM, recipe: Recipe, rows: list[int], max_num_seqs: int) -> dict[int, Completion]:
     requests = [recipe.request(str(row), PROMPTS[row], seed=row_seed(0, row, 0)) for row in rows]
     return dict(zip(rows, complete(engine(mixture, max_num_seqs), requests), strict=True))
 

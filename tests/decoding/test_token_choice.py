@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mpo_ray.decoding.protocol import Sampling
-from mpo_ray.decoding.token_choice import Draw, History, choose_tokens
+from mpo_ray.decoding.token_choice import CHUNK, LARGEST_UNIFORM, Draw, History, choose_tokens, draw_tokens
 
 LOGITS = torch.log(torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]))
 GRID = [(n + 0.5) / 400 for n in range(400)]
@@ -93,3 +93,26 @@ def test_rows_are_taken_up_to_a_constant() -> None:
         draws = [Draw(Sampling(9, **fields), History(prompt=frozenset({0, 3})), u) for u in GRID]
         rows = LOGITS.expand(len(GRID), -1)
         assert choose_tokens(rows, draws) == choose_tokens(rows + 2.5, draws)
+
+
+def test_draws_invert_the_cumulative_distribution() -> None:
+    """v is drawn for u in [P(<v), P(≤v)), so with probability π(v); what has probability 0 never is."""
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.125, 0.375, 0.0])
+    uniforms = torch.tensor([0.0, 0.499, 0.5, 0.624, 0.625, LARGEST_UNIFORM], dtype=torch.float64)
+    assert draw_tokens(probabilities.log().expand(6, -1), uniforms).tolist() == [1, 1, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("num_tokens", [129, 300, 1024])
+def test_draws_invert_it_across_many_tokens(num_tokens: int) -> None:
+    """Where tokens are looked up in two steps: P(<v) ≤ u < P(≤v) to rounding, at both ends too, and π(v) > 0."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(num_tokens, generator=generator)
+    logits[torch.rand(num_tokens, generator=generator) < 0.5] = float("-inf")
+    logits[CHUNK - 3 : CHUNK + 3] = float("-inf")
+    probabilities = logits.double().softmax(-1)
+    upper = probabilities.cumsum(-1)
+    uniforms = torch.linspace(0, 1, 2000, dtype=torch.float64).clamp(max=LARGEST_UNIFORM)
+    drawn = draw_tokens(logits.expand(2000, -1), uniforms)
+    assert (probabilities[drawn] > 0).all()
+    assert (uniforms <= upper[drawn] + 1e-6).all()
+    assert (uniforms >= upper[drawn] - probabilities[drawn] - 1e-6).all()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import mpo_ray  # noqa: F401 - registers the mixture with transformers
 from mpo_ray.data.tokens import collate, shared_prompts
-from mpo_ray.decoding.batch import sample_completions
+from mpo_ray.decoding.sampler import MixtureSampler, Room, sampling_recipe
 from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.loading import load_policy
 from mpo_ray.policies.mixture import MixtureForCausalLM
@@ -200,20 +200,17 @@ def test_beam_search_reorders_every_cache(artefact, model) -> None:
     assert with_cache.tolist() == without.tolist()
 
 
-def test_batch_sampling_of_a_mixture_is_generation_row_by_row(artefact, model, monkeypatch) -> None:
-    """Greedy, prompts of different lengths, rows leaving the batch one by one: every policy's rows leave with them."""
-    monkeypatch.setattr("mpo_ray.decoding.batch.DROPPED_SHARE", 1e-9)
+def test_sampling_of_a_mixture_is_generation_row_by_row(artefact, model) -> None:
+    """Greedy, prompts of different lengths: what the engine draws is what transformers' `generate` does."""
     prompts = [ids_of(artefact, text) for text in ("the", "the film was very good and", "I liked it", "not at all")]
-    how = {
-        "max_new_tokens": 12,
-        "temperature": 0.0,
-        "end_ids": model.generation_config.eos_token_id,
-        "pad_id": 0,
-        "seed": 0,
-    }
-    for prompt, group in zip(prompts, sample_completions(model, prompts, num_completions=2, **how), strict=True):
-        alone = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
-        assert [completion.ids for completion in group] == [alone, alone]
+    recipe = sampling_recipe(WEIGHTS, max_new_tokens=12, temperature=0.0)
+    ends = model.generation_config.eos_token_id
+    alone = [
+        model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    drawn = MixtureSampler(model, Room(3)).draw(prompts, recipe, num=2, end_ids=ends, seed=0)
+    assert [[list(completion.tokens) for completion in group] for group in drawn] == [[ids, ids] for ids in alone]
 
 
 def test_predictions_of_completions_are_those_of_the_whole_model(artefact, model) -> None:

@@ -149,7 +149,7 @@ def test_the_memory_of_a_stage_is_the_sum_of_its_parts() -> None:
         "weights": 1000 * 4,
         "adapters": 2 * 100 * 4,
         "activations": 480 * 190 * 4 + 480 * 50 * 4,
-        "cache": 128 * (10 + 128) * 2 * 2 * 5 * 4 + 128 * 50 * 4 * 3,
+        "cache": 32 * (10 + 128) * 2 * 2 * 5 * 4 + 32 * 50 * 4 * 3,  # 32 sequences at a time
     }
 
 
