@@ -32,7 +32,7 @@ from mpo_ray.decoding.sequence_runner import SequenceRunner
 from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import ModelError, load_tokenizer
-from mpo_ray.policies.mixture import MixtureForCausalLM
+from mpo_ray.policies.mixture import MixtureForCausalLM, mixture_of
 from mpo_ray.records import REFERENCE
 from mpo_ray.run_file import load_config
 from mpo_ray.stages.check_model import check_reference
@@ -226,7 +226,7 @@ def try_kind(row: Row, root: Path, model: str, *, lora: bool) -> None:
     row.by_own_cache |= isinstance(engine._runner, SequenceRunner)
     row.add("generate", generate_difference(artefact, product))
     ensemble = Ensemble(model, {name: str(path) for name, path in policies.items()})
-    row.add("sampler", engine_difference(sampling_engine(ensemble.mixture), product, 7))
+    row.add("sampler", engine_difference(sampling_engine(mixture_of(ensemble)), product, 7))
 
 
 def try_family(family: str, root: Path) -> Row:

@@ -40,8 +40,9 @@ from mpo_ray.evaluation.divergence import divergences
 from mpo_ray.evaluation.estimates import number, written
 from mpo_ray.evaluation.metrics import Metrics, evaluate_completions
 from mpo_ray.evaluation.rewards import IMPLICIT
-from mpo_ray.policies.ensemble import Ensemble, mixture_of_one
+from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import load_model, load_policy, load_rendering
+from mpo_ray.policies.mixture import mixture_of_one
 from mpo_ray.records import digest
 from mpo_ray.run import Run
 from mpo_ray.stages.stage import Context

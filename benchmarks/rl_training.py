@@ -43,8 +43,9 @@ from mpo_ray.data.prompts import select_prompts
 from mpo_ray.data.rendering import Rendering
 from mpo_ray.decoding.sampler import MixtureSampler, Room, sampling_recipe
 from mpo_ray.evaluation.rewards import IMPLICIT, load_reward
-from mpo_ray.policies.ensemble import Ensemble, mixture_of_one
+from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import load_model, load_tokenizer
+from mpo_ray.policies.mixture import mixture_of_one
 from mpo_ray.records import REFERENCE, Prompt, decode_prompt
 from mpo_ray.run import Run
 from mpo_ray.stages.stage import Context

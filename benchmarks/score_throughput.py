@@ -46,8 +46,9 @@ from mpo_ray.cluster.session import ray_session
 from mpo_ray.config import Actors
 from mpo_ray.data.tokens import collate
 from mpo_ray.decoding.sampler import MixtureSampler, Room, sampling_recipe
-from mpo_ray.policies.ensemble import Ensemble, by_length, mixture_of_one, sequence_logprobs
+from mpo_ray.policies.ensemble import Ensemble, by_length, sequence_logprobs
 from mpo_ray.policies.loading import add_adapter, load_model, load_rendering, load_tokenizer
+from mpo_ray.policies.mixture import mixture_of_one
 from mpo_ray.records import REFERENCE
 from mpo_ray.run import Run
 

@@ -15,8 +15,9 @@ from mpo_ray.evaluation.candidate_models import CandidateModels
 from mpo_ray.evaluation.candidates import Candidate
 from mpo_ray.evaluation.divergence import divergences, tilts
 from mpo_ray.evaluation.rewards import IMPLICIT
-from mpo_ray.policies.ensemble import Ensemble, mixture_of_one
+from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import load_rendering
+from mpo_ray.policies.mixture import mixture_of_one
 from mpo_ray.records import REFERENCE
 
 

@@ -16,7 +16,7 @@ from mpo_ray.decoding.offline import Completion, Recipe, complete, row_seed
 from mpo_ray.decoding.open_engine import runner_of
 from mpo_ray.decoding.protocol import Mode, Sampling
 from mpo_ray.policies.ensemble import Ensemble
-from mpo_ray.policies.mixture import MixtureForCausalLM
+from mpo_ray.policies.mixture import MixtureForCausalLM, mixture_of, mixture_of_one
 from mpo_ray.records import REFERENCE
 
 #: Tokens of prompts that a step computes, at most: nobody waits for the next token of a completion.
@@ -87,17 +87,18 @@ class EnsembleSampler:
         self, prompts: Sequence[Sequence[int]], recipe: Recipe, *, num: int, end_ids: Sequence[int], seed: int
     ) -> list[list[Completion]]:
         """As `MixtureSampler.draw`."""
-        alone = REFERENCE in recipe.weights and not self._ensemble.mixes_reference
+        alone = REFERENCE in recipe.weights and self._ensemble.adapters is None
         sampler = self._reference if alone else self._mixture
         return sampler.draw(prompts, recipe, num=num, end_ids=end_ids, seed=seed)
 
     @cached_property
     def _mixture(self) -> MixtureSampler:
-        return MixtureSampler(self._ensemble.mixture, self._room)
+        return MixtureSampler(mixture_of(self._ensemble), self._room)
 
     @cached_property
     def _reference(self) -> MixtureSampler:
-        return MixtureSampler(self._ensemble.reference_alone, self._room)
+        assert self._ensemble.stack is not None
+        return MixtureSampler(mixture_of_one(REFERENCE, self._ensemble.stack.base), self._room)
 
 
 def sampling_recipe(

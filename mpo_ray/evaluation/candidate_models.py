@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 from mpo_ray.evaluation.candidates import Candidate
 from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.given import find_policy
 from mpo_ray.policies.loading import load_policy
+from mpo_ray.policies.mixture import MixtureForCausalLM, mixture_of
 from mpo_ray.policies.soup import load_soup
 from mpo_ray.records import REFERENCE
 
@@ -29,13 +31,17 @@ class CandidateModels:
             with self._ensemble.model(REFERENCE) as model:
                 yield model
         elif candidate.kind == "mixture":
-            self._ensemble.mixture.set_weights(self._by_objective(candidate))
-            yield self._ensemble.mixture
+            self._mixture.set_weights(self._by_objective(candidate))
+            yield self._mixture
         else:
             if self._latest is None or self._latest[0] != candidate:
                 self._latest = None  # before the next one is opened, so that both are never in memory
                 self._latest = candidate, self._load(candidate).to(self._ensemble.device)
             yield self._latest[1]
+
+    @cached_property
+    def _mixture(self) -> MixtureForCausalLM:
+        return mixture_of(self._ensemble)
 
     def _load(self, candidate: Candidate) -> Any:
         if candidate.kind == "soup":

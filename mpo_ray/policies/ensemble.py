@@ -1,6 +1,6 @@
-"""The reference and the K policies, held once: as single models, as their mixture, as log-probabilities of completions.
+"""The reference and the K policies, held once: as single models, and as log-probabilities of completions.
 
-Adapters share one copy of the reference; policies with full weights are loaded beside it.
+Adapters share one copy of the reference; policies with full weights are loaded beside it. `mixture_of` mixes them.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from mpo_ray.data.tokens import collate, shared_prompts
 from mpo_ray.policies.adapters import AdapterStack
 from mpo_ray.policies.loading import is_adapter, load_model
 from mpo_ray.policies.lora_file import check_stackable
-from mpo_ray.policies.mixture import MixtureForCausalLM, check_output_sizes
-from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.records import REFERENCE
 from mpo_ray.training.completion_model import CompletionModel
 
@@ -29,47 +26,52 @@ MOST_TOKENS_ON_CPU = 1024
 
 
 class Ensemble:
-    """Models by name: `reference` and every objective. On the GPU where there is one, in one precision."""
+    """Models by name: `reference` and every objective, in one precision.
 
-    def __init__(self, reference: str, policies: Mapping[str, str], *, precision: str = "fp32") -> None:
-        self.names, self.device = list(policies), _device()
+    stack: the reference with the policies that are adapters on it; None where it was not asked for and has none
+    full: the policies with weights of their own
+    """
+
+    def __init__(
+        self,
+        reference: str,
+        policies: Mapping[str, str],
+        *,
+        precision: str = "fp32",
+        device: str | None = None,
+        with_reference: bool = True,
+    ) -> None:
+        """Open all of them. device: the GPU where there is one, if absent
+
+        with_reference: whether the reference is wanted where no adapter needs it
+        Raises ModelError.
+        """
+        self.names = list(policies)
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         adapters = {name: path for name, path in policies.items() if is_adapter(path)}
         for path in adapters.values():
             check_stackable(path)
-        self._stack = AdapterStack(load_model(reference, precision=precision), adapters).to(self.device)
-        self._full: dict[str, Any] = {
+        self.stack: AdapterStack | None = None
+        if adapters or with_reference:
+            self.stack = AdapterStack(load_model(reference, precision=precision), adapters).to(self.device)
+        self.full: dict[str, Any] = {
             name: load_model(path, precision=precision).to(self.device)
             for name, path in policies.items()
             if name not in adapters
         }
 
-    @cached_property
-    def mixture(self) -> MixtureForCausalLM:
-        """The mixture of these very models, even at first; `set_weights` changes it. Raises ModelError.
-
-        It has no file: `artefact.write_artefact` makes one.
-        """
-        models = {name: self._full.get(name, self._stack.base) for name in self.names}
-        check_output_sizes(models, where=", ".join(self.names))
-        return _mixture(models, self._stack if self._stack.names else None, self._full)
-
     @property
-    def mixes_reference(self) -> bool:
-        """Whether the mixture's engine can decode the reference as well: where it is the base of an adapter."""
-        return bool(self._stack.names)
-
-    @cached_property
-    def reference_alone(self) -> MixtureForCausalLM:
-        """The reference as a mixture of one, called `reference`."""
-        return mixture_of_one(REFERENCE, self._stack.base)
+    def adapters(self) -> AdapterStack | None:
+        """The stack, where a policy is in it."""
+        return self.stack if self.stack is not None and self.stack.names else None
 
     @contextmanager
     def model(self, name: str) -> Iterator[Any]:
         """The causal LM of one policy, or of the reference, in this thread and while the block runs."""
-        if name in self._full:
-            yield self._full[name]
+        if name in self.full:
+            yield self.full[name]
         else:
-            with self._stack.running([name]) as model:
+            with self._held.running([name]) as model:
                 yield model
 
     def logprobs(
@@ -81,29 +83,23 @@ class Ensemble:
         batch_size: rows of one forward pass, at most
         """
         how: dict[str, Any] = {"batch_size": batch_size, "pad_id": pad_id}
-        stacked = [name for name in (REFERENCE, *self._stack.names) if name in names]
+        in_stack = () if self.stack is None else (REFERENCE, *self.stack.names)
+        stacked = [name for name in in_stack if name in names]
         values: dict[str, list[float]] = {}
         if stacked:
-            with self._stack.running(stacked) as model:
+            with self._held.running(stacked) as model:
                 columns = grouped_logprobs(model, sequences, num_groups=len(stacked), **how)
             values.update(zip(stacked, columns, strict=True))
         for name in names:
-            if name in self._full:
-                values[name] = sequence_logprobs(self._full[name], sequences, **how)
+            if name in self.full:
+                values[name] = sequence_logprobs(self.full[name], sequences, **how)
         return {name: values[name] for name in names}
 
-
-def mixture_of_one(name: str, model: Any) -> MixtureForCausalLM:
-    """A model under this name as a mixture of one policy, for what decodes mixtures."""
-    return _mixture({name: model}, None, {name: model})
-
-
-def _mixture(models: Mapping[str, Any], stack: AdapterStack | None, full: Mapping[str, Any]) -> MixtureForCausalLM:
-    names = list(models)
-    size = models[names[0]].config.get_text_config().vocab_size
-    config = MixtureConfig(names, {name: 1 / len(names) for name in names}, vocab_size=size)
-    mixture: MixtureForCausalLM = MixtureForCausalLM(config, adapters=stack, full=full).eval()
-    return mixture
+    @property
+    def _held(self) -> AdapterStack:
+        if self.stack is None:
+            raise ValueError("this ensemble was opened without its reference, which no adapter needs")
+        return self.stack
 
 
 def sequence_logprobs(model: Any, sequences: Sequences, *, batch_size: int, pad_id: int) -> list[float]:
@@ -161,7 +157,3 @@ def _batches(
         tokens += length
     if batch:
         yield batch
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -24,8 +24,8 @@ from mpo_ray.policies.apart import ApartCache
 from mpo_ray.policies.artefact import check_artefact, policy_path, reference_path
 from mpo_ray.policies.block_support import carries_states
 from mpo_ray.policies.cache import CachePart, MixtureCache, growing_cache
-from mpo_ray.policies.loading import PRECISIONS, ModelError, is_adapter, load_model
-from mpo_ray.policies.lora_file import check_stackable
+from mpo_ray.policies.ensemble import Ensemble
+from mpo_ray.policies.loading import PRECISIONS, ModelError
 from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.policies.own_cache import keeps_its_cache
 from mpo_ray.records import REFERENCE, check_weights
@@ -56,8 +56,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         self.branches = nn.ModuleList([*stacks, *full.values()])
         places = {name: len(stacks) + index for index, name in enumerate(full)}
         self._places = [places.get(name, 0) for name in config.objectives]
-        bases = [branch.base if isinstance(branch, AdapterStack) else branch for branch in self.branches]
-        self._rows_apart = any(carries_states(base.config) is not None for base in bases)
+        self._rows_apart = any(carries_states(base.config) is not None for base in self._bases)
         self._caches_kept: dict[int, bool] | None = None
         self.requires_grad_(False)
         self.set_weights(config.weights)
@@ -90,23 +89,17 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
             config.weights = check_weights(weights, config.objectives, where="weights")
         check_artefact(directory, config)
         precision = _precision(dtype if dtype not in (None, "auto") else config.dtype)
-        paths = {name: policy_path(directory, name) for name in config.objectives}
-        adapted = {name: path for name, path in paths.items() if is_adapter(path)}
-        for path in adapted.values():
-            check_stackable(path)
-        stack = None
-        if adapted:
-            stack = AdapterStack(load_model(reference_path(directory, config), precision=precision), adapted)
-        full = {n: load_model(str(path), precision=precision) for n, path in paths.items() if n not in adapted}
-        models = {name: stack.base if stack is not None and name in adapted else full[name] for name in paths}
-        check_output_sizes(models, where=str(directory))
-        model: MixtureForCausalLM = cls(config, adapters=stack, full=full).eval()
-        model.name_or_path = str(directory)
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+        paths = {name: str(policy_path(directory, name)) for name in config.objectives}
         device = device_map.get("") if isinstance(device_map, dict) else device_map
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return model.to(device) if device is not None else model
+        where: dict[str, Any] = {"device": device or "cpu", "with_reference": False}
+        ensemble = Ensemble(reference_path(directory, config), paths, precision=precision, **where)
+        _checked_sizes(ensemble, where=str(directory))
+        model: MixtureForCausalLM = cls(config, adapters=ensemble.adapters, full=ensemble.full).eval()
+        model.name_or_path = str(directory)
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+        return model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the artefact holds files that are not in memory, such as its fit. Raises ModelError."""
@@ -118,15 +111,23 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
     def objectives(self) -> list[str]:
         return list(self.config.objectives)
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether it holds the reference, as the base of adapters; `running` gives it under the number K."""
+        return isinstance(self.branches[0], AdapterStack)
+
+    @property
+    def _bases(self) -> list[Any]:
+        """The causal LM of each branch."""
+        return [branch.base if isinstance(branch, AdapterStack) else branch for branch in self.branches]
+
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """Change λ, by objective; those left out have weight 0. Raises ValueError if it is not on the simplex."""
         self.config.weights = check_weights(weights, self.config.objectives, where="weights")
         self._weights = torch.tensor(list(self.config.weights.values()), dtype=torch.float64)
 
     def get_input_embeddings(self) -> nn.Module:
-        first: Any = self.branches[0]
-        model = first.base if isinstance(first, AdapterStack) else first
-        embeddings: nn.Module = model.get_input_embeddings()
+        embeddings: nn.Module = self._bases[0].get_input_embeddings()
         return embeddings
 
     def forward(
@@ -226,16 +227,14 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
 
     def longest_texts(self) -> list[int | None]:
         """How many tokens the artefact, and each model in it, can take; None where one names no end."""
-        bases = [branch.base if isinstance(branch, AdapterStack) else branch for branch in self.branches]
-        return [self.config.max_position_embeddings, *(longest_text(base.config) for base in bases)]
+        return [self.config.max_position_embeddings, *(longest_text(base.config) for base in self._bases)]
 
     def caches_kept(self) -> dict[int, bool]:
         """By policy, K for the adapters' base, whether transformers' own cache can be kept for it. Found by trying."""
         if self._caches_kept is None:
-            bases = [branch.base if isinstance(branch, AdapterStack) else branch for branch in self.branches]
-            kept = [keeps_its_cache(base) for base in bases]
+            kept = [keeps_its_cache(base) for base in self._bases]
             self._caches_kept = {k: kept[place] for k, place in enumerate(self._places)}
-            if isinstance(self.branches[0], AdapterStack):
+            if self.has_reference:
                 self._caches_kept[len(self._places)] = kept[0]
         return self._caches_kept
 
@@ -265,8 +264,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         return {place: tuple(k for k in policies if self._places[k] == place) for place in places}
 
     def _empty_cache(self, place: int) -> DynamicCache:
-        branch: Any = self.branches[place]
-        return growing_cache((branch.base if isinstance(branch, AdapterStack) else branch).config)
+        return growing_cache(self._bases[place].config)
 
     def _run(self, place: int, policies: tuple[int, ...], **inputs: Any) -> Tensor:
         """The logits of one branch, for a group of rows of each of these policies."""
@@ -284,14 +282,35 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         return False
 
 
-def check_output_sizes(models: Mapping[str, Any], *, where: str) -> None:
-    """Refuse to mix policies whose distributions are over different numbers of tokens. Raises ModelError."""
-    sizes = [model.config.get_text_config().vocab_size for model in models.values()]
+def mixture_of(ensemble: Ensemble) -> MixtureForCausalLM:
+    """The mixture of an ensemble's own models, even at first; `set_weights` changes it. Raises ModelError.
+
+    It has no file: `artefact.write_artefact` makes one.
+    """
+    names, size = ensemble.names, _checked_sizes(ensemble, where=", ".join(ensemble.names))
+    config = MixtureConfig(names, {name: 1 / len(names) for name in names}, vocab_size=size)
+    model: MixtureForCausalLM = MixtureForCausalLM(config, adapters=ensemble.adapters, full=ensemble.full).eval()
+    return model
+
+
+def mixture_of_one(name: str, model: Any) -> MixtureForCausalLM:
+    """A model under this name as a mixture of one policy, for what decodes mixtures."""
+    config = MixtureConfig([name], {name: 1.0}, vocab_size=model.config.get_text_config().vocab_size)
+    mixture: MixtureForCausalLM = MixtureForCausalLM(config, adapters=None, full={name: model}).eval()
+    return mixture
+
+
+def _checked_sizes(ensemble: Ensemble, *, where: str) -> int:
+    """The number of tokens of every policy's distribution. Raises ModelError where they differ."""
+    bases = {} if ensemble.adapters is None else dict.fromkeys(ensemble.adapters.names, ensemble.adapters.base)
+    models = {**bases, **ensemble.full}
+    sizes: list[int] = [models[name].config.get_text_config().vocab_size for name in ensemble.names]
     if len(set(sizes)) > 1:
         raise ModelError(
-            f"{where}: the output layers of {', '.join(models)} differ in size: {sizes}. Train the policies from the "
-            "same base model."
+            f"{where}: the output layers of {', '.join(ensemble.names)} differ in size: {sizes}. Train the policies "
+            "from the same base model."
         )
+    return sizes[0]
 
 
 _LATE_POLICY = (

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -134,9 +135,8 @@ def distil(
 
     pad_id = load_tokenizer(artefact).pad_token_id
     how = {"batch_size": schooling.micro_batch_size, "pad_id": pad_id, "seed": seed}
-    reference = load_model(reference_path(Path(artefact).absolute(), mixture.config)).to(mixture.device)
-    measured = {"reference": remaining_kl(mixture, reference, exam, **how)}
-    del reference
+    with _reference(mixture, artefact) as reference:
+        measured = {"reference": remaining_kl(mixture, reference, exam, **how)}
     student = _student(mixture, artefact, schooling, seed=seed)
     measured["before"] = remaining_kl(mixture, student, exam, **how)
     history = _train(mixture, student, lessons, schooling, pad_id=pad_id, seed=seed, show=show)
@@ -202,6 +202,16 @@ def _completions(
     if error := next((one.error for one in finished if one.error is not None), None):
         raise ValueError(error)
     return [Example(row["prompt_ids"], one.tokens) for (row, _), one in zip(wanted, finished, strict=True)]
+
+
+@contextmanager
+def _reference(mixture: MixtureForCausalLM, artefact: str) -> Iterator[Any]:
+    """The base of the mixture's adapters, or where it has none a model that is opened for the while."""
+    if mixture.has_reference:
+        with mixture.running(len(mixture.objectives)) as model:
+            yield model
+    else:
+        yield load_model(reference_path(Path(artefact).absolute(), mixture.config)).to(mixture.device)
 
 
 def _student(mixture: MixtureForCausalLM, artefact: str, schooling: Schooling, *, seed: int) -> Any:

@@ -10,8 +10,9 @@ from mpo_ray.cluster.score import Sampler, SampleScorer, draw, sequences
 from mpo_ray.config import Actors
 from mpo_ray.decoding.offline import Recipe
 from mpo_ray.decoding.sampler import MixtureSampler, Room, sampling_recipe
-from mpo_ray.policies.ensemble import mixture_of_one, sequence_logprobs
+from mpo_ray.policies.ensemble import sequence_logprobs
 from mpo_ray.policies.loading import load_model, load_policy, load_rendering
+from mpo_ray.policies.mixture import mixture_of_one
 from tests.tiny import tiny_llama, tiny_lora, tiny_tokenizer
 
 ACTORS = Actors(batch_size=4).model_dump()

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from mpo_ray.decoding.sampler import EnsembleSampler, MixtureSampler, Room, sampling_recipe
-from mpo_ray.policies.ensemble import Ensemble, mixture_of_one
+from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.kv_blocks import BLOCK_TOKENS
 from mpo_ray.policies.loading import ModelError, load_model
-from mpo_ray.policies.mixture import MixtureForCausalLM
+from mpo_ray.policies.mixture import MixtureForCausalLM, mixture_of, mixture_of_one
 from tests.tiny import next_logprobs, tiny_llama, tiny_lora, tiny_tokenizer
 
 PROMPTS = [[1, 8, 9, 10], [1, 12]]
@@ -186,7 +186,7 @@ def test_a_mixtures_log_z_is_measured_along_its_completions(places: dict[str, st
     """Σ_t log Z_t of a completion, by plain passes over the mixture."""
     ensemble = Ensemble(places["base"], {name: places[name] for name in "ab"})
     weights = {"a": 0.6, "b": 0.4}
-    mixture: MixtureForCausalLM = ensemble.mixture
+    mixture: MixtureForCausalLM = mixture_of(ensemble)
     mixture.set_weights(weights)
     found = draw(EnsembleSampler(ensemble, ROOM), weights, num=3, log_z=True)
     for prompt, group in zip(PROMPTS, found, strict=True):

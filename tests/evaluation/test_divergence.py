@@ -123,12 +123,12 @@ def test_models_are_opened_once_and_one_soup_at_a_time(models) -> None:
 
     soup = Candidate("soup", (0.5, 0.25, 0.25))
     first = opened(soup)
-    assert opened(Candidate("reference")) is models._ensemble._stack.base
+    assert opened(Candidate("reference")) is models._ensemble.stack.base
     mixture = opened(Candidate("mixture", (1.0, 0.0, 0.0)))
     assert mixture is opened(Candidate("mixture", (0.0, 0.5, 0.5)))
     assert mixture.config.weights == {"lora": 0.0, "whole": 0.5, "second": 0.5}
     held = {one.data_ptr() for one in mixture.parameters()} | {
-        one.data_ptr() for one in models._ensemble._stack.parameters()
+        one.data_ptr() for one in models._ensemble.stack.parameters()
     }
     assert len(held) == len({one.data_ptr() for one in mixture.parameters()}), "the reference is held a second time"
     assert opened(soup) is first
