@@ -19,7 +19,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--kv-cache-gib", type=float, metavar="GIB", help="memory of the KV cache; a share if absent")
     group.add_argument("--context", type=int, metavar="TOKENS", help="of a sequence, at most; the model's if absent")
-    group.add_argument("--precision", help="fp32, bf16, fp16, or auto: the artefact's own, which it is if absent")
+    group.add_argument("--precision", help="fp32, bf16, fp16 or auto: the artefact's, or fp32 on a CPU slower in it")
 
 
 def engine_settings(options: argparse.Namespace, stored: Serve) -> Serve:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from mpo_ray.config_serving import SET_FOR_VLLM, Serve, check_vllm_arguments
+from mpo_ray.config_serving import SET_FOR_VLLM, Precision, Serve, check_vllm_arguments
 from mpo_ray.config_training import ConstrainedTraining, PolicyTraining, Share, Source, Strict, SupervisedTraining
 from mpo_ray.home import PathText
 from mpo_ray.records import Bound, check_weights, digest, is_reserved
@@ -107,19 +107,15 @@ class Actors(Strict):
     gpus_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
     batch_size: PositiveInt = Field(32, description="sequences per forward pass, and that are sampled at a time")
     prompts_per_part: PositiveInt = Field(32, description="prompts in one file: the unit of work, progress and resume")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
 
 
 class Scoring(Actors):
     """Actors of the stages that sample and score; the score table's log-ratios may be computed by vLLM."""
 
-    engine: Literal["mpo", "vllm"] = Field(
-        "mpo", description="what computes log π_k of the samples; reference and pairs are always scored by mpo"
-    )
+    engine: Literal["mpo", "vllm"] = Field("mpo", description="what computes log π_k of samples; log π_ref is mpo's")
     vllm: dict[str, Any] = Field({}, description="further arguments of vLLM's EngineArgs, for engine: vllm")
-    kv_cache_gib: PositiveFloat | None = Field(
-        None, description="of the KV cache that an actor samples with, at most; a share of what is free if absent"
-    )
+    kv_cache_gib: PositiveFloat | None = Field(None, description="of an actor's KV cache; a share of memory if absent")
 
     @model_validator(mode="after")
     def _check(self) -> Scoring:

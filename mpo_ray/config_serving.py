@@ -24,6 +24,12 @@ def check_vllm_arguments(engine: str, arguments: Mapping[str, Any], *, taken: Se
         raise ValueError(f"vllm.{wrong[0]}: it follows from the artefact and the other settings; leave it out")
 
 
+Precision = Annotated[
+    Literal["fp32", "bf16", "fp16", "auto"],
+    Field(description="of weights and KV cache; auto is that of the files, or fp32 on a CPU that is slower in it"),
+]
+
+
 class Serve(Strict):
     """The endpoint on Ray Serve: its address, its replicas, its engines, its limits."""
 
@@ -63,9 +69,7 @@ class Serve(Strict):
 
     engine: Literal["mpo", "vllm"] = Field("mpo", description="what decodes; docs/serving.md says when to choose which")
     vllm: dict[str, Any] = Field({}, description="further arguments of vLLM's AsyncEngineArgs, for engine: vllm")
-    precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
-        "auto", description="of weights and KV cache; auto is the artefact's own"
-    )
+    precision: Precision = "auto"
     kv_cache_gib: PositiveFloat | None = Field(
         None, description="memory of a replica's KV cache; a quarter of what is free if absent, 0.8 of a GPU's"
     )

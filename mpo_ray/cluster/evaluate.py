@@ -39,7 +39,7 @@ class CandidateEvaluator:
         self._actors = Scoring.model_validate(actors)
         self._rendering = load_rendering(reference, **rendering)
         self._ensemble = Ensemble(reference, policies, precision=self._actors.precision)
-        self._models = CandidateModels(self._ensemble, reference, policies, precision=self._actors.precision)
+        self._models = CandidateModels(self._ensemble, reference, policies)
         self._rewards = load_rewards(rewards, self._actors)
         self._names = list(policies)
         self._with_log_ratios = IMPLICIT in rewards.values()

@@ -30,8 +30,9 @@ from mpo_ray.data.sources import DataError
 from mpo_ray.decoding.offline import Completion, Recipe, check_recipe, complete, lanes_for, row_seed
 from mpo_ray.decoding.open_engine import open_engine
 from mpo_ray.decoding.protocol import RequestError
-from mpo_ray.policies.loading import AUTO, load_rendering
+from mpo_ray.policies.loading import load_rendering
 from mpo_ray.policies.mixture_config import MixtureConfig
+from mpo_ray.policies.precision import AUTO
 from mpo_ray.records import chat_of, decode_prompt, digest, encode_prompt
 from mpo_ray.run import Run
 from mpo_ray.run_lock import locked

@@ -6,14 +6,18 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from mpo_ray.data.rendering import artefact_ends
 from mpo_ray.decoding.engine import PROMPT_TOKENS, MixtureEngine
 from mpo_ray.decoding.need import check_pool
 from mpo_ray.decoding.runner import MixtureRunner
 from mpo_ray.decoding.sequence_runner import SequenceRunner
 from mpo_ray.policies.block_support import NotInBlocksError
-from mpo_ray.policies.loading import AUTO, PRECISIONS, load_tokenizer
+from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.policies.mixture import MixtureForCausalLM
+from mpo_ray.policies.mixture_config import MixtureConfig
+from mpo_ray.policies.precision import AUTO, PRECISIONS, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +39,12 @@ def open_engine(
     context: tokens of a sequence, at most and by default the model's own; weights: in the place of the artefact's
     kv_cache_gib: of the KV cache; a share of what is free if absent
     least_tokens: of one request, for which the KV cache has to be large enough
-    precision: of weights and KV cache: fp32, bf16, fp16; auto is the artefact's own
+    precision: of weights and KV cache: fp32, bf16, fp16; auto: see `precision.resolve`
     Raises ModelError, ValueError.
     """
-    dtype = None if precision == AUTO else PRECISIONS[precision]
-    mixture = MixtureForCausalLM.from_pretrained(artefact, weights=weights, device_map="auto", dtype=dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = PRECISIONS[resolve(precision, MixtureConfig.from_pretrained(artefact), device)]
+    mixture = MixtureForCausalLM.from_pretrained(artefact, weights=weights, device_map=device, dtype=dtype)
     return engine_of(
         mixture,
         load_tokenizer(artefact),

@@ -19,9 +19,9 @@ from mpo_ray.records import REFERENCE
 class CandidateModels:
     """The reference and the mixture are the ensemble's; of soups and other models, the latest is kept."""
 
-    def __init__(self, ensemble: Ensemble, reference: str, policies: Mapping[str, str], *, precision: str) -> None:
+    def __init__(self, ensemble: Ensemble, reference: str, policies: Mapping[str, str]) -> None:
         self._ensemble, self._policies = ensemble, dict(policies)
-        self._reference, self._precision = reference, precision
+        self._reference, self._precision = reference, ensemble.precision
         self._latest: tuple[Candidate, Any] | None = None
 
     @contextmanager

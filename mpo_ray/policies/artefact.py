@@ -23,8 +23,9 @@ from mpo_ray.data.end_tokens import ends_of, model_ends
 from mpo_ray.data.limits import longest_text
 from mpo_ray.data.rendering import Rendering
 from mpo_ray.policies.given import KEPT, Tell, check_together, keep, look_at
-from mpo_ray.policies.loading import PRECISIONS, ModelError, is_adapter, load_tokenizer, pad_within
+from mpo_ray.policies.loading import ModelError, is_adapter, load_tokenizer, pad_within
 from mpo_ray.policies.mixture_config import MixtureConfig
+from mpo_ray.policies.precision import AUTO, PRECISIONS, own_precision
 from mpo_ray.policies.vocabulary import vocabulary_digest
 from mpo_ray.policies.weight_files import check_weight_files
 from mpo_ray.records import REFERENCE, check_weights
@@ -42,7 +43,7 @@ def write_artefact(
     copy_reference: bool,
     weights: Mapping[str, float],
     fit: Mapping[str, Any],
-    precision: str = "fp32",
+    precision: str = AUTO,
     copy_policies: bool = True,
     template_values: Mapping[str, Any] | None = None,
     text: Literal["rendered", "plain"] = "rendered",
@@ -56,6 +57,8 @@ def write_artefact(
     long as they stay where they are. Its end tokens are the chat template's and all that transformers would use for
     the reference or a policy.
     template_values: become defaults of the chat template, so that whoever uses the artefact's tokenizer has them
+    precision: in which the artefact is opened by default, and policies are kept that have to be merged; auto is that of
+        the models' files
     text: what prompts are that are texts; see `Rendering`
     tell: is given lines that a user should read
     Raises ModelError where policies do not fit together, before anything is written, ValueError where the weights are
@@ -70,6 +73,9 @@ def write_artefact(
     if is_local:
         check_weight_files(Path(reference))
     found = {name: look_at(given, reference) for name, given in objectives.items()}
+    if precision == AUTO:
+        adapted = any(is_adapter(policy.path) for policy in found.values())
+        precision = own_precision(reference if adapted else found[names[0]].path)
     tokenizers = [load_tokenizer(reference), *(p.tokenizer for p in found.values() if p.tokenizer is not None)]
     tokenizer = check_together(found, tokenizers[0], tell)
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from mpo_ray.data.tokens import collate, shared_prompts
 from mpo_ray.policies.adapters import AdapterStack
 from mpo_ray.policies.loading import is_adapter, load_model
 from mpo_ray.policies.lora_file import check_stackable
+from mpo_ray.policies.precision import resolve
 from mpo_ray.records import REFERENCE
 from mpo_ray.training.completion_model import CompletionModel
 
@@ -43,11 +44,13 @@ class Ensemble:
     ) -> None:
         """Open all of them. device: the GPU where there is one, if absent
 
+        precision: auto is the reference's own; see `precision.resolve`
         with_reference: whether the reference is wanted where no adapter needs it
         Raises ModelError.
         """
         self.names = list(policies)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.precision = precision = resolve(precision, reference, self.device)
         adapters = {name: path for name, path in policies.items() if is_adapter(path)}
         for path in adapters.values():
             check_stackable(path)

@@ -18,7 +18,6 @@ from mpo_ray.policies.adapters import AdapterStack
 from mpo_ray.policies.loading import (
     ADAPTER_CONFIG,
     HUB_ID,
-    PRECISIONS,
     ModelError,
     check_adapter,
     check_loads,
@@ -29,6 +28,7 @@ from mpo_ray.policies.loading import (
 )
 from mpo_ray.policies.lora_file import MADE_AGAIN, check_known
 from mpo_ray.policies.merging import check_fit, load_merged_adapter
+from mpo_ray.policies.precision import PRECISIONS
 from mpo_ray.policies.vocabulary import check_same_vocabulary, difference
 from mpo_ray.policies.weight_files import check_weight_files, weight_files
 

@@ -27,10 +27,8 @@ from transformers import (
 from mpo_ray.data.end_tokens import model_ends
 from mpo_ray.data.rendering import Rendering
 from mpo_ray.policies.dropout import config_without_dropout
+from mpo_ray.policies.precision import PRECISIONS
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-#: The precision that the files have.
-AUTO = "auto"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 #: What a hub id looks like: `name` or `owner/name`.

@@ -25,9 +25,10 @@ from mpo_ray.policies.artefact import check_artefact, policy_path, reference_pat
 from mpo_ray.policies.block_support import carries_states
 from mpo_ray.policies.cache import CachePart, MixtureCache, growing_cache
 from mpo_ray.policies.ensemble import Ensemble
-from mpo_ray.policies.loading import PRECISIONS, ModelError
+from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.policies.own_cache import keeps_its_cache
+from mpo_ray.policies.precision import PRECISIONS
 from mpo_ray.records import REFERENCE, check_weights
 from mpo_ray.training.completion_model import CompletionModel
 
@@ -74,9 +75,8 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
     ) -> MixtureForCausalLM:
         """Open a mixture artefact, after checking that it is what was written. Raises ModelError.
 
-        weights: override the artefact's λ (objectives left out have weight 0)
-        dtype: float32, bfloat16 or float16; the artefact's own if absent
-        device_map: one device for everything
+        weights: in the place of the artefact's λ, 0 for objectives left out; dtype: float32, bfloat16 or float16
+        device_map: one device for everything; dtype and device are the artefact's own and the CPU if absent
         """
         directory = Path(pretrained_model_name_or_path)
         if not (directory / "config.json").is_file():

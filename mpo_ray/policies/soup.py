@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mpo_ray.policies.loading import PRECISIONS, ModelError, is_adapter, load_model
+from mpo_ray.policies.loading import ModelError, is_adapter, load_model
 from mpo_ray.policies.lora_file import read_lora
 from mpo_ray.policies.merging import is_tied, load_merged_adapter, untie
+from mpo_ray.policies.precision import PRECISIONS
 from mpo_ray.records import check_weights
 
 

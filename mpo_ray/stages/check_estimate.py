@@ -20,6 +20,7 @@ from mpo_ray.config_training import Workers
 from mpo_ray.data.lengths import TableLengths
 from mpo_ray.policies.loading import empty_model, load_rendering
 from mpo_ray.policies.lora_targets import lora_config
+from mpo_ray.policies.precision import resolve
 from mpo_ray.records import decode_prompt, decode_reply
 from mpo_ray.run import Run
 from mpo_ray.stages.estimate import Need, Shape, Speeds
@@ -106,7 +107,10 @@ def estimate_run(
 
     timing: whether to time some batches
     """
-    config, path = context.config, context.given_model()
+    path = context.given_model()
+    precision = resolve(context.config.scoring.precision, path, "cuda" if _free_gpu() else "cpu")
+    scoring = context.config.scoring.model_copy(update={"precision": precision})
+    config = context.config.model_copy(update={"scoring": scoring})
     shape, tables = model_shape(config, path), _tables(context, counts, lengths)
     weights = 4 * shape.parameters
     free = int(psutil.virtual_memory().available)
@@ -118,7 +122,7 @@ def estimate_run(
     elif ROOM * weights > free:
         timed = f"Times were not measured: the model may need {size(ROOM * weights)} of memory here."
     else:
-        speeds, timed = _speeds(context, path), "Times are of a few timed batches; a busy machine is slower."
+        speeds, timed = _speeds(context, config, path), "Times are of a few timed batches; a busy machine is slower."
     found = Estimator(config, shape, tables, speeds, _side_by_side(config))
     storage = Run(config.storage, config.name)
     disk = shutil.disk_usage(_existing(storage.local)).free if storage.is_local else None
@@ -182,8 +186,8 @@ def _table(counts: dict[str, Any], lengths: TableLengths) -> Table:
     return Table(counts["train"], counts["heldout"], lengths.prompt, lengths.reply, lengths.kept)
 
 
-def _speeds(context: Context, path: str) -> Speeds:
-    config, scoring = context.config, context.config.scoring
+def _speeds(context: Context, config: RunConfig, path: str) -> Speeds:
+    scoring = config.scoring
     rendering = load_rendering(path, **config.data.rendering)
     part = next(p for p in context.run.parts(f"comparisons/{next(iter(config.objectives))}") if "/train-" in p)
     pairs = []

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-BYTES = {"fp32": 4, "bf16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 #: What a process holds before its models: Python, torch and Ray; for training DeepSpeed as well.
 ACTOR_PROCESS, TRAINING_PROCESS = 600_000_000, 780_000_000
 #: Seconds until the processes of a stage are at work, and until those of a training have also written their results.

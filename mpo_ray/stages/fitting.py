@@ -86,7 +86,6 @@ def write_mixture(context: Context) -> None:
             copy_reference=bool(context.config.reference.sft),
             weights=result["weights"],
             fit=result,
-            precision=context.config.policies.precision,
             **context.config.data.rendering,
         )
 

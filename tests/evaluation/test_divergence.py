@@ -40,7 +40,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def models(places: dict[str, str]) -> CandidateModels:
     policies = {name: places[name] for name in WEIGHTS}
     ensemble = Ensemble(places["reference"], policies)
-    return CandidateModels(ensemble, places["reference"], policies, precision="fp32")
+    return CandidateModels(ensemble, places["reference"], policies)
 
 
 def measured(models: CandidateModels, candidate: Candidate, batch_size: int = 3) -> tuple[list[float], list[float]]:
