@@ -23,13 +23,16 @@ from rich.console import Console
 from mpo_ray.cluster.progress import bars
 from mpo_ray.config import Actors
 from mpo_ray.out_of_memory import OutOfMemoryError, memory_told
-from mpo_ray.run import Run
+from mpo_ray.run import Run, StageError
 from mpo_ray.storage import INPUTS
 from mpo_ray.waiting import told_if_slow
 
 #: A worker is made once per actor, by `factory(**arguments)`, and turns one input table into one output table.
 Process = Callable[[pa.Table, dict[str, Any]], pa.Table]
 Factory = Callable[..., Process]
+
+#: Where a part's dead processes are counted, and how many there may be.
+DEATHS, MOST_DEATHS = "deaths", 4
 
 #: Footers that are read at once: on remote storage each is a round trip.
 NUM_READERS = 16
@@ -66,7 +69,9 @@ def process_parts(
     """Make every part that is not there yet from the same inputs. `parts` is all that their directories shall hold.
 
     An actor whose process or node dies is started again, and makes the part that it was at from the start: that is Ray
-    Data's default for pools of actors, without a limit. Raises the worker's own error; parts already written stay.
+    Data's default for pools of actors, without a limit. Here a part at which processes died `MOST_DEATHS` times ends
+    the stage: what a kernel kills for want of memory would die for ever. Raises the worker's own error, StageError;
+    parts already written stay.
     remedy: what to do where memory is not enough; if absent, about the run's scoring actors
     """
     missing = _missing(run, parts)
@@ -78,6 +83,7 @@ def process_parts(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
+    run.remove(DEATHS)
     rows = [{"part": json.dumps(asdict(part))} for part in missing]
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _PartWorker,
@@ -95,9 +101,9 @@ def process_parts(
     )
     try:
         _show(done.iter_rows(), title, finished, len(parts), actors, console)
-    except OutOfMemoryError as error:  # with a traceback of Ray's around it, and advice of Ray Data's
-        cause = getattr(error, "cause", error)
-        raise OutOfMemoryError(str(cause).splitlines()[0]) from None
+    except (OutOfMemoryError, StageError) as error:  # with a traceback of Ray's around it, and advice of Ray Data's
+        kind = OutOfMemoryError if isinstance(error, OutOfMemoryError) else StageError
+        raise kind(str(getattr(error, "cause", error)).splitlines()[0]) from None
 
 
 def _show(rows: Iterable[Any], title: str, finished: int, total: int, actors: Actors, console: Console) -> None:
@@ -139,6 +145,10 @@ def scoring_remedy(actors: Actors) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
+def _deaths(part: Part) -> str:
+    return f"{DEATHS}/{part.target}.json"
+
+
 class _PartWorker:
     """The actor: fetches a table, calls one function, stores the result."""
 
@@ -148,9 +158,12 @@ class _PartWorker:
         self._run = Run.at(root)
         self._factory, self._arguments, self._memory = factory, arguments, memory
         self._process: Process | None = None
+        self._restarted = ray.get_runtime_context().was_current_actor_reconstructed
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         parts = [Part(**json.loads(str(text))) for text in batch["part"]]
+        for part in parts:
+            self._count_deaths(part)
         with memory_told(*self._memory):
             if self._process is None:  # outside of the constructor, so that an error arrives as what it is
                 self._process = self._factory(**self._arguments)
@@ -161,7 +174,22 @@ class _PartWorker:
             with memory_told(*self._memory):
                 made = in_order(self._process(table, dict(part.values)), part.columns)
             self._run.write_table(part.target, made, inputs=part.inputs)
+            if self._restarted:
+                self._run.remove(_deaths(part))
         return {"target": [part.target for part in parts]}
+
+    def _count_deaths(self, part: Part) -> None:
+        """Note that this part is begun again by a process in the place of one that died. Raises StageError."""
+        if not self._restarted:
+            return
+        deaths = (self._run.read_json(_deaths(part)) or 0) + 1
+        if deaths >= MOST_DEATHS:
+            title, remedy = self._memory
+            raise StageError(
+                f"{title}: {deaths} processes died at {part.target}, as when the system has no memory left (signal 9). "
+                f"{remedy} Finished files stay; the same command goes on from there."
+            )
+        self._run.write_json(_deaths(part), deaths)
 
     def _columns_at_hand(self, part: Part) -> dict[str, pa.ChunkedArray]:
         """Columns of the target as it is now that were made from the inputs they shall be made from."""

@@ -1,6 +1,8 @@
 """Parts of a stage: only what is missing is made, and a failure leaves what is finished."""
 
+import os
 import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from mpo_ray.cluster.parts import Part, in_order, process_parts
+from mpo_ray.cluster.parts import DEATHS, MOST_DEATHS, Part, in_order, process_parts
 from mpo_ray.config import Actors
 from mpo_ray.out_of_memory import OutOfMemoryError
-from mpo_ray.run import Run
+from mpo_ray.run import Run, StageError
 from mpo_ray.storage import INPUTS
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -101,6 +103,49 @@ def test_a_lack_of_memory_ends_in_one_sentence_with_the_setting_that_lowers_it(r
         "scores: out of memory: 1.00 GiB of memory could not be had. Lower scoring.batch_size (now 8), or lower "
         "scoring.prompts_per_part (now 32)."
     )
+
+
+class Mortal:
+    """A worker whose process is killed at one of its parts, as often as it is told to."""
+
+    def __init__(self, notes: str, times: int) -> None:
+        self._notes, self._times = Path(notes), times
+
+    def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
+        if table["x"].to_pylist() == [1]:
+            with self._notes.open("a") as file:
+                file.write("begun\n")
+            if len(self._notes.read_text().splitlines()) <= self._times:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return table
+
+
+def _process_mortal(run: Run, times: int) -> None:
+    process_parts(
+        run,
+        [Part(f"in/part-{i}.parquet", f"out/part-{i}.parquet", f"of {i}") for i in range(3)],
+        Mortal,
+        {"notes": str(run.local / "notes"), "times": times},
+        actors=Actors(num_actors=1),
+        console=Console(stderr=True),
+        title="copies",
+        remedy="Lower something.",
+    )
+
+
+def test_a_part_at_which_every_process_dies_ends_the_stage_in_one_sentence(run: Run) -> None:
+    """As when the kernel kills whatever needs too much memory; the next command begins its count anew."""
+    with pytest.raises(StageError) as caught:
+        _process_mortal(run, times=99)
+    assert str(caught.value) == (
+        f"copies: {MOST_DEATHS} processes died at out/part-1.parquet, as when the system has no memory left (signal "
+        "9). Lower something. Finished files stay; the same command goes on from there."
+    )
+    assert len((run.local / "notes").read_text().splitlines()) == MOST_DEATHS
+    assert "out/part-0.parquet" in run.parts("out")
+    _process_mortal(run, times=MOST_DEATHS + 2)
+    assert len(run.parts("out")) == 3
+    assert not list((run.local / DEATHS).rglob("*.json"))
 
 
 class Columns:
