@@ -22,7 +22,8 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been s
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 from mpo_ray import cli_engine, cli_export, cli_generate, cli_tables
-from mpo_ray.cli_values import expand_paths, parse_named, parse_weights
+from mpo_ray.cli_values import expand_paths, parse_named
+from mpo_ray.records import parse_weights
 from mpo_ray.waiting import told_if_slow
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def _mix(options: argparse.Namespace) -> int:
     for name in policies:
         if not NAME.fullmatch(name):
             raise ValueError(f"{name!r}: names are letters, digits, - and _.")
-    given = parse_weights(options.weights, "--weights")
+    given = None if options.weights is None else parse_weights(options.weights, where="--weights")
     notes: list[str] = []
     out = Path(options.out)
     with written_whole(out) as directory:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpo_ray.cli_generate import add_mixture_arguments, check_seed, read_prompt_file, recipe_of
-from mpo_ray.cli_values import parse_weights
+from mpo_ray.records import parse_weights
 
 if TYPE_CHECKING:
     from mpo_ray.data.prompts import PlacedPrompt
@@ -72,7 +72,9 @@ def export(options: argparse.Namespace, directory: str, artefact: str) -> int:
     if options.merge is not None:
         from mpo_ray.policies.plain_model import write_soup
 
-        result = write_soup(Path(artefact), out, parse_weights(options.weights, "--weights"))
+        result = write_soup(
+            Path(artefact), out, None if options.weights is None else parse_weights(options.weights, where="--weights")
+        )
         text = result["is"]
     else:
         result = _distil(options, directory, artefact, out)

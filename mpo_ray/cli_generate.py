@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpo_ray.cli_engine import add_engine_arguments
-from mpo_ray.cli_values import parse_weights
+from mpo_ray.records import parse_weights
 
 if TYPE_CHECKING:
     from mpo_ray.config_serving import Serve
@@ -154,7 +154,7 @@ def recipe_of(options: argparse.Namespace, artefact: str) -> Recipe:
     from mpo_ray.records import check_weights
 
     config = MixtureConfig.from_pretrained(artefact)
-    weights = parse_weights(options.weights, "--weights")
+    weights = None if options.weights is None else parse_weights(options.weights, where="--weights")
     drawn = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     context = config.max_position_embeddings
     usual = MAX_TOKENS if context is None else min(MAX_TOKENS, context // 2)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpo_ray.cli_values import parse_named, parse_weights
+from mpo_ray.cli_values import parse_named
+from mpo_ray.records import parse_weights
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -133,7 +134,7 @@ def predict(options: argparse.Namespace) -> int:
         if not run.parts("scores"):
             raise ValueError(f"{run.root} has no scores yet; `mpo-ray run {options.config}` makes them.")
         scores = scores_from_table(run.read_table("scores"), list(config.objectives), min_objectives=1)
-    weights = check_weights(parse_weights(options.at, "--at") or {}, list(scores.objectives), where="--at")
+    weights = check_weights(parse_weights(options.at, where="--at"), list(scores.objectives), where="--at")
     result = predict_trade_off(
         scores,
         [weights],
@@ -154,7 +155,7 @@ def _table_settings(options: argparse.Namespace) -> Fit:
     from mpo_ray.config import Fit
     from mpo_ray.run_file import parse_settings
 
-    weights = parse_weights(options.weights, "--weights")
+    weights = None if options.weights is None else parse_weights(options.weights, where="--weights")
     given = {
         "method": options.method or ("exact" if weights is None else "fixed"),
         "weights": weights,

@@ -20,16 +20,6 @@ def parse_named(texts: Iterable[str], option: str, form: str) -> dict[str, str]:
     return found
 
 
-def parse_weights(text: str | None, option: str) -> dict[str, float] | None:
-    """Read NAME=VALUE,NAME=VALUE,…; `option` names the place for the message. Raises ValueError."""
-    if text is None:
-        return None
-    try:
-        return {name: float(value) for name, value in parse_named(text.split(","), option, "").items()}
-    except ValueError:
-        raise ValueError(f"{option} {text!r}: write NAME=VALUE,NAME=VALUE,…, once for each objective.") from None
-
-
 def expand_paths(options: argparse.Namespace) -> None:
     """Put the home directory in the place of a path's `~`: a shell leaves it in --out=~/x. Raises ValueError."""
     from mpo_ray.home import expand_home

@@ -172,6 +172,25 @@ def is_reserved(name: str) -> bool:
     return name in reserved or name.startswith((FIT_PREFIX, MOPO_PREFIX, GRID_PREFIX))
 
 
+def parse_weights(text: str, *, where: str) -> dict[str, float]:
+    """Read λ as it is written in options, model ids and arguments: `helpful=0.7,harmless=0.3`.
+
+    where: the place that the text came from, for the message. Raises ValueError for what is not a number for each name.
+    """
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name in found:
+            raise ValueError(f"{where} {text!r}: {name!r} has two weights.")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise ValueError(
+                f"{where} {text!r}: {part!r} is not objective=weight; write helpful=0.7,harmless=0.3."
+            ) from None
+    return found
+
+
 def check_weights(weights: Mapping[str, float], objectives: Sequence[str], *, where: str) -> dict[str, float]:
     """Return λ in the order of `objectives`, or say what is wrong with it.
 

@@ -274,7 +274,7 @@ class TestMix:
         [
             (["--weights", "helpful=0.3"], "sum to 0.3, not 1"),
             (["--weights", "polite=1"], "unknown objective 'polite'"),
-            (["--weights", "helpful=0.4,helpful=0.6"], "write NAME=VALUE,NAME=VALUE,…, once for each objective"),
+            (["--weights", "helpful=0.4,helpful=0.6"], "'helpful' has two weights"),
             (["bounded=elsewhere"], "'bounded=elsewhere': write NAME=DIR, once for each policy"),
             (["a/b=elsewhere"], "'a/b': names are letters, digits, - and _"),
             (["other=nowhere"], "nowhere: no such directory, and as a hub id it could not be fetched"),
@@ -315,7 +315,7 @@ class TestGenerate:
             ("positive=0.7,concise=0.7", "sum to 1.4, not 1"),
             ("positive=1.5,concise=-0.5", "at least 0"),
             ("polite=1", "unknown objective 'polite'"),
-            ("positive", "write NAME=VALUE"),
+            ("positive", "is not objective=weight"),
         ],
     )
     def test_wrong_weights_are_refused(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mpo_ray.records import REFERENCE, check_weights
+from mpo_ray.records import REFERENCE, check_weights, parse_weights
 from mpo_ray.serving.errors import ApiError
 from mpo_ray.serving.served import Served
 
@@ -31,17 +31,10 @@ def parse_model_id(model: str, served: Served) -> dict[str, float] | None:
     if not model.startswith(f"{name}@"):
         ids = ", ".join(model_ids(served))
         raise ApiError(404, f"the model {model[:100]!r} does not exist; there are {ids}.", "model", "model_not_found")
-    weights: dict[str, float] = {}
-    for part in model[len(name) + 1 :].split(","):
-        objective, _, value = part.partition("=")
-        if objective in weights:
-            raise ApiError(400, f"model {model!r}: {objective!r} has two weights.", "model")
-        try:
-            weights[objective] = float(value)
-        except ValueError:
-            raise ApiError(
-                400, f"model {model!r}: {part!r} is not objective=weight, as in {name}@{objectives[0]}=1.0.", "model"
-            ) from None
+    try:
+        weights = parse_weights(model[len(name) + 1 :], where=f"model {name}@…")
+    except ValueError as error:
+        raise ApiError(400, str(error), "model") from None
     return checked_weights(weights, objectives, "model")
 
 

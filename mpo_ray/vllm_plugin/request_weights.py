@@ -18,7 +18,7 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from mpo_ray.policies.mixture_config import MixtureConfig
-from mpo_ray.records import check_weights
+from mpo_ray.records import check_weights, parse_weights
 
 #: The extra argument that holds λ: by objective, or as text, `helpful=0.7,harmless=0.3`.
 WEIGHTS = "mixture_weights"
@@ -37,10 +37,7 @@ def expect(objectives: Sequence[str]) -> None:
 def read_weights(given: Any, objectives: Sequence[str]) -> list[float]:
     """λ in the order of the objectives. given: by name, as text, or a number for each. Raises ValueError."""
     if isinstance(given, str):
-        try:
-            given = {name: float(value) for name, _, value in (part.partition("=") for part in given.split(","))}
-        except ValueError:
-            raise ValueError(f"{WEIGHTS}: {given!r} is no set of weights; write helpful=0.7,harmless=0.3.") from None
+        given = parse_weights(given, where=WEIGHTS)
     if isinstance(given, Mapping):
         return list(check_weights(given, objectives, where=WEIGHTS).values())
     if not isinstance(given, list | tuple) or not all(isinstance(value, int | float) for value in given):

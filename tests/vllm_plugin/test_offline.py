@@ -158,7 +158,8 @@ def test_log_z_comes_with_raw_logits(tmp_path: Path, open_llm: Callable[..., Any
     [
         ({"helpfull": 1.0}, "unknown objective 'helpfull'; the objectives are helpful, harmless, 2"),
         ({"helpful": 0.4}, "sum to 0.4, not 1"),
-        ("helpful", "is no set of weights; write helpful=0.7,harmless=0.3"),
+        ("helpful", "is not objective=weight; write helpful=0.7,harmless=0.3"),
+        ("helpful=0.5,helpful=0.5", "has two weights"),
         ([1.0], "a list needs a finite number for each of helpful, harmless, 2"),
     ],
 )
