@@ -178,6 +178,16 @@ def _one(workers: Workers) -> dict[str, float]:
     return {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
 
 
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """A TorchTrainer without the process that would hand out Ray Data sets: workers read the run's tables themselves.
+
+    Ray Train starts that process for every group of workers, whether there are data sets or not.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [one for one in super()._create_default_callbacks() if type(one).__name__ != "DatasetsCallback"]
+
+
 def _train_on_worker(values: dict[str, Any]) -> None:
     """Load the training's code where it runs: Ray Train's controller, a process for each group, has no use for it."""
     name = ray.get(values["board"].take.remote(values["group"], values["kind"]))
@@ -199,7 +209,7 @@ def _fit(group: _Group) -> Exception | None:
     workers = group.workers
     resources = {kind: amount for kind, amount in _one(workers).items() if kind == "CPU" or amount}
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             _train_on_worker,
             train_loop_config={
                 "jobs": {name: job.model_dump(mode="json") for name, job in group.jobs.items()},
