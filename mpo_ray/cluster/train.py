@@ -7,10 +7,9 @@ trainings for it. A training's result does not depend on what its workers did be
 from __future__ import annotations
 
 import logging
-import math
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +21,11 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from rich.console import Console
 
-from mpo_ray.cluster.progress import Bars, Report, bars, report_note
+from mpo_ray.cluster.progress import Bars, bars, report_note
 from mpo_ray.cluster.training_board import News, news_of, put_up
 from mpo_ray.cluster.training_failure import reason
 from mpo_ray.cluster.training_job import TrainingJob
+from mpo_ray.cluster.training_room import Outlook, needs, num_free, num_side_by_side, start_of
 from mpo_ray.config_training import Workers
 from mpo_ray.run import Run, StageError
 
@@ -85,6 +85,7 @@ def train_all(jobs: Sequence[TrainingJob], console: Console) -> None:
     room = max(1, min((num_side_by_side(workers) for workers in kinds), default=1))
     notes: dict[str, str] = {}  # what the workers of a training said last; empty while it takes steps
     groups: dict[Future[None], _Group] = {}
+    outlooks = [Outlook() for _ in kinds]
     num_groups = 0
     # `fit` blocks, and keeps its workers itself: a thread for each group is all that the driver needs.
     with bars(console) as shown, ThreadPoolExecutor(max_workers=room) as threads:
@@ -102,8 +103,21 @@ def train_all(jobs: Sequence[TrainingJob], console: Console) -> None:
                 [name for name in own if name in open_jobs and name not in news.taken.values()] for own in of_kind
             ]
             starting = [group for group in groups.values() if group.number not in news.taken]
-            for kind, own in enumerate(of_kind):
-                for _ in range(_num_more(kinds[kind], waiting[kind], [*groups.values()], starting, room=room)):
+            for kind, (own, outlook) in enumerate(zip(of_kind, outlooks, strict=True)):
+                if news.taken:
+                    outlook.begin()
+                for told in news.reports:
+                    if told.task in own and not told.note:
+                        outlook.hear(told)
+                more = _num_more(
+                    kinds[kind],
+                    len(waiting[kind]),
+                    len(groups),
+                    starting=bool(starting),
+                    room=room,
+                    outlook=outlook,
+                )
+                for _ in range(more):
                     group = _Group(num_groups, kind, own, board)
                     groups[threads.submit(group.serve)] = group
                     num_groups += 1
@@ -122,7 +136,7 @@ def train_all(jobs: Sequence[TrainingJob], console: Console) -> None:
 
 
 def _show(shown: Bars, news: News, notes: dict[str, str]) -> None:
-    for told in (Report(*values) for values in news.reports):
+    for told in news.reports:
         notes[told.task] = told.note
         if not told.note:
             shown.show(told.task, told.done, told.total, told.figures)
@@ -131,51 +145,17 @@ def _show(shown: Bars, news: News, notes: dict[str, str]) -> None:
             shown.note(name, note)
 
 
-def _num_more(
-    workers: Workers, waiting: Sequence[str], groups: Sequence[_Group], starting: Sequence[_Group], *, room: int
-) -> int:
-    """How many more groups to start for the trainings of one kind that wait, of at most `room` at a time.
+def _num_more(workers: Workers, num_waiting: int, groups: int, *, starting: bool, room: int, outlook: Outlook) -> int:
+    """How many more groups to start for the trainings of one kind that wait, beside those at work.
 
-    The first waits for its resources; another is started only where they are free, so that none is still waiting when
-    everything is done. What a group that has not begun will take cannot be seen yet.
+    The first waits for its resources. Another is started only where they are free, so that none still waits when
+    everything is done, and where it is worth its start; not while one starts: what that takes cannot be seen yet.
     """
     if not groups:
-        return min(len(waiting), room, max(1, num_that_fit(workers, ray.available_resources()))) if waiting else 0
-    if starting or not waiting or len(groups) >= room:
+        return min(1, num_waiting)
+    if starting or not num_waiting or groups >= room or not outlook.is_worth(num_waiting):
         return 0
-    return min(len(waiting), room - len(groups), num_that_fit(workers, ray.available_resources()))
-
-
-def start_of(workers: Workers) -> str:
-    """What a group waits for that has not said anything yet: resources, or the start of its workers."""
-    wanted = {kind: amount for kind, amount in _one(workers).items() if amount > 0}
-    groups = ray.util.placement_group_table().values()
-    if not any(g["state"] == "PENDING" and wanted in map(dict, g["bundles"].values()) for g in groups):
-        return "starting its worker" if workers.num_workers == 1 else f"starting its {workers.num_workers} workers"
-    total, free = ray.cluster_resources(), ray.available_resources()
-    need = [
-        f"{amount * workers.num_workers:g} {kind} ({free.get(kind, 0.0):g} of {total.get(kind, 0.0):g} free)"
-        for kind, amount in wanted.items()
-    ]
-    return f"waiting for {' and '.join(need)}"
-
-
-def num_side_by_side(workers: Workers) -> int:
-    """How many groups of these workers the cluster holds at once, by its total of CPUs and GPUs."""
-    return num_that_fit(workers, ray.cluster_resources())
-
-
-def num_that_fit(workers: Workers, resources: Mapping[str, float]) -> int:
-    """How many groups of these workers take no more than so many CPUs and GPUs."""
-    return min(
-        math.floor(float(resources.get(kind, 0.0)) / (amount * workers.num_workers) + 1e-9)
-        for kind, amount in _one(workers).items()
-        if amount > 0
-    )
-
-
-def _one(workers: Workers) -> dict[str, float]:
-    return {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
+    return min(num_waiting, room - groups, num_free(workers))
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
@@ -207,7 +187,6 @@ def _fit(group: _Group) -> Exception | None:
     """
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     workers = group.workers
-    resources = {kind: amount for kind, amount in _one(workers).items() if kind == "CPU" or amount}
     with tempfile.TemporaryDirectory() as scratch:
         trainer = _Trainer(
             _train_on_worker,
@@ -220,7 +199,7 @@ def _fit(group: _Group) -> Exception | None:
             scaling_config=ScalingConfig(
                 num_workers=workers.num_workers,
                 use_gpu=workers.gpus_per_worker > 0,
-                resources_per_worker=resources,
+                resources_per_worker=needs(workers),
                 placement_strategy="SPREAD" if workers.num_workers > 1 else "PACK",
             ),
             run_config=RunConfig(

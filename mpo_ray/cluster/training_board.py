@@ -11,6 +11,8 @@ from typing import Any
 
 import ray
 
+from mpo_ray.cluster.progress import Report
+
 
 @dataclass(frozen=True, slots=True)
 class News:
@@ -19,7 +21,7 @@ class News:
     reports: what workers said; ended: (training, why it ended early or None); taken: group → the training it is at
     """
 
-    reports: list[tuple[Any, ...]]
+    reports: list[Report]
     ended: list[tuple[str, str | None]]
     taken: dict[int, str]
 
@@ -56,7 +58,7 @@ class TrainingBoard:
         self._reports.append(values)
 
     def news(self) -> tuple[list[tuple[Any, ...]], list[tuple[str, str | None]], dict[int, str]]:
-        """The values of a `News`."""
+        """What a `News` is made of."""
         reports, self._reports = self._reports, []
         ended, self._ended = self._ended, []
         return reports, ended, dict(self._taken)
@@ -69,4 +71,5 @@ def put_up(waiting: Mapping[int, Sequence[str]]) -> Any:
 
 def news_of(board: Any) -> News:
     """Ask a board."""
-    return News(*ray.get(board.news.remote()))
+    reports, ended, taken = ray.get(board.news.remote())
+    return News([Report(*values) for values in reports], ended, taken)

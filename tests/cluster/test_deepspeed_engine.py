@@ -211,23 +211,25 @@ def _save(run: Run, job: TrainingJob, engine: DeepSpeedEngine, step: int, barrie
         (directory / MARK).write_text("[]")
 
 
-def test_a_checkpoint_that_was_being_written_is_passed_over(base: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_checkpoint_that_was_being_written_is_passed_over(base: str, tmp_path: Path, elsewhere: bool) -> None:
     """Its mark is missing: the one before it is taken. The last two that are finished are kept."""
-    run = Run(str(tmp_path), "run")
+    run = Run(f"memory://{tmp_path}" if elsewhere else str(tmp_path), "run")
     job, engine = _job(run, base), _engine(base, _training())
+    newest = f"{job.directory}/checkpoint_step_000000"
     assert newest_checkpoint(run, job) is None
     for step in (9, 10, 11):
         _save(run, job, engine, step)
-    place = run.local / job.directory
-    assert sorted(path.name for path in place.iterdir()) == ["checkpoint_step_00000010", "checkpoint_step_00000011"]
-    assert newest_checkpoint(run, job) == f"{job.directory}/checkpoint_step_00000011"
-    assert _engine(base, _training()).load(place / "checkpoint_step_00000011") == 11
+    assert {node.removeprefix(newest)[:2] for node in run.files(job.directory)} == {"10", "11"}
+    assert newest_checkpoint(run, job) == f"{newest}11"
+    assert _engine(base, _training()).load(run.fetch(f"{newest}11")) == 11
     with pytest.raises(KeyboardInterrupt):
         _save(run, job, engine, 12, barrier=_Barrier(1))
-    assert (place / "checkpoint_step_00000012" / "state").is_dir()
-    assert newest_checkpoint(run, job) == f"{job.directory}/checkpoint_step_00000011"
+    assert run.files(f"{newest}12/state")
+    assert newest_checkpoint(run, job) == f"{newest}11"
     _save(run, job, engine, 12)
-    assert newest_checkpoint(run, job) == f"{job.directory}/checkpoint_step_00000012"
+    assert newest_checkpoint(run, job) == f"{newest}12"
+    assert not [node for node in run.files("") if ".partial-" in node]
 
 
 def test_the_checkpoints_of_an_earlier_version_are_gone_on_from(base: str, tmp_path: Path) -> None:

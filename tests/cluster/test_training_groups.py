@@ -15,14 +15,18 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from ray.train import RunConfig
+from ray.train.torch import TorchTrainer
 from rich.console import Console
 
-from mpo_ray.cluster import train
+from mpo_ray.cluster import train, training_room
 from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine
-from mpo_ray.cluster.train import TrainingError, num_that_fit, train_all
+from mpo_ray.cluster.progress import Report
+from mpo_ray.cluster.train import TrainingError, train_all
 from mpo_ray.cluster.trainable import KeptBase
 from mpo_ray.cluster.training_board import TrainingBoard
 from mpo_ray.cluster.training_job import TrainingJob
+from mpo_ray.cluster.training_room import WORTH_S, Outlook, num_that_fit
 from mpo_ray.config_training import PolicyTraining, Workers
 from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.sft import Example, sft_loss
@@ -54,6 +58,23 @@ def test_groups_fit_by_what_each_of_their_workers_takes() -> None:
     assert num_that_fit(workers, {"CPU": 9.0, "GPU": 4.0}) == 3
     assert num_that_fit(workers, {"CPU": 9.0, "GPU": 1.0}) == 1
     assert num_that_fit(workers, {"CPU": 9.0}) == 0
+
+
+def test_another_group_is_worth_its_start_where_what_waits_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the pace of the second report: the first step is slower. Without a pace, others do not wait for ever."""
+    outlook = Outlook()
+    outlook.begin()
+    outlook.hear(Report("a", 1, 10, {"seconds_left": 9 * WORTH_S}))
+    assert not outlook.is_worth(5)
+    outlook.hear(Report("a", 5, 10, {"seconds_left": WORTH_S / 4 + 1}))
+    assert (outlook.is_worth(1), outlook.is_worth(2)) == (False, True)
+    outlook.hear(Report("a", 10, 10, {"seconds_left": 0.0}))
+    assert outlook.is_worth(2)
+    silent = Outlook()
+    monkeypatch.setattr(training_room, "PATIENCE_S", -1.0)
+    assert not silent.is_worth(5)
+    silent.begin()
+    assert silent.is_worth(1)
 
 
 # ---- the base that stays open ----------------------------------------------------------------------------------------
@@ -198,6 +219,17 @@ def _watched(values: dict[str, Any]) -> None:
 
     trainable.open_base, train_worker.train_worker, train_worker._checkpoint = opened, trained, saved
     train_worker.train_on_worker(values)
+
+
+def test_ray_train_starts_no_process_for_data_sets_that_no_training_has(ray_cluster: None, tmp_path: Path) -> None:
+    """By a method of Ray Train's own, so a version that does it otherwise is noticed here."""
+    config: dict[str, Any] = {"run_config": RunConfig(name="a", storage_path=str(tmp_path))}
+    usual, ours = (
+        {type(one).__name__ for one in kind(print, **config)._create_default_callbacks()}
+        for kind in (TorchTrainer, train._Trainer)
+    )
+    assert usual - ours == {"DatasetsCallback"}
+    assert ours < usual
 
 
 @pytest.mark.slow
