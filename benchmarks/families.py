@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from benchmarks.family_models import FAMILIES, write_reference
-from mpo_ray.cluster.train_worker import load_trainable
+from mpo_ray.cluster.trainable import load_trainable
 from mpo_ray.config_training import PolicyTraining
 from mpo_ray.decoding.engine import MixtureEngine
 from mpo_ray.decoding.open_engine import open_engine, runner_of

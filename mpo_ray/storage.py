@@ -133,6 +133,16 @@ class Storage:
             self._make_parent(node)
             self.filesystem.pipe_file(self.path(node), content)
 
+    def put_file(self, node: str, path: Path) -> None:
+        """Move a file of this machine into the run. One that lies on the run's own file system comes whole."""
+        if self.is_local:
+            target = self.local / node
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(path, target)
+        else:
+            self._make_parent(node)
+            self.filesystem.put_file(str(path), self.path(node))
+
     def create(self, node: str, content: bytes) -> bool:
         """Write a file that must not be there; False where it is.
 

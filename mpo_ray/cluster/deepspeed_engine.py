@@ -137,6 +137,14 @@ class DeepSpeedEngine:
             raise CheckpointError(f"{directory}: DeepSpeed found no checkpoint {TAG!r} there.")
         return int(state["step"])
 
+    def close(self) -> None:
+        """Let go of the model and of the optimiser's state. The engine is of no use afterwards."""
+        self._engine.destroy()
+        self._engine.optimizer = self._engine.lr_scheduler = None
+        del self._engine
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @property
     def wrapped(self) -> CompletionModel:
         """What was handed over."""

@@ -1,4 +1,4 @@
-"""Progress of work on other machines: what workers report through a Ray queue, and bars that show it."""
+"""Progress of work on other machines: what workers report to a board, and bars that show it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ray.util.queue import Queue
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -29,20 +28,14 @@ class Report:
     note: str = ""
 
 
-def reports_of(queue: Queue) -> list[Report]:
-    """What has been reported to a queue since it was last asked."""
-    waiting = queue.qsize()
-    return [Report(*values) for values in queue.get_nowait_batch(waiting)] if waiting else []
+def report(board: Any, task: str, done: int, total: int, **figures: float) -> None:
+    """Report from a worker, without waiting. board: the actor of a `TrainingBoard`"""
+    board.report.remote(task, done, total, figures)
 
 
-def report(queue: Queue, task: str, done: int, total: int, **figures: float) -> None:
-    """Report from a worker, without waiting. Plain values, so that the queue's process needs none of our modules."""
-    queue.actor.put_nowait.remote((task, done, total, figures))
-
-
-def report_note(queue: Queue, task: str, note: str) -> None:
+def report_note(board: Any, task: str, note: str) -> None:
     """Report what a worker does that is no step of its task."""
-    queue.actor.put_nowait.remote((task, 0, 0, {}, note))
+    board.report.remote(task, 0, 0, {}, note)
 
 
 class Bars:

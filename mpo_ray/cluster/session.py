@@ -43,6 +43,8 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's Train page
         join_ray(joined)
     else:
+        # Nobody takes this machine away: Ray Train needs no process that watches for that.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         start_local_ray(object_store_memory=LOCAL_OBJECT_STORE_BYTES)
     end_by_signals()  # Ray puts handlers of its own in their place, of which SIGTERM's aborts the process
     try:

@@ -1,37 +1,36 @@
-"""What one Ray Train worker does: load, shard, train from the last checkpoint, evaluate, and export on rank 0."""
+"""What a Ray Train worker does for each training: load, shard, train from the last checkpoint, evaluate, and export."""
 
 from __future__ import annotations
 
+import gc
 import json
-import tempfile
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
-from peft import get_peft_model
+from ray.train.collective import barrier, broadcast_from_rank_zero
 
-from mpo_ray.cluster.checkpoints import TAG, CheckpointError
+from mpo_ray.cluster.checkpoints import MARK, TAG, CheckpointError, new_checkpoint, newest_checkpoint
 from mpo_ray.cluster.constrained_task import ConstrainedTask
 from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine, prepare_sharded_loading
 from mpo_ray.cluster.event_log import EventLog
 from mpo_ray.cluster.progress import report, report_note
 from mpo_ray.cluster.tasks import Figures, PreferenceTask, SupervisedTask, Task
+from mpo_ray.cluster.trainable import KeptBase, lora_of
 from mpo_ray.cluster.training_failure import OPENING, READING, STARTING, memory_sentence
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.cluster.training_metrics import TrainingMetrics, flat
-from mpo_ray.config_training import ConstrainedTraining, Lora, PolicyTraining, Training
+from mpo_ray.config_training import ConstrainedTraining, PolicyTraining
 from mpo_ray.maths.constrained import RunawayError
 from mpo_ray.out_of_memory import OutOfMemoryError, lacking
 from mpo_ray.policies.dropout import restore_dropout
-from mpo_ray.policies.loading import load_model, load_tokenizer
-from mpo_ray.policies.lora_targets import lora_config
+from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.run import Run, file_digest
-from mpo_ray.training.completion_model import CompletionModel
-from mpo_ray.training.lagged import TRAINED, LaggedModel, add_lagged_adapter, keeps_lagged
+from mpo_ray.training.lagged import TRAINED
 from mpo_ray.training.loop import NonFiniteError, train
 from mpo_ray.training.multipliers import DegenerateRatioError
 from mpo_ray.training.order import num_steps
@@ -44,18 +43,38 @@ REPORT_EVERY_S = 1.0
 RECORD = "training.json"
 
 
-def train_worker(values: dict[str, Any]) -> str | None:
-    """The function that Ray Train runs on every worker.
+def train_on_worker(values: dict[str, Any]) -> None:
+    """What Ray Train runs on every worker of a group: the trainings that the board has for it, one after another.
 
-    values: `job`, a TrainingJob; `progress`, a Ray queue; `resume`, see `checkpoint_to_resume`
+    values: `jobs`, the TrainingJobs of the group by name; `board`, the actor of a TrainingBoard; `group` and `kind`,
+    as it knows them
+    Ends after a training that ended early: the next ones get workers in which nothing has gone wrong.
+    """
+    board, group, kind = values["board"], values["group"], values["kind"]
+    leads = ray.train.get_context().get_world_rank() == 0
+    kept = KeptBase()
+    while True:
+        name = broadcast_from_rank_zero(ray.get(board.take.remote(group, kind)) if leads else None)
+        if name is None:
+            return
+        cause = train_worker(TrainingJob.model_validate(values["jobs"][name]), board, kept)
+        if leads:
+            ray.get(board.end.remote(group, cause))
+        if cause is not None:
+            return
+        gc.collect()  # an engine and its optimiser refer to each other
+
+
+def train_worker(job: TrainingJob, board: Any, kept: KeptBase) -> str | None:
+    """One training, from its last checkpoint.
+
     Returns why training stopped where its own figures say that it leads nowhere, None where it came to its end. An
-    exception would have Ray Train start again from the last checkpoint, and stop at the same step. So would a lack of
+    exception would have it started again from the last checkpoint, to stop at the same step. So would a lack of
     memory, which is told with the setting that lowers the need.
     """
-    job = TrainingJob.model_validate(values["job"])
-    doing = _Doing(values["progress"], job.name)
+    doing = _Doing(board, job.name)
     try:
-        return _train(job, values["progress"], values["resume"], doing)
+        return _train(job, board, kept, doing)
     except Exception as error:
         lack = lacking(error)
         if lack is None:
@@ -78,7 +97,7 @@ class _Doing:
         report_note(self._progress, self._name, what)
 
 
-def _train(job: TrainingJob, progress: Any, resume: str | None, doing: _Doing) -> str | None:
+def _train(job: TrainingJob, progress: Any, kept: KeptBase, doing: _Doing) -> str | None:
     training = job.training
     context = ray.train.get_context()
     torch.set_num_threads(max(1, int(training.workers.cpus_per_worker)))
@@ -86,7 +105,7 @@ def _train(job: TrainingJob, progress: Any, resume: str | None, doing: _Doing) -
 
     doing.begin(OPENING)
     sharded = prepare_sharded_loading(training, world_size=context.get_world_size())  # in force while it is referenced
-    model = completion_model(job.model, training, seed=job.seed)
+    model = kept.completion_model(job.model, training, seed=job.seed)
     tokenizer = load_tokenizer(job.model)
     doing.begin(READING)
     task = _task(run, job, tokenizer)
@@ -96,7 +115,7 @@ def _train(job: TrainingJob, progress: Any, resume: str | None, doing: _Doing) -
     del sharded
 
     task.begin(engine)
-    start, history = _restore(engine, task, job, resume)
+    start, history = _restore(engine, task, run, job)
     pace = Pace(
         start=start,
         total=total,
@@ -133,7 +152,7 @@ def _train(job: TrainingJob, progress: Any, resume: str | None, doing: _Doing) -
                 history.append({"step": step, **evaluated})
                 if display is not None:
                     display.events.add(step, evaluated)
-                _checkpoint(engine, task, step, history)
+                _checkpoint(engine, task, run, job, step, history)
     except (RunawayError, DegenerateRatioError, NonFiniteError) as error:
         return str(error)
     finally:
@@ -143,7 +162,9 @@ def _train(job: TrainingJob, progress: Any, resume: str | None, doing: _Doing) -
     final = task.evaluate()
     doing.begin("writing the model")
     _export(engine, run, job, tokenizer, {"inputs": job.inputs, "steps": total, "heldout": final, "history": history})
-    _checkpoint(engine, task, total, history)
+    _checkpoint(engine, task, run, job, total, history)
+    engine.close()
+    kept.take_back(model, training)
     return None
 
 
@@ -176,83 +197,42 @@ def _task(run: Run, job: TrainingJob, tokenizer: Any) -> Task:
     return (PreferenceTask if isinstance(job.training, PolicyTraining) else SupervisedTask)(run, job, tokenizer)
 
 
-def completion_model(path: str, training: Training, *, seed: int) -> CompletionModel:
-    """The model that a run trains, and beside it what it was, where the run compares with that."""
-    model = load_trainable(path, training, seed=seed)
-    if not keeps_lagged(training):
-        return CompletionModel(model)
-    if _lora(training) is None:
-        return LaggedModel(model, load_model(path, precision=training.precision))
-    add_lagged_adapter(model)
-    return LaggedModel(model)
-
-
-def load_trainable(path: str, training: Training, *, seed: int) -> Any:
-    """Open the model that a run trains: all its weights, or LoRA adapters whose start the seed alone decides.
-
-    The model's own dropout is off where a policy is compared with a reference, unless that is asked for; LoRA's stays.
-    """
-    model: Any = load_model(path, precision=training.precision, without_dropout=not _has_dropout(training))
-    if training.gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    lora = _lora(training)
-    if lora is None:
-        return model
-    torch.manual_seed(seed)
-    how: dict[str, Any] = {
-        "rank": lora.rank,
-        "alpha": lora.alpha,
-        "dropout": lora.dropout,
-        "target_modules": lora.target_modules,
-    }
-    return get_peft_model(model, lora_config(model, **how))
-
-
-def _has_dropout(training: Training) -> bool:
-    return not isinstance(training, PolicyTraining | ConstrainedTraining) or training.model_dropout
-
-
-def _lora(training: Training) -> Lora | None:
-    return training.lora if isinstance(training, PolicyTraining | ConstrainedTraining) else None
-
-
-def _restore(
-    engine: DeepSpeedEngine, task: Task, job: TrainingJob, resume: str | None
-) -> tuple[int, list[dict[str, float]]]:
-    """The step and history of the last checkpoint, loaded. resume: the one to take where Ray Train knows of none"""
-    checkpoint = ray.train.get_checkpoint() or (resume and ray.train.Checkpoint(resume))
-    if not checkpoint:
+def _restore(engine: DeepSpeedEngine, task: Task, run: Run, job: TrainingJob) -> tuple[int, list[dict[str, float]]]:
+    """The step and history of the last checkpoint, loaded. Rank 0 says which it is."""
+    node = broadcast_from_rank_zero(newest_checkpoint(run, job) if engine.rank == 0 else None)
+    if node is None:
         return 0, []
     remedy = (
         f"Or delete {job.run_root}/{job.directory} to train {job.name!r} again from the start; everything else in the "
         "run is kept."
     )
-    with checkpoint.as_directory() as directory:
-        try:
-            step = engine.load(Path(directory))
-            task.load(Path(directory) / TAG)
-            history = json.loads((Path(directory) / "history.json").read_text())
-        except (ValueError, FileNotFoundError) as error:
-            raise CheckpointError(f"the checkpoint {directory} cannot be loaded: {error}. {remedy}") from error
-        except CheckpointError as error:
-            raise CheckpointError(f"{error} {remedy}") from error
-        return step, history
+    directory = run.fetch(node)
+    try:
+        step = engine.load(directory)
+        task.load(directory / TAG)
+        history = json.loads((directory / MARK).read_text())
+    except (ValueError, FileNotFoundError) as error:
+        raise CheckpointError(f"the checkpoint {directory} cannot be loaded: {error}. {remedy}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {remedy}") from error
+    return step, history
 
 
-def _checkpoint(engine: DeepSpeedEngine, task: Task, step: int, history: list[dict[str, float]]) -> None:
-    """Every worker saves its part and reports it; Ray Train merges the parts into one checkpoint."""
-    with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / TAG).mkdir()
-        task.save(Path(directory) / TAG)
-        engine.save(Path(directory), step=step)
+def _checkpoint(
+    engine: DeepSpeedEngine, task: Task, run: Run, job: TrainingJob, step: int, history: list[dict[str, float]]
+) -> None:
+    """Every worker saves its part. Collective."""
+    with new_checkpoint(run, job, step, rank=engine.rank, barrier=barrier) as directory:
+        (directory / TAG).mkdir()
+        task.save(directory / TAG)
+        engine.save(directory, step=step)
         if engine.rank == 0:
-            (Path(directory) / "history.json").write_text(json.dumps(history))
-        ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(directory))
+            (directory / MARK).write_text(json.dumps(history))
 
 
 def _export(engine: DeepSpeedEngine, run: Run, job: TrainingJob, tokenizer: Any, record: dict[str, Any]) -> None:
     """Write the trained weights where plain transformers or PEFT load them. Collective; rank 0 writes."""
-    adapted = _lora(job.training) is not None
+    adapted = lora_of(job.training) is not None
     state = engine.full_state(trained_only=adapted)
     if engine.rank != 0:
         return

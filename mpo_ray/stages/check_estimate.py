@@ -14,7 +14,7 @@ import ray
 import torch
 from peft import get_peft_model
 
-from mpo_ray.cluster.train import num_side_by_side
+from mpo_ray.cluster.training_room import num_side_by_side
 from mpo_ray.config import RunConfig
 from mpo_ray.config_training import Workers
 from mpo_ray.data.lengths import TableLengths

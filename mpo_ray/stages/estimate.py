@@ -164,12 +164,12 @@ def training_seconds(
     step: float,
     forward: float,
 ) -> float:
-    """Time of `jobs` trainings alike. train_tokens: of all steps of one; heldout_tokens: of all its evaluations.
+    """Time of `jobs` trainings alike, by workers that start once.
 
-    step, forward: seconds per token
+    train_tokens: of all steps of one; heldout_tokens: of all its evaluations; step, forward: seconds per token
     """
     work = train_tokens * step + heldout_tokens * forward
-    return rounds(jobs, at_a_time) * (TRAINING_START_S + work / num_workers)
+    return TRAINING_START_S + rounds(jobs, at_a_time) * work / num_workers
 
 
 def actor_seconds(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mpo_ray.cluster.train_worker import load_trainable
+from mpo_ray.cluster.trainable import load_trainable
 from mpo_ray.config_training import PolicyTraining, SupervisedTraining, Training
 from mpo_ray.decoding.sampler import MixtureSampler, Room, sampling_recipe
 from mpo_ray.policies.ensemble import Sequences, sequence_logprobs

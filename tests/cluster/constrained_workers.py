@@ -18,7 +18,7 @@ import torch.distributed as dist
 from mpo_ray.cluster.checkpoints import TAG
 from mpo_ray.cluster.constrained_task import ConstrainedTask
 from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine, prepare_sharded_loading
-from mpo_ray.cluster.train_worker import completion_model
+from mpo_ray.cluster.trainable import KeptBase
 from mpo_ray.config_training import ConstrainedTraining
 from mpo_ray.training.constrained import Problem
 from mpo_ray.training.lagged import LaggedModel
@@ -69,7 +69,7 @@ def problem_of(case: str) -> Problem:
 def run_case(case: str, base: str, out: Path, *, resumed: bool) -> None:
     training, rank = training_of(case), dist.get_rank()
     sharded = prepare_sharded_loading(training, world_size=WORLD)
-    model = completion_model(base, training, seed=0)
+    model = KeptBase().completion_model(base, training, seed=0)
     del sharded
     engine = DeepSpeedEngine(model, training, total_steps=STEPS, device=torch.device("cpu"))
     task = ConstrainedTask(training, problem_of(case), TRAIN, HELDOUT, pad_id=0)

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from mpo_ray.cluster.constrained_task import ConstrainedTask
 from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine
 from mpo_ray.cluster.tasks import PreferenceTask, SupervisedTask, Task
-from mpo_ray.cluster.train_worker import completion_model
+from mpo_ray.cluster.trainable import KeptBase
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.run import Run
 from mpo_ray.training.loop import NonFiniteError, train
@@ -87,7 +87,10 @@ def job_of(
 def take_step(run: Run, job: TrainingJob) -> tuple[float, torch.Tensor]:
     """The loss of a step over all workers, and its gradient as the optimiser gets it (ZeRO 0, nothing clipped)."""
     engine = DeepSpeedEngine(
-        completion_model(job.model, job.training, seed=0), job.training, total_steps=4, device=torch.device("cpu")
+        KeptBase().completion_model(job.model, job.training, seed=0),
+        job.training,
+        total_steps=4,
+        device=torch.device("cpu"),
     )
     kind = {"sft": SupervisedTask, "mopo": ConstrainedTask.of_job}.get(job.name, PreferenceTask)
     task: Task = kind(run, job, tiny_tokenizer())

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpo_ray.cluster.train_worker import load_trainable
+from mpo_ray.cluster.trainable import load_trainable
 from mpo_ray.policies.loading import load_model
 from mpo_ray.training.order import batch_indices
 from tests.cluster.constrained_workers import CASES, HELDOUT, STEPS, TRAIN, WORLD, problem_of, training_of

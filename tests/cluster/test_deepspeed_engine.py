@@ -1,6 +1,5 @@
 """The DeepSpeed engine: every ZeRO stage takes the same steps as plain AdamW, and a checkpoint continues them."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +7,14 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from mpo_ray.cluster.checkpoints import SNAPSHOT, CheckpointError, check_checkpoint, checkpoint_to_resume
+from mpo_ray.cluster.checkpoints import MARK, CheckpointError, check_checkpoint, new_checkpoint, newest_checkpoint
 from mpo_ray.cluster.deepspeed_engine import (
     DeepSpeedEngine,
     deepspeed_config,
     prepare_sharded_loading,
 )
-from mpo_ray.cluster.train_worker import _export, load_trainable
+from mpo_ray.cluster.train_worker import _export
+from mpo_ray.cluster.trainable import load_trainable
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.config_training import PolicyTraining
 from mpo_ray.policies.loading import load_model, load_tokenizer
@@ -193,25 +193,61 @@ def test_a_trained_model_vouches_for_each_of_its_files(base: str, tmp_path: Path
             assert not is_trained(run, job), name
 
 
-def test_a_damaged_record_of_ray_train_costs_nothing(base: str, tmp_path: Path) -> None:
-    """The newest whole checkpoint is taken, and the record removed, so that Ray Train begins one that it can read."""
+class _Barrier:
+    """One at which this worker dies, after some that it passes."""
+
+    def __init__(self, passes: int) -> None:
+        self._left = passes
+
+    def __call__(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise KeyboardInterrupt
+
+
+def _save(run: Run, job: TrainingJob, engine: DeepSpeedEngine, step: int, barrier: _Barrier | None = None) -> None:
+    with new_checkpoint(run, job, step, rank=0, barrier=barrier or _Barrier(2)) as directory:
+        engine.save(directory, step=step)
+        (directory / MARK).write_text("[]")
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_checkpoint_that_was_being_written_is_passed_over(base: str, tmp_path: Path, elsewhere: bool) -> None:
+    """Its mark is missing: the one before it is taken. The last two that are finished are kept."""
+    run = Run(f"memory://{tmp_path}" if elsewhere else str(tmp_path), "run")
+    job, engine = _job(run, base), _engine(base, _training())
+    newest = f"{job.directory}/checkpoint_step_000000"
+    assert newest_checkpoint(run, job) is None
+    for step in (9, 10, 11):
+        _save(run, job, engine, step)
+    assert {node.removeprefix(newest)[:2] for node in run.files(job.directory)} == {"10", "11"}
+    assert newest_checkpoint(run, job) == f"{newest}11"
+    assert _engine(base, _training()).load(run.fetch(f"{newest}11")) == 11
+    with pytest.raises(KeyboardInterrupt):
+        _save(run, job, engine, 12, barrier=_Barrier(1))
+    assert run.files(f"{newest}12/state")
+    assert newest_checkpoint(run, job) == f"{newest}11"
+    _save(run, job, engine, 12)
+    assert newest_checkpoint(run, job) == f"{newest}12"
+    assert not [node for node in run.files("") if ".partial-" in node]
+
+
+def test_the_checkpoints_of_an_earlier_version_are_gone_on_from(base: str, tmp_path: Path) -> None:
+    """Ray Train wrote them, without a mark that came last: the newest whole one counts, until there is one of ours."""
     run = Run(str(tmp_path), "run")
     job = _job(run, base)
     place = run.local / job.directory
     engine = _engine(base, _training())
-    for step in (1, 2, 3):
-        engine.save(place / f"checkpoint_2026-11-30_12-00-0{step}.000000", step=step)
-    newest = place / "checkpoint_2026-11-30_12-00-03.000000" / "state"
+    names = [f"checkpoint_2026-11-30_12-00-0{step}.000000" for step in (1, 2, 3)]
+    for step, name in enumerate(names):
+        engine.save(place / name, step=step)
+        (place / name / MARK).write_text("[]")
+    (place / "checkpoint_manager_snapshot.json").write_text("damaged")
+    newest = place / names[2] / "state"
     max(newest.iterdir(), key=lambda path: path.stat().st_size).unlink()  # it was being uploaded
-    names = [f"checkpoint_2026-11-30_12-00-0{step}.000000" for step in (1, 2)]
-    whole = json.dumps({"checkpoint_results": [{"checkpoint_dir_name": name, "metrics": {}} for name in names]})
-    (place / SNAPSHOT).write_text(whole)
-    assert checkpoint_to_resume(run, job) is None
-    assert (place / SNAPSHOT).exists()
-    for damaged in (whole[: len(whole) // 2], "", "[]", whole.replace("00-01", "00-09")):
-        (place / SNAPSHOT).write_text(damaged)
-        assert checkpoint_to_resume(run, job) == str(place / names[1])
-        assert not (place / SNAPSHOT).exists()
+    assert newest_checkpoint(run, job) == f"{job.directory}/{names[1]}"
+    _save(run, job, engine, 3)
+    assert newest_checkpoint(run, job) == f"{job.directory}/checkpoint_step_00000003"
 
 
 def test_exported_weights_are_the_trained_ones_at_every_stage(base: str, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mpo_ray.cluster.train_worker import completion_model
+from mpo_ray.cluster.trainable import KeptBase
 from mpo_ray.config_training import ConstrainedTraining
 from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.constrained import token_batch
@@ -21,7 +21,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def _model(base: str, **changes: object) -> CompletionModel:
     values = {"method": "online", "lag": 3, "lora": {"rank": 4, "dropout": 0.5}}
-    return completion_model(base, ConstrainedTraining.model_validate({**values, **changes}), seed=0)
+    return KeptBase().completion_model(base, ConstrainedTraining.model_validate({**values, **changes}), seed=0)
 
 
 @pytest.mark.parametrize("lora", [{"rank": 4, "dropout": 0.5}, None])

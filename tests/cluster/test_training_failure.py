@@ -31,11 +31,12 @@ ROOM = 600 * 2**20
 VOCABULARY = 200_000
 
 
-def _on_worker(values: dict[str, Any]) -> str | None:
+def _on_worker(values: dict[str, Any]) -> None:
     """By the name of the job: run out of memory for real, be killed, or end after the others have failed."""
-    from mpo_ray.cluster.train_worker import train_worker
+    from mpo_ray.cluster.train_worker import train_on_worker
 
-    name, root = values["job"]["name"], Path(values["job"]["run_root"])
+    name = ray.get(values["board"].take.remote(values["group"], values["kind"]))
+    root = Path(values["jobs"][name]["run_root"])
     if name == "greedy":
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, taken + ROOM))
@@ -48,7 +49,7 @@ def _on_worker(values: dict[str, Any]) -> str | None:
         ):
             time.sleep(0.2)
         (root / "free.json").write_text(json.dumps(ray.available_resources().get("CPU")))
-    return train_worker(values)
+    train_on_worker(values)
 
 
 @pytest.mark.slow

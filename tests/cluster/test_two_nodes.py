@@ -35,7 +35,7 @@ def test_two_workers_on_two_nodes_train_a_policy(two_nodes: tuple[Path, dict]) -
     record = json.loads((run / "policies" / "concise" / "training.json").read_text())
     assert record["heldout"]["loss"] < 0.6931
     assert (run / "policies" / "concise" / "adapter_model.safetensors").is_file()
-    [checkpoint] = list(run.glob("training/concise-*/checkpoint_2*"))
+    [checkpoint] = list(run.glob("training/concise-*/checkpoint_*"))
     assert {path.name for path in checkpoint.glob("digests-*")} == {"digests-0.json", "digests-1.json"}
 
 

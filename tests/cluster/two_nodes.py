@@ -41,7 +41,7 @@ def main(storage: Path) -> None:
     _train(
         run, config, "detailed", lora=None, loss="ipo", zero_stage=3, learning_rate=1e-4, gradient_checkpointing=True
     )
-    [checkpoint] = run.local.glob("training/concise-*/checkpoint_2*")
+    [checkpoint] = run.local.glob("training/concise-*/checkpoint_*")
     victim = checkpoint / "state" / "mp_rank_00_model_states.pt"
     victim.write_bytes(victim.read_bytes()[:100])
     damaged = None

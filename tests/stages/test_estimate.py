@@ -56,11 +56,11 @@ def test_a_checkpoint_has_what_is_trained_its_moments_and_its_fp32_copy() -> Non
 
 
 def test_jobs_that_have_no_room_beside_each_other_take_turns() -> None:
-    """Three jobs, two at a time: two rounds of start and work, which both workers share."""
+    """Three jobs, two at a time: one start, and two rounds of work, which both workers share."""
     found = estimate.training_seconds(
         3, 2, train_tokens=1000, heldout_tokens=100, num_workers=2, step=0.02, forward=0.001
     )
-    assert found == 2 * (35.0 + (20.0 + 0.1) / 2)
+    assert found == 35.0 + 2 * (20.0 + 0.1) / 2
     tokens = {"forward_tokens": 1000, "decoded_tokens": 20, "decoded_steps": 3}
     assert estimate.actor_seconds(**tokens, num_actors=3, speeds=SPEEDS) == 12.0 + (1.0 + 2.0 + 3.0) / 3
 

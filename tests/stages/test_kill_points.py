@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from mpo_ray import run_lock
-from mpo_ray.cluster.checkpoints import SNAPSHOT
+from mpo_ray.cluster.checkpoints import MARK
 from mpo_ray.cluster.training_job import TrainingJob, checkpoint_directory
 from mpo_ray.config_training import PolicyTraining
 from mpo_ray.records import digest
@@ -131,7 +131,7 @@ OUTPUTS = {
     "fit": ["fit.json", "trade_off.json"],
     "mix": ["mixture"],
 }
-CHECKPOINT = (SNAPSHOT, "checkpoint_1/digests-0.json", "checkpoint_1/state/weights.pt")
+CHECKPOINT = ("checkpoint_step_1/digests-0.json", "checkpoint_step_1/state/weights.pt", f"checkpoint_step_1/{MARK}")
 WORK = {"data": _write_data, "policies": _train, "fit": _fit, "mix": _mix}
 
 

@@ -143,7 +143,10 @@ def test_a_run_killed_in_training_and_evaluation_ends_with_the_weights_of_an_unb
     run = tiny_run.without(finished_run, tmp_path, "positive", scored=True)
 
     def in_training() -> bool:
-        return any(run.glob("training/positive-*/checkpoint_2*")) and not (run / "policies" / "positive").exists()
+        return (
+            any(run.glob("training/positive-*/checkpoint_*/history.json"))
+            and not (run / "policies" / "positive").exists()
+        )
 
     def in_evaluation() -> bool:
         return 0 < len(list(run.glob("evaluation/parts/*.parquet"))) < 64

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers import AutoModelForCausalLM as Auto
 
-from mpo_ray.cluster.train_worker import load_trainable
+from mpo_ray.cluster.trainable import load_trainable
 from mpo_ray.config_training import ConstrainedTraining, PolicyTraining, SupervisedTraining, Training
 from mpo_ray.data.tokens import collate
 from mpo_ray.policies.dropout import config_without_dropout, restore_dropout

@@ -1,0 +1,81 @@
+"""How many groups of workers train side by side: as many as there is room for, where that is worth their start."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+
+import ray
+
+from mpo_ray.cluster.progress import Report
+from mpo_ray.config_training import Workers
+from mpo_ray.training.pace import SECONDS_LEFT
+
+#: Seconds of trainings that wait, from which on another group is started for them: its start takes some 20 s of a
+#: processor, and of the clock.
+WORTH_S = 60.0
+#: How long the others wait, seconds, for a training of theirs to tell its pace.
+PATIENCE_S = 30.0
+
+
+class Outlook:
+    """How long the trainings of one kind that wait would take, by what those at work say of their steps."""
+
+    def __init__(self) -> None:
+        self._each: float | None = None  # seconds of a training
+        self._told: dict[str, int] = {}
+        self._since: float | None = None
+
+    def begin(self) -> None:
+        """Some training is at work."""
+        self._since = time.monotonic() if self._since is None else self._since
+
+    def hear(self, told: Report) -> None:
+        """Take a report of steps. The first one of a training says nothing of the pace: its first step is slower."""
+        if told.task in self._told and self._told[told.task] < told.done < told.total:
+            self._each = told.figures[SECONDS_LEFT] / (told.total - told.done) * told.total
+        self._told[told.task] = told.done
+
+    def is_worth(self, num_waiting: int) -> bool:
+        """Whether another group should be started for so many trainings."""
+        if self._each is not None:
+            return num_waiting * self._each > WORTH_S
+        return self._since is not None and time.monotonic() - self._since > PATIENCE_S
+
+
+def num_side_by_side(workers: Workers) -> int:
+    """How many groups of these workers the cluster holds at once, by its total of CPUs and GPUs."""
+    return num_that_fit(workers, ray.cluster_resources())
+
+
+def num_free(workers: Workers) -> int:
+    """How many groups of these workers find their CPUs and GPUs free now."""
+    return num_that_fit(workers, ray.available_resources())
+
+
+def num_that_fit(workers: Workers, resources: Mapping[str, float]) -> int:
+    """How many groups of these workers take no more than so many CPUs and GPUs."""
+    return min(
+        math.floor(float(resources.get(kind, 0.0)) / (amount * workers.num_workers) + 1e-9)
+        for kind, amount in needs(workers).items()
+    )
+
+
+def needs(workers: Workers) -> dict[str, float]:
+    """What each of these workers takes, by the kind of resource."""
+    return {"CPU": workers.cpus_per_worker, **({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})}
+
+
+def start_of(workers: Workers) -> str:
+    """What a group waits for that has not said anything yet: resources, or the start of its workers."""
+    wanted = needs(workers)
+    groups = ray.util.placement_group_table().values()
+    if not any(g["state"] == "PENDING" and wanted in map(dict, g["bundles"].values()) for g in groups):
+        return "starting its worker" if workers.num_workers == 1 else f"starting its {workers.num_workers} workers"
+    total, free = ray.cluster_resources(), ray.available_resources()
+    need = [
+        f"{amount * workers.num_workers:g} {kind} ({free.get(kind, 0.0):g} of {total.get(kind, 0.0):g} free)"
+        for kind, amount in wanted.items()
+    ]
+    return f"waiting for {' and '.join(need)}"
