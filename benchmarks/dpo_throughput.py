@@ -32,9 +32,9 @@ from shared_material import find_testbed
 
 from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine
 from mpo_ray.config_training import PolicyTraining
+from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.policies.ensemble import sequence_logprobs
 from mpo_ray.policies.loading import load_model, load_rendering, load_tokenizer
-from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.loop import train
 from mpo_ray.training.order import batch_indices
 from mpo_ray.training.preference import Pair, preference_loss

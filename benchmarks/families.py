@@ -30,13 +30,13 @@ from mpo_ray.decoding.open_engine import open_engine, runner_of
 from mpo_ray.decoding.protocol import Delta, GenerationRequest, Sampling
 from mpo_ray.decoding.sequence_runner import SequenceRunner
 from mpo_ray.policies.artefact import write_artefact
+from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import ModelError, load_tokenizer
 from mpo_ray.policies.mixture import MixtureForCausalLM, mixture_of
 from mpo_ray.records import REFERENCE
 from mpo_ray.run_file import load_config
 from mpo_ray.stages.check_model import check_reference
-from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.local_engine import LocalEngine
 from mpo_ray.training.preference import Pair, preference_loss
 

@@ -16,8 +16,8 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from mpo_ray.cluster.checkpoints import TAG, CheckpointError, check_checkpoint
 from mpo_ray.config_training import Training
+from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.run import file_digest
-from mpo_ray.training.completion_model import CompletionModel
 
 
 def deepspeed_config(training: Training, *, world_size: int) -> dict[str, Any]:

@@ -8,9 +8,9 @@ import torch
 from peft import get_peft_model
 
 from mpo_ray.config_training import ConstrainedTraining, Lora, PolicyTraining, Training
+from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.policies.loading import load_model
 from mpo_ray.policies.lora_targets import lora_config
-from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.lagged import LaggedModel, add_lagged_adapter, keeps_lagged
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from mpo_ray.policies.adapters import AdapterStack
-from mpo_ray.policies.block_attention import KVCache, Layout, Segment, reading
+from mpo_ray.policies.block_attention import BlockLayout, KVCache, Segment
 from mpo_ray.policies.block_reads import singles_of, stretch_of
-from mpo_ray.policies.block_support import NotInBlocksError, blocks_refusal
 from mpo_ray.policies.kv_blocks import BlockPool, Row
 from mpo_ray.policies.packed_linear import can_pack, only_called, pack_linears
+from mpo_ray.policies.ragged_attention import NotInBlocksError, blocks_refusal, laid_out, ragged_inputs
 from mpo_ray.policies.short_norm import shorten_norms
 from mpo_ray.policies.short_windows import short_windows
 from mpo_ray.records import REFERENCE
@@ -173,22 +173,16 @@ class Branch:
             )
             for i, found in several.items()
         ]
-        layout = Layout(
+        layout = BlockLayout(
             self.cache,
             self._index(places),
             singles_of(single_rows, lengths, self.cache.num_tokens, self._device) if singles else None,
             self._index(singles) if segments else None,
             segments,
         )
-        inputs = {
-            "input_ids": self._index(tokens)[None],
-            "position_ids": self._index(positions)[None],
-            # transformers hands a mask of four dimensions through as it is; here it keeps it from building one
-            "attention_mask": torch.empty(1, 1, 1, 1, device=self._device),
-            "use_cache": False,
-        }
-        with self._groups(work, pieces), reading(self._model, layout):
-            states: Tensor = self._model.get_decoder()(**inputs).last_hidden_state[0]
+        inputs = ragged_inputs(self._index(tokens), self._index(positions))
+        with self._groups(work, pieces), laid_out(self._model, layout):
+            states: Tensor = self._model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0]
         return states if len(ends) == len(states) else states[self._index(ends)]
 
     @contextmanager

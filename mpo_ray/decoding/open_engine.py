@@ -13,11 +13,11 @@ from mpo_ray.decoding.engine import PROMPT_TOKENS, MixtureEngine
 from mpo_ray.decoding.need import check_pool
 from mpo_ray.decoding.runner import MixtureRunner
 from mpo_ray.decoding.sequence_runner import SequenceRunner
-from mpo_ray.policies.block_support import NotInBlocksError
 from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.policies.precision import AUTO, PRECISIONS, resolve
+from mpo_ray.policies.ragged_attention import NotInBlocksError
 
 logger = logging.getLogger(__name__)
 

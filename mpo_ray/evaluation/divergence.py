@@ -12,8 +12,8 @@ from torch import Tensor
 from mpo_ray.data.tokens import TokenBatch, collate, shared_prompts
 from mpo_ray.maths.log_linear import log_normalizer
 from mpo_ray.maths.sequence_logprob import sequence_kl, sum_over_completions, token_logprobs
+from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.policies.mixture import MixtureForCausalLM
-from mpo_ray.training.completion_model import CompletionModel
 
 #: (prompt ids, completion ids)
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]

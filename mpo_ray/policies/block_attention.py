@@ -8,9 +8,7 @@ the parts of a row are attended to apart, and put together by their softmax sums
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,13 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from mpo_ray.policies.block_reads import Part, Singles, Stretch
 from mpo_ray.policies.kv_blocks import BLOCK_TOKENS
 
-NAME = "mpo_ray_blocks"
 #: Alignment of a pool's memory, bytes.
 ALIGNED = 64
 #: Rows of a part that are multiplied one by one: more are copied, which takes less time than as many calls.
@@ -93,7 +88,7 @@ class Segment:
 
 
 @dataclass(slots=True)
-class Layout:
+class BlockLayout:
     """Where each of the N tokens of a pass belongs.
 
     places: (N,) in the pool
@@ -113,50 +108,30 @@ class Layout:
             self._masks[key] = make()
         return self._masks[key]
 
-
-_LAYOUT: ContextVar[Layout | None] = ContextVar("block_layout", default=None)
-
-
-@contextmanager
-def reading(model: Any, layout: Layout) -> Iterator[None]:
-    """Passes of the model lie as `layout` says while the block runs; before and after it has its own attention."""
-    config = model.config.get_text_config()
-    own, config._attn_implementation = config._attn_implementation, NAME
-    token = _LAYOUT.set(layout)
-    try:
-        yield
-    finally:
-        _LAYOUT.reset(token)
-        config._attn_implementation = own
-
-
-def _block_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """query, key: (1, heads or key heads, N, d); value: (1, key heads, N, d_v). Returns (1, N, heads, d_v)."""
-    layout = _LAYOUT.get()
-    if layout is None:
-        raise RuntimeError(f"the attention {NAME} was called outside `reading`")
-    keys, values = layout.cache.layer(module.layer_idx, key, value)
-    for room, new in ((keys, key), (values, value)):
-        room.index_copy_(0, layout.places, new[0].transpose(0, 1))
-    queries = query[0].transpose(0, 1)  # (N, heads, d)
-    read = _Read(layout, keys, values, sliding_window, _Attend(scaling, softcap))
-    found: list[tuple[Tensor | None, Tensor]] = []
-    if layout.singles is not None:
-        chosen = queries if layout.single_tokens is None else queries[layout.single_tokens]
-        found.append((layout.single_tokens, read.singles(layout.singles, chosen)))
-    for number, segment in enumerate(layout.segments):
-        found.append((segment.tokens.flatten(), read.segment(number, segment, queries)))
-    return _in_order(found, queries, values.shape[-1])[None], None
+    def attend(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        **how: Any,
+    ) -> Tensor:
+        """As `ragged_attention.Layout.attend`: write keys and values to their places, and read what the rows hold."""
+        keys, values = self.cache.layer(module.layer_idx, key, value)
+        for room, new in ((keys, key), (values, value)):
+            room.index_copy_(0, self.places, new[0].transpose(0, 1))
+        queries = query[0].transpose(0, 1)  # (N, heads, d)
+        read = _Read(self, keys, values, sliding_window, _Attend(scaling, softcap))
+        found: list[tuple[Tensor | None, Tensor]] = []
+        if self.singles is not None:
+            chosen = queries if self.single_tokens is None else queries[self.single_tokens]
+            found.append((self.single_tokens, read.singles(self.singles, chosen)))
+        for number, segment in enumerate(self.segments):
+            found.append((segment.tokens.flatten(), read.segment(number, segment, queries)))
+        return _in_order(found, queries, values.shape[-1])[None]
 
 
 def _in_order(found: Sequence[tuple[Tensor | None, Tensor]], queries: Tensor, size: int) -> Tensor:
@@ -173,7 +148,7 @@ def _in_order(found: Sequence[tuple[Tensor | None, Tensor]], queries: Tensor, si
 class _Read:
     """What a layer reads in a pass. keys, values: (tokens of the pool, key heads, d and d_v)"""
 
-    layout: Layout
+    layout: BlockLayout
     keys: Tensor
     values: Tensor
     window: int | None
@@ -314,7 +289,3 @@ class _Attend:
         """cap(Q K · scaling) in float32. size: d"""
         scores = products.float() * (size**-0.5 if self.scaling is None else self.scaling)
         return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
-
-
-AttentionInterface.register(NAME, _block_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -14,11 +14,11 @@ import torch
 
 from mpo_ray.data.tokens import collate, shared_prompts
 from mpo_ray.policies.adapters import AdapterStack
+from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.policies.loading import is_adapter, load_model
 from mpo_ray.policies.lora_file import check_stackable
 from mpo_ray.policies.precision import resolve
 from mpo_ray.records import REFERENCE
-from mpo_ray.training.completion_model import CompletionModel
 
 #: (prompt ids, completion ids)
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]

@@ -22,15 +22,15 @@ from mpo_ray.maths.log_linear import mix_logprobs
 from mpo_ray.policies.adapters import AdapterStack, repeat_rows
 from mpo_ray.policies.apart import ApartCache
 from mpo_ray.policies.artefact import check_artefact, policy_path, reference_path
-from mpo_ray.policies.block_support import carries_states
 from mpo_ray.policies.cache import CachePart, MixtureCache, growing_cache
+from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.policies.own_cache import keeps_its_cache
 from mpo_ray.policies.precision import PRECISIONS
+from mpo_ray.policies.ragged_attention import carries_states
 from mpo_ray.records import REFERENCE, check_weights
-from mpo_ray.training.completion_model import CompletionModel
 
 
 class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]

@@ -14,9 +14,9 @@ from mpo_ray.config import RunConfig
 from mpo_ray.config_training import Lora
 from mpo_ray.data.rendering import Rendering
 from mpo_ray.data.text_tokens import RenderingError, UnknownIdError
-from mpo_ray.policies.block_support import blocks_refusal
 from mpo_ray.policies.loading import ModelError, check_loads, check_model_files, empty_model, load_rendering
 from mpo_ray.policies.lora_targets import lora_targets
+from mpo_ray.policies.ragged_attention import blocks_refusal
 
 #: A conversation that shows what the chat template writes around its messages.
 _PROMPT, _REPLY = ({"role": "user", "content": "a"},), "b"

@@ -28,13 +28,13 @@ from mpo_ray.decoding.open_engine import engine_of
 from mpo_ray.evaluation.divergence import divergences
 from mpo_ray.maths.statistics import bootstrap_means, interval
 from mpo_ray.policies.artefact import policy_path, reference_path
+from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.policies.loading import ModelError, is_adapter, load_model, load_tokenizer
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.policies.plain_model import LABEL, check_new, write_card, written_whole
 from mpo_ray.policies.soup import load_soup, soup_factors
 from mpo_ray.records import decode_prompt, prompt_id
 from mpo_ray.run import Run
-from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.distillation import distillation_loss
 from mpo_ray.training.local_engine import LocalEngine
 from mpo_ray.training.loop import train

@@ -16,12 +16,12 @@ import torch
 from mpo_ray.cluster.trainable import load_trainable
 from mpo_ray.config_training import PolicyTraining, SupervisedTraining, Training
 from mpo_ray.decoding.sampler import MixtureSampler, Room, sampling_recipe
+from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.policies.ensemble import Sequences, sequence_logprobs
 from mpo_ray.policies.loading import load_model
 from mpo_ray.policies.mixture import mixture_of_one
 from mpo_ray.records import REFERENCE
 from mpo_ray.stages.estimate import Speeds
-from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.preference import Pair, preference_loss
 from mpo_ray.training.sft import Example, sft_loss
 

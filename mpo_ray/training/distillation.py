@@ -15,7 +15,7 @@ import torch
 
 from mpo_ray.data.tokens import TokenBatch, collate
 from mpo_ray.maths.sequence_logprob import token_kl
-from mpo_ray.training.completion_model import CompletionModel
+from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.training.sft import Example
 
 

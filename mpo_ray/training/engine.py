@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from mpo_ray.training.completion_model import CompletionModel
+from mpo_ray.policies.completion_model import CompletionModel
 
 
 class Engine(Protocol):

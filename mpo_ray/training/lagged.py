@@ -15,7 +15,7 @@ from torch import nn
 
 from mpo_ray.config_training import ConstrainedTraining, Training
 from mpo_ray.data.tokens import TokenBatch
-from mpo_ray.training.completion_model import CompletionModel
+from mpo_ray.policies.completion_model import CompletionModel
 
 #: Names of the adapter that is trained and of the lagged one.
 TRAINED, LAGGED = "default", "lagged"

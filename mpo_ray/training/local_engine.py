@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import get_scheduler
 
-from mpo_ray.training.completion_model import CompletionModel
+from mpo_ray.policies.completion_model import CompletionModel
 
 #: Gradients longer than this are shortened to it.
 MAX_GRADIENT_NORM = 1.0

@@ -10,7 +10,7 @@ import torch
 
 from mpo_ray.data.tokens import collate
 from mpo_ray.maths.preference_losses import dpo_loss, implicit_reward, ipo_loss
-from mpo_ray.training.completion_model import CompletionModel
+from mpo_ray.policies.completion_model import CompletionModel
 
 
 @dataclass(frozen=True, slots=True)

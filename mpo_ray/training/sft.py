@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mpo_ray.data.tokens import collate
-from mpo_ray.training.completion_model import CompletionModel
+from mpo_ray.policies.completion_model import CompletionModel
 
 
 @dataclass(frozen=True, slots=True)

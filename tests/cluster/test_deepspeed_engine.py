@@ -17,10 +17,10 @@ from mpo_ray.cluster.train_worker import _export
 from mpo_ray.cluster.trainable import load_trainable
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.config_training import PolicyTraining
+from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.policies.loading import load_model, load_tokenizer
 from mpo_ray.run import Run
 from mpo_ray.stages.training import is_trained
-from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.loop import train
 from mpo_ray.training.sft import Example, sft_loss
 from tests.tiny import tiny_llama, tiny_tokenizer

@@ -5,7 +5,7 @@ import torch
 
 from mpo_ray.cluster.trainable import KeptBase
 from mpo_ray.config_training import ConstrainedTraining
-from mpo_ray.training.completion_model import CompletionModel
+from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.training.constrained import token_batch
 from mpo_ray.training.lagged import LaggedModel
 from tests.tiny import tiny_llama, tiny_tokenizer

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from mpo_ray.maths.constrained import ratio
+from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.policies.loading import load_model
 from mpo_ray.run import Run
-from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.constrained import Candidates, cloning_loss, pool_of, token_batch
 from mpo_ray.training.loop import NonFiniteError
 from mpo_ray.training.preference import Pair, preference_loss

@@ -28,7 +28,7 @@ from mpo_ray.cluster.training_board import TrainingBoard
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.cluster.training_room import WORTH_S, Outlook, num_that_fit
 from mpo_ray.config_training import PolicyTraining, Workers
-from mpo_ray.training.completion_model import CompletionModel
+from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.training.sft import Example, sft_loss
 from tests.cluster.small_trainings import small_job, small_run
 from tests.tiny import tiny_llama, tiny_tokenizer

@@ -40,10 +40,10 @@ from transformers import (
 from mpo_ray.decoding.branch import Piece
 from mpo_ray.decoding.need import Need
 from mpo_ray.decoding.runner import MixtureRunner
-from mpo_ray.policies.block_support import NotInBlocksError
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.policies.mixture_config import MixtureConfig
 from mpo_ray.policies.packed_linear import PackedLinear
+from mpo_ray.policies.ragged_attention import NotInBlocksError
 from tests.tiny import TINY_SIZES
 
 SIZES = {**TINY_SIZES, "vocab_size": 40}

@@ -76,7 +76,7 @@ def test_a_model_that_is_not_packed_gives_the_same(
     policies: Ensemble, expected: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where padding goes through the layers, prompts are not shared either."""
-    monkeypatch.setattr("mpo_ray.training.completion_model.enable_packing", lambda model: False)
+    monkeypatch.setattr("mpo_ray.policies.completion_model.enable_packing", lambda model: False)
     found = policies.logprobs([REFERENCE, "keys", "helpful"], SEQUENCES, batch_size=8, pad_id=0)
     for name, values in found.items():
         assert values == pytest.approx(expected[name], abs=1e-4)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mpo_ray.policies.block_attention import KVCache, Layout, _Attend, _Read
+from mpo_ray.policies.block_attention import BlockLayout, KVCache, _Attend, _Read
 from mpo_ray.policies.block_reads import singles_of, stretch_of
 from mpo_ray.policies.kv_blocks import BLOCK_TOKENS, BlockPool, Promise, Row
 
@@ -135,7 +135,7 @@ def test_attention_is_that_of_plain_tensors(name: str, softcap: float | None, wi
     keys, values = (torch.randn(NUM_BLOCKS * BLOCK_TOKENS, HEADS, SIZE, generator=generator) for _ in range(2))
     queries = torch.randn(len(rows), HEADS * GROUP, SIZE, generator=generator)
     singles = singles_of(rows, lengths, len(keys), torch.device("cpu"))
-    layout = Layout(KVCache(NUM_BLOCKS), torch.empty(0), singles, None, [])
+    layout = BlockLayout(KVCache(NUM_BLOCKS), torch.empty(0), singles, None, [])
     read = _Read(layout, keys, values, window, _Attend(0.5, softcap))
     found = read.singles(singles, queries)
     for row, length, query, answer in zip(rows, lengths, queries, found, strict=True):

@@ -9,8 +9,8 @@ import torch
 from mpo_ray.maths.constrained import ratio
 from mpo_ray.maths.partition import effective_sample_size
 from mpo_ray.maths.robust import robust_bound
+from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.policies.loading import load_model
-from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.constrained import (
     Candidates,
     Problem,

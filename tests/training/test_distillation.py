@@ -7,10 +7,10 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mpo_ray.maths.sequence_logprob import token_kl
+from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.policies.loading import load_model
 from mpo_ray.stages.distilling import Schooling, _train
 from mpo_ray.training import local_engine
-from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.distillation import distillation_loss
 from mpo_ray.training.local_engine import LocalEngine
 from mpo_ray.training.loop import NonFiniteError

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM as Auto
 from mpo_ray.cluster.trainable import load_trainable
 from mpo_ray.config_training import ConstrainedTraining, PolicyTraining, SupervisedTraining, Training
 from mpo_ray.data.tokens import collate
+from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.policies.dropout import config_without_dropout, restore_dropout
 from mpo_ray.policies.loading import load_model
-from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.preference import Pair, preference_loss
 from tests.tiny import TINY_SIZES
 

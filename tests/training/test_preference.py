@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.policies.loading import load_model
-from mpo_ray.training.completion_model import CompletionModel
 from mpo_ray.training.preference import Pair, preference_loss
 from mpo_ray.training.sft import Example, sft_loss
 from tests.tiny import next_logprobs, tiny_llama, tiny_tokenizer

@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from mpo_ray.data.tokens import collate
-from mpo_ray.training.completion_model import CompletionModel
+from mpo_ray.policies.completion_model import CompletionModel
+from mpo_ray.policies.ragged_attention import NAME
 from tests.tiny import TINY_SIZES, next_logprobs, tiny_config, tiny_tokenizer
 
 Sequences = list[tuple[list[int], list[int]]]
@@ -150,6 +151,6 @@ def test_a_model_that_packs_still_answers_padded_batches_and_saves_as_it_was_loa
     torch.testing.assert_close(found, expected)
     assert torch.equal(generated, as_plain)
     wrapped.save_pretrained(tmp_path)
-    assert "packed" not in (tmp_path / "config.json").read_text()
+    assert NAME not in (tmp_path / "config.json").read_text()
     reopened: PreTrainedConfig = AutoModelForCausalLM.from_pretrained(tmp_path).config
     assert reopened._attn_implementation == "sdpa"

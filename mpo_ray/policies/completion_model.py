@@ -9,7 +9,8 @@ from torch import nn
 
 from mpo_ray.data.tokens import TokenBatch
 from mpo_ray.maths.sequence_logprob import prediction_mask, sequence_logprob
-from mpo_ray.training.packed_attention import enable_packing, packed_inputs
+from mpo_ray.policies.packed_layout import packed_inputs
+from mpo_ray.policies.ragged_attention import enable_packing
 
 
 class CompletionModel(nn.Module):
