@@ -123,7 +123,7 @@ def test_every_stage_is_its_tokens_times_their_seconds() -> None:
     assert seconds == pytest.approx(
         {
             "pairs": 12 + 4800 * 0.001,
-            "policies": 2 * (35 + 2 * 32 * 30 * 0.01 + 16 * 30 * 0.001),
+            "policies": 35 + 2 * (2 * 32 * 30 * 0.01 + 16 * 30 * 0.001),
             "samples": 12 + 3 * 5 * 1.0 + 480 * 0.1 + (2 * 240 + 480) * 0.001,
             "scores": 12 + 2 * (240 + 480) * 0.001,
             "fit": 12 + 5 + 10 * 5 * 1.0 + 1600 * 0.1 + (1600 + 3 * 160 * 5) * 0.001,
