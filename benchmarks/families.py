@@ -22,7 +22,7 @@ import transformers
 from peft import PeftModel
 from torch import Tensor
 
-from benchmarks.family_models import FAMILIES, write_reference
+from benchmarks.family_models import write_reference
 from mpo_ray.cluster.trainable import load_trainable
 from mpo_ray.config_training import PolicyTraining
 from mpo_ray.decoding.engine import MixtureEngine
@@ -32,6 +32,7 @@ from mpo_ray.decoding.sequence_runner import SequenceRunner
 from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.policies.ensemble import Ensemble
+from mpo_ray.policies.families import FAMILIES
 from mpo_ray.policies.loading import ModelError, load_tokenizer
 from mpo_ray.policies.mixture import MixtureForCausalLM, mixture_of
 from mpo_ray.records import REFERENCE
@@ -54,6 +55,7 @@ TOLERANCES = {"first loss": 1e-4, "first loss, bf16": 5e-2, "engine": 1e-4, "gen
 
 #: What is compared, in the order of the table.
 CELLS = ("first loss", "first loss, bf16", "engine", "generate", "sampler")
+NAMES_OF_ALL = [family.name for family in FAMILIES]
 
 
 @dataclass
@@ -71,10 +73,12 @@ class Row:
 
     @property
     def wrong(self) -> list[str]:
-        """What is off by more than its tolerance, or was not reached."""
+        """What is off by more than its tolerance, or was not reached, or is not as the list of families says."""
         if self.refused is not None:
             return []
-        return [cell for cell in CELLS if not self.differences.get(cell, math.nan) <= TOLERANCES[cell]]
+        off = [cell for cell in CELLS if not self.differences.get(cell, math.nan) <= TOLERANCES[cell]]
+        listed = [family.in_blocks for family in FAMILIES if family.name == self.family]
+        return [*off, "decoded otherwise than families.py says"] if self.by_own_cache in listed else off
 
     def as_line(self) -> str:
         if self.refused is not None:
@@ -255,7 +259,7 @@ def write_table(document: Path, rows: Sequence[Row]) -> None:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(FAMILIES))
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(NAMES_OF_ALL))
     parser.add_argument("--write", type=Path, metavar="DOCUMENT")
     given = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
@@ -263,7 +267,7 @@ def main(arguments: list[str]) -> int:
     transformers.logging.disable_progress_bar()
     logging.getLogger("mpo_ray").setLevel(logging.ERROR)
     rows = []
-    for family in given.families or FAMILIES:
+    for family in given.families or NAMES_OF_ALL:
         with tempfile.TemporaryDirectory() as scratch:
             row = try_family(family, Path(scratch))
         print(row.as_line(), flush=True)

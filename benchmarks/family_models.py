@@ -38,7 +38,8 @@ def _made(config: str, *without: str, **changes: Any) -> Any:
     return lambda: getattr(transformers, config)(**values)
 
 
-FAMILIES = {
+#: How to make the configuration of a family's model, by the family's name in `policies.families`.
+CONFIGS = {
     "Llama": _made("LlamaConfig"),
     "Mistral": _made("MistralConfig", **WINDOW),
     "Mixtral": _made("MixtralConfig", **EXPERTS),
@@ -189,7 +190,7 @@ def make_model(family: str) -> Any:
     """A random model, the same at every call. Biases and norms, which begin as 0 and 1, are moved from there."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+        model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.data += 0.2 * torch.randn_like(parameter)

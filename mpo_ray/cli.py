@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_generate.add_generate_arguments(
         add("generate", _generate, "answer a prompt, or a file of prompts, from the mixture", config=False)
     )
+    add("families", _families, "list the families of models that are under test, and how each is run", config=False)
     serve = add("serve", _serve, "serve the mixture behind an OpenAI-compatible URL", config=False)
     serve.add_argument("directory", help="run directory or mixture artefact")
     serve.add_argument("--host")
@@ -222,6 +223,15 @@ def _mix(options: argparse.Namespace) -> int:
     place = str(out.absolute())
     told = {"out": place, "weights": config.weights, "notes": notes}
     print(json.dumps(told) if options.json else "\n".join([*notes, place]))
+    return 0
+
+
+def _families(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from mpo_ray.policies.families import FAMILIES, as_text
+
+    print(json.dumps([asdict(family) for family in FAMILIES]) if options.json else as_text())
     return 0
 
 

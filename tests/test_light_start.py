@@ -13,7 +13,7 @@ from mpo_ray.cli import STAGE_VERBS
 #: What takes seconds to import, and what takes a tenth of one. Help needs neither.
 HEAVY = ("torch", "ray", "transformers", "deepspeed", "peft", "datasets")
 NOTABLE = ("numpy", "scipy", "pandas", "pyarrow", "pydantic", "fsspec", "yaml", "rich")
-VERBS = ("run", "check", "mix", "generate", "serve", *STAGE_VERBS)
+VERBS = ("run", "check", "mix", "generate", "families", "serve", *STAGE_VERBS)
 
 
 def loaded_after(statement: str) -> set[str]:
@@ -35,6 +35,10 @@ print("loaded", *({set(HEAVY + NOTABLE)} & sys.modules.keys()))
 
 def test_the_package_loads_nothing_heavy() -> None:
     assert loaded_after("import mpo_ray") == set()
+
+
+def test_the_list_of_families_loads_nothing_heavy() -> None:
+    assert not loaded_after("from mpo_ray.cli import main; main(['families'])") & {*HEAVY}
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)

@@ -19,11 +19,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from mpo_ray.policies.families import packs
 from mpo_ray.policies.loading import ModelError
 
 NAME = "mpo_ray_ragged"
-#: Architectures whose tokens meet only in attention, and whose attention is plain and causal: those under test.
-PACKED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class Layout(Protocol):
@@ -74,7 +73,7 @@ def enable_packing(causal_lm: Any) -> bool:
     """
     config = causal_lm.config
     plain = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    if config.model_type not in PACKED_TYPES or not plain or getattr(config, "sliding_window", None) is not None:
+    if not packs(config.model_type) or not plain or getattr(config, "sliding_window", None) is not None:
         return False
     if config._attn_implementation == "sdpa":
         base = causal_lm.get_base_model() if hasattr(causal_lm, "get_base_model") else causal_lm

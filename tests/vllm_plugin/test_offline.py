@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mpo_ray.policies.artefact import policy_path, write_artefact
+from mpo_ray.policies.families import FAMILIES
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.run import directory_digest, file_digest
@@ -44,7 +45,7 @@ def open_llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
 
 @pytest.mark.parametrize(
     ("family", "kinds"),
-    [("llama", "aaa"), ("llama", "fff"), ("qwen2", "afa"), ("qwen3", "aaa"), ("gemma3_text", "aaa"), ("gemma2", "aaa")],
+    [(one.model_type, "afa" if one.name == "Qwen2" else "aaa") for one in FAMILIES if one.on_vllm] + [("llama", "fff")],
     ids=lambda value: str(value),
 )
 def test_greedy_tokens_and_log_probabilities_are_the_products(
