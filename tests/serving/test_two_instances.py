@@ -55,6 +55,13 @@ class Instance:
         self.process.kill()
         self.process.wait()
 
+    def lines(self) -> list[str]:
+        return self.said.read_text(encoding="utf-8").splitlines()
+
+    def has_said(self) -> bool:
+        """Whether both its lines are there: the first request may be answered shortly before them."""
+        return len(self.lines()) >= 2
+
     def answers(self) -> bool:
         try:
             headers = {"Authorization": f"Bearer {KEYS[self.name]}"}
@@ -174,7 +181,8 @@ def test_two_instances_never_answer_for_each_other(tmp_path: Path) -> None:
         assert {("/v1/models", 503), ("/v1/models", 401)} <= seen.keys(), seen
 
         for one in instances:
-            holds, serves = one.said.read_text(encoding="utf-8").splitlines()
+            wait_for(one.has_said, 60, f"{one.name} answers, and does not say where", one)
+            holds, serves = one.lines()
             assert re.fullmatch(r"A replica has .* GiB of KV cache: .* tokens of this mixture, .*\.", holds), holds
             assert serves == f"Serving {one.name} at {one.url}/v1 (the API key is in KEY). Stop with Ctrl-C."
             assert one.told.read_text(encoding="utf-8") in ("", "starting Ray\n")  # it says so where that takes long
