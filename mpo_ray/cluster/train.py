@@ -30,6 +30,8 @@ from mpo_ray.config_training import Workers
 from mpo_ray.run import Run, StageError
 
 POLL_S = 0.5
+#: How often the trainings are handed out anew where the process that does it dies.
+MOST_BOARDS = 3
 
 
 class TrainingError(StageError):
@@ -77,11 +79,31 @@ def train_all(jobs: Sequence[TrainingJob], console: Console) -> None:
     One that fails is told at once, and the others go on. Raises TrainingError at the end, with the workers' own
     errors. What the other jobs finished stays.
     """
+    open_jobs = {job.name: job for job in jobs}
+    failed: dict[str, str] = {}
+    for left in reversed(range(MOST_BOARDS)):
+        try:
+            _train_open(open_jobs, failed, console)
+            break
+        except ray.exceptions.RayActorError as error:
+            if not left:
+                text = f"the process that hands out trainings died {MOST_BOARDS} times: {error}"
+                raise TrainingError(text) from error
+            console.print("  the process that hands out trainings died; they go on from their last checkpoints")
+    if failed:
+        causes = "\n".join(f"  {name}: {cause}" for name, cause in failed.items())
+        raise TrainingError(f"training ended early; mended, it goes on from its last checkpoints:\n{causes}")
+
+
+def _train_open(open_jobs: dict[str, TrainingJob], failed: dict[str, str], console: Console) -> None:
+    """Do the open jobs, and take each away that ends; `failed` gets why one ended early.
+
+    Raises RayActorError where the board's process dies, when the trainings at work then have ended.
+    """
+    jobs = list(open_jobs.values())
     kinds = list(dict.fromkeys(job.training.workers for job in jobs))
     of_kind = [{job.name: job for job in jobs if job.training.workers == workers} for workers in kinds]
     board = put_up({kind: list(own) for kind, own in enumerate(of_kind)})
-    open_jobs = {job.name: job for job in jobs}
-    failed: dict[str, str] = {}
     room = max(1, min((num_side_by_side(workers) for workers in kinds), default=1))
     notes: dict[str, str] = {}  # what the workers of a training said last; empty while it takes steps
     groups: dict[Future[None], _Group] = {}
@@ -130,9 +152,6 @@ def train_all(jobs: Sequence[TrainingJob], console: Console) -> None:
                 del groups[future]
                 future.result()
     ray.kill(board)
-    if failed:
-        causes = "\n".join(f"  {name}: {cause}" for name, cause in failed.items())
-        raise TrainingError(f"training ended early; mended, it goes on from its last checkpoints:\n{causes}")
 
 
 def _show(shown: Bars, news: News, notes: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mpo_ray.cluster.progress import Report
 
@@ -65,8 +66,10 @@ class TrainingBoard:
 
 
 def put_up(waiting: Mapping[int, Sequence[str]]) -> Any:
-    """Start a board; returns its actor."""
-    return ray.remote(num_cpus=0)(TrainingBoard).remote({kind: list(names) for kind, names in waiting.items()})
+    """Start a board on the driver's node, with which it ends; returns its actor."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(TrainingBoard)
+    return board.remote({kind: list(names) for kind, names in waiting.items()})
 
 
 def news_of(board: Any) -> News:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,7 @@ from mpo_ray.decoding.runner import MixtureRunner
 from mpo_ray.decoding.sequence_runner import SequenceRunner
 from mpo_ray.policies.cpu import optimize_for_cpu
 from mpo_ray.policies.loading import load_tokenizer
-from mpo_ray.policies.mixture import MixtureForCausalLM
-from mpo_ray.policies.mixture_config import MixtureConfig
+from mpo_ray.policies.mixture import MixtureForCausalLM, mixture_config
 from mpo_ray.policies.precision import AUTO, PRECISIONS, resolve
 from mpo_ray.policies.ragged_attention import NotInBlocksError
 
@@ -44,7 +44,7 @@ def open_engine(
     Raises ModelError, ValueError.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = PRECISIONS[resolve(precision, MixtureConfig.from_pretrained(artefact), device)]
+    dtype = PRECISIONS[resolve(precision, mixture_config(Path(artefact)), device)]
     mixture = MixtureForCausalLM.from_pretrained(artefact, weights=weights, device_map=device, dtype=dtype)
     for branch in mixture.branches:
         optimize_for_cpu(branch)

@@ -123,6 +123,7 @@ class MixtureRunner:
 
     def reserve(self, *, max_num_seqs: int, context: int | None = None, kv_cache_gib: float | None = None) -> None:
         self._max_num_seqs = max_num_seqs
+        self._lanes.clear()  # of requests that an error left behind
         for branch in self._branches.values():
             branch.reserve(1)  # what there was counts as free
         num_bytes = usual_kv_cache(self.device) if kv_cache_gib is None else int(kv_cache_gib * GIB)

@@ -53,6 +53,7 @@ class SequenceRunner:
 
     def reserve(self, *, max_num_seqs: int, context: int | None = None, kv_cache_gib: float | None = None) -> None:
         self._max_num_seqs = max_num_seqs
+        self._lanes.clear()  # of requests that an error left behind
         num_bytes = usual_kv_cache(self.device) if kv_cache_gib is None else int(kv_cache_gib * GIB)
         self.num_tokens, self.context = pool_tokens(
             num_bytes, self.bytes_per_token, max_num_seqs, [*self._longest, context]

@@ -79,21 +79,16 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         device_map: one device for everything; dtype and device are the artefact's own and the CPU if absent
         """
         directory = Path(pretrained_model_name_or_path)
-        if not (directory / "config.json").is_file():
-            raise ModelError(f"{directory}: a mixture is opened from its directory; there is no config.json here.")
-        unused = sorted(key for key, value in kwargs.items() if value and key not in _HANDLED_BY_AUTO)
-        if unused:
+        config = config or mixture_config(directory)
+        if unused := sorted(key for key, value in kwargs.items() if value and key not in _HANDLED_BY_AUTO):
             raise ModelError(f"{directory}: a mixture cannot be loaded with {', '.join(unused)}; leave them out.")
-        config = config or MixtureConfig.from_pretrained(directory)
         if weights is not None:
             config.weights = check_weights(weights, config.objectives, where="weights")
         check_artefact(directory, config)
         precision = _precision(dtype if dtype not in (None, "auto") else config.dtype)
         paths = {name: str(policy_path(directory, name)) for name in config.objectives}
         device = device_map.get("") if isinstance(device_map, dict) else device_map
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        where: dict[str, Any] = {"device": device or "cpu", "with_reference": False}
+        where: dict[str, Any] = {"device": None if device == "auto" else device or "cpu", "with_reference": False}
         ensemble = Ensemble(reference_path(directory, config), paths, precision=precision, **where)
         _checked_sizes(ensemble, where=str(directory))
         model: MixtureForCausalLM = cls(config, adapters=ensemble.adapters, full=ensemble.full).eval()
@@ -269,17 +264,22 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
     def _run(self, place: int, policies: tuple[int, ...], **inputs: Any) -> Tensor:
         """The logits of one branch, for a group of rows of each of these policies."""
         branch: Any = self.branches[place]
-        if isinstance(branch, AdapterStack):
-            output = branch([self.config.objectives[k] for k in policies], **inputs)
-        else:
-            output = branch(**inputs)
-        logits: Tensor = output.logits
+        names = [[self.config.objectives[k] for k in policies]] if isinstance(branch, AdapterStack) else []
+        logits: Tensor = branch(*names, **inputs).logits
         return logits
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         """`generate()` leaves the cache to `forward`, which makes one for each policy."""
         return False
+
+
+def mixture_config(directory: Path) -> MixtureConfig:
+    """The configuration of the artefact in this directory. Raises ModelError where there is none."""
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{directory}: a mixture is opened from its directory; there is no config.json here.")
+    config: MixtureConfig = MixtureConfig.from_pretrained(directory)
+    return config
 
 
 def mixture_of(ensemble: Ensemble) -> MixtureForCausalLM:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def own_precision(model: str | Path | Any) -> str:
     """The precision of a model's files, as its configuration says; fp32 if it names none. model: or its path, hub id"""
     config = AutoConfig.from_pretrained(model, trust_remote_code=False) if isinstance(model, str | Path) else model
-    wanted = str(config.dtype).removeprefix("torch.")
+    wanted = str(config.dtype or config.get_text_config().dtype).removeprefix("torch.")
     return next((name for name, dtype in PRECISIONS.items() if str(dtype).endswith(f".{wanted}")), "fp32")
 
 

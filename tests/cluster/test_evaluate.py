@@ -110,6 +110,10 @@ def test_the_same_seed_gives_the_same_completions_whatever_came_before(evaluator
     part(evaluator, Candidate("mixture", (1.0, 0.0)))
     assert part(evaluator, candidate).equals(first)
     assert not part(evaluator, candidate, seed=8)["response"].equals(first["response"])
+    soup = Candidate("soup", (0.4, 0.6))
+    before = part(evaluator, soup)
+    part(evaluator, candidate)
+    assert part(evaluator, soup).equals(before)
 
 
 def test_a_part_of_the_grid_takes_the_first_prompts_only(evaluator) -> None:

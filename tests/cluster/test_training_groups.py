@@ -216,6 +216,9 @@ def _watched(values: dict[str, Any]) -> None:
         if (root / "deadly").exists() and job.name == "second" and step == 4:
             (root / "deadly").unlink()
             os.kill(os.getpid(), signal.SIGKILL)
+        if (root / "no board").exists() and job.name == "second" and step == 4:
+            (root / "no board").unlink()
+            ray.kill(values["board"])
 
     trainable.open_base, train_worker.train_worker, train_worker._checkpoint = opened, trained, saved
     train_worker.train_on_worker(values)
@@ -236,7 +239,8 @@ def test_ray_train_starts_no_process_for_data_sets_that_no_training_has(ray_clus
 def test_one_group_does_all_trainings_each_as_if_it_were_alone(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same bytes in every file. One process, which opens the base once; after a kill another goes on.
+    """The same bytes in every file. One process, which opens the base once; after a kill another goes on,
+    and after one of the process that hands the trainings out.
 
     What was finished before the kill is not done again, and what was interrupted goes on from its checkpoint: its
     history has no step twice.
@@ -266,6 +270,15 @@ def test_one_group_does_all_trainings_each_as_if_it_were_alone(
     notes = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
     assert [what for what, _ in notes] == ["first", "opens", "second", "second", "opens", "third"]
     assert len({process for _, process in notes}) == 2
+    assert _contents(tmp_path) == together
+
+    for directory in ("policies", "training"):
+        shutil.rmtree(tmp_path / directory)
+    (tmp_path / "notes").unlink()
+    (tmp_path / "no board").touch()
+    train_all(jobs, Console())
+    notes = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
+    assert [what for what, _ in notes if what != "opens"] == ["first", "second", "second", "third"]
     assert _contents(tmp_path) == together
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -145,6 +146,24 @@ def test_a_cache_that_is_too_small_is_refused_with_the_number_that_would_do(plac
     small = MixtureSampler(mixture, Room(4, kv_cache_gib=1e-6))
     with pytest.raises(ModelError, match=r"kv_cache_gib: .* one request can need 44\. Set kv_cache_gib to"):
         draw(small, limit=40)
+
+
+def test_after_an_error_the_sampler_draws_as_before(sampler: MixtureSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was running then is gone, with its places."""
+    expected = draw(sampler, num=8)
+    steps = itertools.count()
+
+    def failing(*given: Any) -> Any:
+        if next(steps) == 2:
+            raise KeyboardInterrupt
+        return run(*given)
+
+    run = sampler._runner.run
+    monkeypatch.setattr(sampler._runner, "run", failing)
+    with pytest.raises(KeyboardInterrupt):
+        draw(sampler, num=8)
+    monkeypatch.undo()
+    assert draw(sampler, num=8) == expected
 
 
 @pytest.mark.parametrize("kind", ["adapters", "full", "both", "none"])

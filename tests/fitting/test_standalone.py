@@ -89,7 +89,7 @@ def test_one_lambda_is_answered_without_a_fit(table: Path, capsys: pytest.Captur
         (["run.yaml", "--table", "t.parquet"], "one of the two"),
         (["--table", "{table}"], "--out DIR is missing"),
         (["--table", "{table}", "--out", "{table}"], "is a file; give a directory"),
-        (["--table", "{table}", "--out", "{out}", "--weights", "warm"], "write NAME=VALUE"),
+        (["--table", "{table}", "--out", "{out}", "--weights", "warm"], "is not objective=weight"),
         (["--table", "{table}", "--out", "{out}", "--weights", "warm=0.5"], "sum to 0.5, not 1"),
         (["--table", "{table}", "--out", "{out}", "--method", "fixed"], "weights go with method `fixed`"),
         (["--table", "{table}", "--out", "{out}", "--steps", "0"], "bsmd.steps: Input should be greater than 0"),
