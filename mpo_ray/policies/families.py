@@ -82,9 +82,9 @@ FAMILIES = (
 _HEADS = ("family", "model_type", "decoded", "padding left out", "vLLM")
 _NOTES = (
     "Any causal language model of transformers with safetensors can be used: no list decides. Of each family here a",
-    "tiny random model was trained with DPO (LoRA and all weights; in bf16 one step of LoRA), mixed, decoded in",
-    "float32, and compared with plain transformers and PEFT; docs/models.md has the differences. A real model may",
-    "differ in its settings: `mpo-ray check` opens yours.",
+    "tiny random model was trained with DPO (LoRA and all weights; in bf16 one step of LoRA), mixed, decoded in fp32,",
+    "and compared with plain transformers and PEFT; docs/models.md has the differences. A real model may differ in its",
+    "settings: `mpo-ray check` opens yours.",
     "",
     "decoded           in blocks: in the engine's KV-cache blocks",
     "                  own cache: in transformers' cache, one sequence after the other, which is slower",
