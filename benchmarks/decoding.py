@@ -31,6 +31,7 @@ from mpo_ray.decoding.engine import MixtureEngine
 from mpo_ray.decoding.protocol import GenerationRequest, Mode, Sampling
 from mpo_ray.decoding.runner import MixtureRunner
 from mpo_ray.policies.adapters import AdapterStack
+from mpo_ray.policies.cpu import optimize_for_cpu
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.policies.mixture_config import MixtureConfig
 
@@ -170,6 +171,7 @@ def mixture_of(model: Any, adapters: Mapping[str, Path]) -> MixtureForCausalLM:
     weights = {name: WEIGHTS.get(name, 1.0) for name in names}
     config = MixtureConfig(names, weights, vocab_size=model.config.vocab_size, max_position_embeddings=512)
     stack = AdapterStack(model, adapters).to(device()) if adapters else None
+    optimize_for_cpu(stack or model)
     return MixtureForCausalLM(config, adapters=stack, full={} if adapters else {"plain": model}).eval()
 
 

@@ -230,7 +230,8 @@ class Rows:
             if isinstance(each, torch.nn.Parameter) and each.device.type == "cpu"
         }
         # a packed weight has no address; an older commit has none of them here
-        packed = sum(4 * each.in_features * each.out_features for each in gc.get_objects() if _is_packed(each))
+        sizes = (each for each in gc.get_objects() if _is_packed(each))
+        packed = sum(getattr(each, "num_bytes", 4 * each.in_features * each.out_features) for each in sizes)
         base = sum(file.stat().st_size for file in Path(self._model).glob("*.safetensors"))
         return {"copies of the base": (sum(held.values()) + packed) / base}
 
@@ -279,6 +280,7 @@ class Rows:
         return seconds / steps
 
     def _engine(self, num: int, precision: str = "fp32", context: int | None = None) -> Any:
+        import importlib.util
         import inspect
 
         import torch
@@ -288,6 +290,10 @@ class Rows:
 
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         mixture = MixtureForCausalLM.from_pretrained(self._artefact, dtype=dtype)
+        if importlib.util.find_spec("mpo_ray.policies.cpu"):  # an older commit's engine changes the models itself
+            cpu = importlib.import_module("mpo_ray.policies.cpu")
+            for branch in mixture.branches:
+                cpu.optimize_for_cpu(branch)
         name = "max_num_seqs" if "max_num_seqs" in inspect.signature(engine_of).parameters else "num_lanes"
         engine = engine_of(mixture, None, context=context, **{name: num})
         engine._eos_ids = ()

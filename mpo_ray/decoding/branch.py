@@ -18,15 +18,11 @@ from mpo_ray.policies.adapters import AdapterStack
 from mpo_ray.policies.block_attention import BlockLayout, KVCache, Segment
 from mpo_ray.policies.block_reads import singles_of, stretch_of
 from mpo_ray.policies.kv_blocks import BlockPool, Row
-from mpo_ray.policies.packed_linear import can_pack, only_called, pack_linears
+from mpo_ray.policies.probe import MOST_DIFFERENCE, PROBE, WINDOW, probe_ids
 from mpo_ray.policies.ragged_attention import NotInBlocksError, blocks_refusal, laid_out, ragged_inputs
-from mpo_ray.policies.short_norm import shorten_norms
 from mpo_ray.policies.short_windows import short_windows
 from mpo_ray.records import REFERENCE
 
-#: How far a model may be, in logits, from itself in blocks, before its architecture is refused: float32, and bfloat16.
-MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-PROBE, PROBE_WINDOW = (3, 5, 4, 1, 6, 2, 7, 3), 3
 #: A factor of the logits that is nearer to 1 is rounding.
 LEAST_SCALING = 1e-3
 
@@ -69,7 +65,7 @@ class Branch:
     """
 
     def __init__(self, module: nn.Module, objectives: Sequence[str], policies: tuple[int, ...]) -> None:
-        """Raises NotInBlocksError, and then leaves the model as it was."""
+        """Leaves the model as it was. Raises NotInBlocksError."""
         self._stack = module if isinstance(module, AdapterStack) else None
         self.policies = policies if self._stack is None else (len(objectives), *policies)
         self.pool, self.cache = BlockPool(2), KVCache(2)  # for the probe
@@ -201,34 +197,20 @@ class Branch:
 
     @torch.inference_mode()
     def _check_blocks(self) -> None:
-        """Compare a probe in blocks with what the model gives by itself, before and after its layers are packed.
+        """Compare a probe in blocks with what the model gives by itself. Raises NotInBlocksError.
 
-        Its windows are short meanwhile, so that the probe reaches beyond them. Raises NotInBlocksError.
+        Its windows are short meanwhile, so that the probe reaches beyond them.
         """
         name = type(self._model).__name__
         if (refusal := blocks_refusal(self._model.config)) is not None:
             raise NotInBlocksError(f"{name}: {refusal}")
-        with short_windows(self._model, PROBE_WINDOW):
-            expected = {k: self._plain_logits(k) for k in self.policies[-2:]}
-            self._compare(expected)
-            if can_pack(self._model) and self._calls_its_layers(expected):
-                pack_linears(self._model)
-                shorten_norms(self._model)
-                self._compare(expected)
-
-    def _calls_its_layers(self, expected: Mapping[int, Tensor]) -> bool:
-        """Whether the model calls its linear layers, and does not read their weights, which a packed one has not."""
-        try:
-            with only_called(self._model):
-                self._compare(expected)
-        except NotInBlocksError:
-            return False
-        return True
+        with short_windows(self._model, WINDOW):
+            self._compare({k: self._plain_logits(k) for k in self.policies[-2:]})
 
     def _plain_logits(self, policy: int) -> Tensor:
         """What the model itself says of a policy after each token of a probe, (T, V)."""
         with self._groups([(policy, 0)], [self._probe(0, len(PROBE))]):
-            logits: Tensor = self._model(input_ids=torch.tensor([self._probe_tokens()], device=self._device)).logits
+            logits: Tensor = self._model(input_ids=torch.tensor([probe_ids(self._model)], device=self._device)).logits
         return logits[0].float()
 
     def _measure_scale(self, expected: Tensor) -> None:
@@ -236,7 +218,7 @@ class Branch:
         if self._softcap is not None:
             return
         with self._groups([(self.policies[-1], 0)], [self._probe(0, len(PROBE))]):
-            inputs = torch.tensor([self._probe_tokens()], device=self._device)
+            inputs = torch.tensor([probe_ids(self._model)], device=self._device)
             hidden = self._model.get_decoder()(input_ids=inputs).last_hidden_state[0]
         self._scale = 1.0
         plain, wanted = self._head(hidden).double(), expected.double()
@@ -260,7 +242,7 @@ class Branch:
             for work, results in zip(passes, found, strict=True)
             for (k, piece), rows in zip(work, results, strict=True)
         ]
-        if not max(differences) <= MOST_DIFFERENCE.get(self._model.dtype, 0.5):
+        if not max(differences) <= MOST_DIFFERENCE[self._model.dtype]:
             raise NotInBlocksError(f"{name}: its logits there differ by {max(differences):.2g} from its own")
 
     def _of_probe(self, work: Sequence[tuple[int, Piece]]) -> Sequence[Tensor]:
@@ -270,8 +252,5 @@ class Branch:
         hidden = self._hidden(pieces, {0: lane}, [(k, n) for n, (k, _) in enumerate(work)])
         return self._head(hidden).split_with_sizes([piece.wanted for piece in pieces])
 
-    def _probe_tokens(self) -> list[int]:
-        return [token % self.vocab_size for token in PROBE]
-
     def _probe(self, start: int, end: int) -> Piece:
-        return Piece(0, self._probe_tokens()[start:end], start, (1.0,), end - start, separate=True)
+        return Piece(0, probe_ids(self._model)[start:end], start, (1.0,), end - start, separate=True)

@@ -14,6 +14,7 @@ from mpo_ray.decoding.engine import PROMPT_TOKENS, MixtureEngine
 from mpo_ray.decoding.need import check_pool
 from mpo_ray.decoding.runner import MixtureRunner
 from mpo_ray.decoding.sequence_runner import SequenceRunner
+from mpo_ray.policies.cpu import optimize_for_cpu
 from mpo_ray.policies.loading import load_tokenizer
 from mpo_ray.policies.mixture import MixtureForCausalLM, mixture_config
 from mpo_ray.policies.precision import AUTO, PRECISIONS, resolve
@@ -45,6 +46,8 @@ def open_engine(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = PRECISIONS[resolve(precision, mixture_config(Path(artefact)), device)]
     mixture = MixtureForCausalLM.from_pretrained(artefact, weights=weights, device_map=device, dtype=dtype)
+    for branch in mixture.branches:
+        optimize_for_cpu(branch)
     return engine_of(
         mixture,
         load_tokenizer(artefact),

@@ -93,12 +93,13 @@ class EnsembleSampler:
 
     @cached_property
     def _mixture(self) -> MixtureSampler:
-        return MixtureSampler(mixture_of(self._ensemble), self._room)
+        return MixtureSampler(mixture_of(self._ensemble.for_decoding()), self._room)
 
     @cached_property
     def _reference(self) -> MixtureSampler:
-        assert self._ensemble.stack is not None
-        return MixtureSampler(mixture_of_one(REFERENCE, self._ensemble.stack.base), self._room)
+        stack = self._ensemble.for_decoding().stack
+        assert stack is not None
+        return MixtureSampler(mixture_of_one(REFERENCE, stack.base), self._room)
 
 
 def sampling_recipe(

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from mpo_ray.evaluation.candidates import Candidate
+from mpo_ray.policies.cpu import optimize_for_cpu
 from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.given import find_policy
 from mpo_ray.policies.loading import load_policy
@@ -36,7 +37,9 @@ class CandidateModels:
         else:
             if self._latest is None or self._latest[0] != candidate:
                 self._latest = None  # before the next one is opened, so that both are never in memory
-                self._latest = candidate, self._load(candidate).to(self._ensemble.device)
+                model = self._load(candidate).to(self._ensemble.device)
+                optimize_for_cpu(model)
+                self._latest = candidate, model
             yield self._latest[1]
 
     @cached_property

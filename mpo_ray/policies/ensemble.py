@@ -15,6 +15,7 @@ import torch
 from mpo_ray.data.tokens import collate, shared_prompts
 from mpo_ray.policies.adapters import AdapterStack
 from mpo_ray.policies.completion_model import CompletionModel
+from mpo_ray.policies.cpu import optimize_for_cpu
 from mpo_ray.policies.loading import is_adapter, load_model
 from mpo_ray.policies.lora_file import check_stackable
 from mpo_ray.policies.precision import resolve
@@ -62,6 +63,13 @@ class Ensemble:
             for name, path in policies.items()
             if name not in adapters
         }
+
+    def for_decoding(self) -> Ensemble:
+        """This ensemble, its models changed for being drawn from, where they are on a CPU (`cpu`)."""
+        for model in (self.stack, *self.full.values()):
+            if model is not None:
+                optimize_for_cpu(model)
+        return self
 
     @property
     def adapters(self) -> AdapterStack | None:

@@ -16,14 +16,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from mpo_ray.policies.probe import MOST_DIFFERENCE, PROBE, WINDOW, probe_ids
 from mpo_ray.policies.short_windows import short_windows
 
 logger = logging.getLogger(__name__)
-
-#: Tokens that a family's cache is tried with, and the window that its layers are given for that.
-PROBE, PROBE_WINDOW = (3, 5, 4, 1, 6, 2, 7, 3), 3
-#: How far logits may be from those of a pass over the whole text: float32, and bfloat16.
-MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
 
 class OwnCache:
@@ -94,9 +90,8 @@ def keeps_its_cache(model: Any) -> bool:
 
     Not so where a layer keeps a state in the module, or where the cache is none that the model gives back.
     """
-    size = model.config.get_text_config().vocab_size
-    texts = [[token % size for token in tokens] for tokens in (PROBE, PROBE[::-1])]
-    with short_windows(model, PROBE_WINDOW):
+    texts = [probe_ids(model), probe_ids(model)[::-1]]
+    with short_windows(model, WINDOW):
         expected = [model(input_ids=torch.tensor([text], device=model.device)).logits[0].float() for text in texts]
         try:
             sequences = [OwnCache(caches=True) for _ in texts]
@@ -110,7 +105,7 @@ def keeps_its_cache(model: Any) -> bool:
             # whatever the family has against it, a pass over the whole text needs no cache
             logger.info("%s is decoded without a cache: %s: %s", type(model).__name__, type(error).__name__, error)
             return False
-    most = MOST_DIFFERENCE.get(model.dtype, 0.5)
+    most = MOST_DIFFERENCE[model.dtype]
     return all(
         float((torch.cat(rows) - wanted).abs().max()) <= most for rows, wanted in zip(found, expected, strict=True)
     )

@@ -2,32 +2,40 @@
 
 A step of decoding multiplies a few rows by every weight. A weight that is laid out once for that, by MKL on Intel's
 processors and by oneDNN on others, where MKL takes up to twice as long, takes less time from a few rows on than the
-plain product, which `generate` uses (benchmarks/decoding.py, 16 requests).
+plain product, which `generate` uses (benchmarks/decoding.py, 16 requests). In bfloat16 it is oneDNN, on processors for
+which it can, if a timed product takes less time so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from mpo_ray.policies.one_input import join_linears
+from mpo_ray.policies.precision import example
+from mpo_ray.policies.timed import shortest_seconds
 
 #: MKL lays a weight out for so many rows. Told of few it takes longer for many, but not the other way.
 MKL_ROWS = 256
 
 
 class PackedLinear(nn.Module):
-    """y = W x + b in float32 on the CPU, for inference. `out_features` and `in_features` as of `nn.Linear`."""
+    """y = W x + b on the CPU, for inference, in a precision of `can_pack`.
+
+    `out_features` and `in_features` as of `nn.Linear`; `num_bytes`: of the weight, which cannot be asked.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach()
-        self._by_mkl = packs_by_mkl()
+        self.num_bytes = weight.nbytes
+        self._by_mkl = weight.dtype == torch.float32 and packs_by_mkl()
         if self._by_mkl:
             self._packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), MKL_ROWS)
             # asked for its size alone, as long as the number of rows that is named is that of the input
@@ -47,13 +55,17 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether this machine packs, and the model is one that can be: float32 on the CPU."""
+    """Whether this machine packs, and the model is one that can be: on the CPU, in float32 or in bfloat16."""
     first = next(model.parameters())
-    return (_has_mkl() or _has_onednn()) and first.device.type == "cpu" and first.dtype == torch.float32
+    if first.device.type != "cpu":
+        return False
+    if first.dtype == torch.bfloat16:
+        return _packs_bfloat16()
+    return first.dtype == torch.float32 and (_has_mkl() or _has_onednn())
 
 
 def packs_by_mkl() -> bool:
-    """Whether it is MKL that packs on this machine, and not oneDNN."""
+    """Whether it is MKL that packs float32 on this machine, and not oneDNN."""
     return _has_mkl() and (_is_intel() or not _has_onednn())
 
 
@@ -92,6 +104,20 @@ def only_called(model: nn.Module) -> Iterator[None]:
     finally:
         for parent, name, child in places:
             setattr(parent, name, child)
+
+
+@cache
+def _packs_bfloat16() -> bool:
+    """Whether oneDNN packs it for this processor, and takes less time then. Without AMX and AVX-512 it does not."""
+    if not (_has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    rows, weight = example(torch.bfloat16)
+    columns, outputs = weight.shape[1], weight.shape[0]
+    plain = nn.Linear(columns, outputs, bias=False, dtype=torch.bfloat16)
+    ways = {"plain": plain, "packed": PackedLinear(plain)}
+    with torch.inference_mode():
+        seconds = shortest_seconds({name: partial(way, rows) for name, way in ways.items()})
+    return seconds["packed"] < seconds["plain"]
 
 
 def _has_mkl() -> bool:

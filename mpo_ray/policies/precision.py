@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
+from mpo_ray.policies.timed import shortest_seconds
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: The files' own precision, unless this machine computes slower in it than in fp32.
 AUTO = "auto"
-#: Rows and columns of the products that are timed, and how many of each.
-ROWS, COLUMNS, TIMES = 16, 1024, 5
+#: Rows and columns of the products that are timed.
+ROWS, COLUMNS = 16, 1024
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +44,13 @@ def resolve(precision: str, model: str | Path | Any, device: str) -> str:
 
 @cache
 def _is_slower(dtype: torch.dtype) -> bool:
-    """Whether the CPU takes longer for a product in this precision than in float32. Both are timed by turns."""
-    seconds: dict[torch.dtype, float] = {}
-    sides = {
-        one: (torch.ones(ROWS, COLUMNS, dtype=one), torch.ones(COLUMNS, COLUMNS, dtype=one))
-        for one in (torch.float32, dtype)
-    }
-    for turn in range(TIMES + 1):
-        for one, (rows, weight) in sides.items():
-            before = time.perf_counter()
-            torch.nn.functional.linear(rows, weight)
-            taken = time.perf_counter() - before
-            if turn:  # the first one prepares
-                seconds[one] = min(taken, seconds.get(one, taken))
+    """Whether the CPU takes longer for a product in this precision than in float32."""
+    seconds = shortest_seconds(
+        {one: partial(torch.nn.functional.linear, *example(one)) for one in (torch.float32, dtype)}
+    )
     return seconds[dtype] > seconds[torch.float32]
+
+
+def example(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Few rows and a weight, as in a step of decoding, to time a product with."""
+    return torch.ones(ROWS, COLUMNS, dtype=dtype), torch.ones(COLUMNS, COLUMNS, dtype=dtype)

@@ -121,6 +121,6 @@ def _adapted(name: str, linear: LinearBase, factors: Sequence[Sequence[Factors |
             for number, up in enumerate(ups):
                 among = linear.tp_size // copies if number > 0 else linear.tp_size
                 ups[number] = up.chunk(among, dim=2)[rank // copies if number > 0 else rank].contiguous()
-    if can_pack(linear) and packs_by_mkl():
+    if like.dtype == torch.float32 and can_pack(linear) and packs_by_mkl():
         linear.quant_method = PackedMethod()
     return AdaptedLinear(linear, down, ups)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.families import BEGIN, CELLS, END, TOLERANCES, Row, try_family, write_table
 from benchmarks.family_models import CONFIGS, make_model
+from mpo_ray.data.tokens import collate
 from mpo_ray.decoding.runner import MixtureRunner
+from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.policies.families import FAMILIES, Family, as_text
 from mpo_ray.policies.mixture import mixture_of_one
 from mpo_ray.policies.ragged_attention import NotInBlocksError, enable_packing
@@ -50,6 +53,15 @@ def test_the_list_says_how_a_family_is_run(family: Family) -> None:
     except NotInBlocksError:
         in_blocks = False
     assert in_blocks == family.in_blocks
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.packs], ids=lambda family: family.name)
+def test_without_padding_a_family_has_the_log_probabilities_of_the_padded_batch(family: Family) -> None:
+    batch = collate([([5, 9, 7], [8]), ([6] * 9, [5, 10, 11, 12]), ([7], [9, 9])], pad_id=0)
+    packed, padded = CompletionModel(make_model(family.name)), CompletionModel(make_model(family.name))
+    padded.packs = False
+    with torch.no_grad():
+        torch.testing.assert_close(packed(batch), padded(batch), atol=1e-4, rtol=1e-5)
 
 
 def test_every_family_of_the_list_can_be_tried_and_is_shown() -> None:

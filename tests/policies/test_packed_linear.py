@@ -28,6 +28,26 @@ def test_a_packed_layer_is_the_layer(rows: int, bias: bool, intel: bool, monkeyp
         torch.testing.assert_close(packed(inputs), layer(inputs), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN packs no bfloat16 here")
+@pytest.mark.parametrize("rows", [1, 7])
+def test_a_packed_layer_is_the_layer_in_bfloat16(rows: int) -> None:
+    layer = nn.Linear(24, 40, dtype=torch.bfloat16)
+    inputs = torch.randn(1, rows, 24, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(PackedLinear(layer)(inputs), layer(inputs))
+
+
+@pytest.mark.parametrize(("supported", "seconds"), [(True, 0.5), (True, 1.0), (False, 0.5)])
+def test_bfloat16_is_packed_where_it_can_be_and_takes_less_time(
+    supported: bool, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(packed_linear, "_has_onednn", lambda: True)
+    monkeypatch.setattr(packed_linear, "PackedLinear", lambda plain: plain)
+    monkeypatch.setattr(packed_linear, "shortest_seconds", lambda ways: {"plain": 1.0, "packed": seconds})
+    assert packed_linear._packs_bfloat16.__wrapped__() == (supported and seconds < 1.0)
+
+
 def test_layers_with_one_input_are_one_product() -> None:
     """q, k, v (with biases) and gate, up: two products less and one less in every layer, and the same logits."""
     model = Qwen2ForCausalLM(Qwen2Config(**{**TINY_SIZES, "vocab_size": 40})).eval()

@@ -11,7 +11,7 @@ import torch
 
 from mpo_ray.config import Scoring
 from mpo_ray.decoding.open_engine import open_engine
-from mpo_ray.policies import precision
+from mpo_ray.policies import precision, timed
 from mpo_ray.policies.artefact import write_artefact
 from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import load_model
@@ -83,7 +83,7 @@ def test_the_products_are_timed(monkeypatch: pytest.MonkeyPatch, slow: torch.dty
         return plain(rows, weight)
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
-    monkeypatch.setattr(precision, "TIMES", 1)
+    monkeypatch.setattr(timed, "TIMES", 1)
     assert precision._is_slower.__wrapped__(torch.bfloat16) == (slow == torch.bfloat16)
 
 
