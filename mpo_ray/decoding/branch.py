@@ -78,6 +78,7 @@ class Branch:
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._scale = 1.0
         self._check_blocks()
+        self._bias = self._head_bias()
         self.bytes_per_token: int = self.cache.bytes_per_token
 
     def reserve(self, num_blocks: int) -> None:
@@ -113,7 +114,11 @@ class Branch:
             mixed = hidden.new_zeros(total, hidden.shape[1])
             rows, into, by = self._tensors(together, [targets[n] for n in together], [factors[n] for n in together])
             mixed.index_add_(0, into, hidden[rows] * by.to(hidden.dtype))
-            parts.append(self._head(mixed))
+            logits = self._head(mixed)
+            if self._bias is not None:
+                shares = by.new_zeros(total, 1).index_add_(0, into, by)
+                logits += (shares - 1) * self._bias
+            parts.append(logits)
         if apart:
             rows, into, by = self._tensors(apart, [targets[n] for n in apart], [factors[n] for n in apart])
             logprobs = self._head(hidden[rows]).log_softmax(-1)
@@ -130,6 +135,16 @@ class Branch:
         if self._scale != 1.0:
             logits = logits * self._scale
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+
+    @torch.inference_mode()
+    def _head_bias(self) -> Tensor | None:
+        """What the head adds to every row, (V,), or None where that is nothing.
+
+        A row of Σ λ_k h_k gets it once. Due is Σ λ_k times it, which is less than once where other models have a part.
+        """
+        embeddings = self._model.get_input_embeddings().weight
+        bias = self._head(embeddings.new_zeros(1, self._model.get_output_embeddings().in_features))[0]
+        return bias if bias.any() else None
 
     def _hidden(
         self, pieces: Sequence[Piece], lanes: Mapping[int, Mapping[int, Row]], work: Sequence[tuple[int, int]]

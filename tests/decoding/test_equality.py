@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel
 
 from mpo_ray.decoding.branch import Piece
 from mpo_ray.decoding.need import Need
@@ -17,7 +17,7 @@ from mpo_ray.maths.log_linear import mix_logprobs
 from mpo_ray.policies.adapters import AdapterStack
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from mpo_ray.policies.mixture_config import MixtureConfig
-from tests.policies.test_adapters import ARCHITECTURES, base_model, save_adapters
+from tests.policies.test_adapters import ARCHITECTURES, SIZES, base_model, save_adapters
 
 IDS = [[1, 8, 9, 10, 11, 7, 6], [1, 12, 5, 6, 7, 3, 3]]
 WEIGHTS = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
@@ -117,3 +117,31 @@ def test_a_stack_beside_a_model_of_its_own_is_the_mixture(
     stack = AdapterStack(base_model(architecture), {name: adapters[name] for name in (names[0], names[2])})
     full = {names[1]: merged(architecture, adapters[names[1]])}
     assert_close(by_engine(mixture_of(stack, full, names)), expected)
+
+
+def phi(seed: int) -> PreTrainedModel:
+    """Its output head has a bias, here a large one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = PhiForCausalLM(PhiConfig(**SIZES)).eval()
+        model.lm_head.bias.data.normal_(std=3.0)
+    return model  # type: ignore[no-any-return]
+
+
+def test_the_bias_of_a_head_counts_by_the_weights_of_the_policies_behind_it() -> None:
+    """Two models decode in one step: one sequence of both, one of the first alone, one of the second alone."""
+    full = {"first": phi(1), "second": phi(2)}
+    config = MixtureConfig([*full], {"first": 0.3, "second": 0.7}, vocab_size=25, max_position_embeddings=64)
+    runner = MixtureRunner(MixtureForCausalLM(config, full=full).eval(), max_num_seqs=3)
+    weights = ((0.3, 0.7), (1.0, 0.0), (0.0, 1.0))
+    taking_part = [tuple(k for k, weight in enumerate(one) if weight) for one in weights]
+    lanes = [runner.open(Need(policies, (), 64))[0][0] for policies in taking_part]
+    with torch.no_grad():
+        logprobs = [model(torch.tensor(IDS[:1])).logits[0].double().log_softmax(-1) for model in full.values()]
+
+    for separate in (False, True):
+        pieces = [Piece(lane, IDS[0], 0, one, 7, separate) for lane, one in zip(lanes, weights, strict=True)]
+        found = runner.run(pieces).logits.double().log_softmax(-1).split(7)
+        for rows, (first, second) in zip(found, weights, strict=True):
+            expected = (first * logprobs[0] + second * logprobs[1]).log_softmax(-1)
+            torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-5)
