@@ -103,7 +103,7 @@ def _made_from(context: Context) -> list[Any]:
         name: [implicit, config.policies.beta] if spec == IMPLICIT else content(spec)
         for name, spec in context.rewards().items()
     }
-    return [sampling, config.scoring.precision, rewards, context.reference_inputs()]
+    return [sampling, context.scoring().precision, rewards, context.reference_inputs()]
 
 
 def _generate(context: Context, parts: list[Part]) -> None:
@@ -117,13 +117,13 @@ def _generate(context: Context, parts: list[Part]) -> None:
             "policies": context.policies(),
             "rewards": context.rewards(),
             "beta": config.policies.beta,
-            "actors": config.scoring.model_dump(),
+            "actors": context.scoring().model_dump(),
             "rendering": config.data.rendering,
             "num_completions": config.evaluation.completions_per_prompt,
             "max_new_tokens": config.evaluation.max_new_tokens,
             "temperature": config.evaluation.temperature,
         },
-        actors=config.scoring,
+        actors=context.scoring(),
         console=context.console,
         title="completions",
     )

@@ -47,7 +47,7 @@ def _decoded(context: Context, scores: ScoreTable) -> dict[str, Any]:
     config = context.config
     game = play(
         context.run,
-        config,
+        config.model_copy(update={"scoring": context.scoring()}),
         reference=context.reference(),
         policies=context.policies(),
         rewards=context.rewards(),

@@ -42,12 +42,12 @@ def sample(context: Context) -> dict[str, Any]:
         {
             "reference": context.reference(),
             "policies": {name: path for name, path in context.policies().items() if name in names},
-            "actors": config.scoring.model_dump(),
+            "actors": context.scoring().model_dump(),
             "rendering": config.data.rendering,
             "num_samples": config.samples.samples_per_prompt,
             "max_new_tokens": config.samples.max_new_tokens,
         },
-        actors=config.scoring,
+        actors=context.scoring(),
         console=context.console,
         title="samples",
     )
@@ -88,10 +88,10 @@ def score(context: Context) -> None:
             "policies": context.policies(),
             "rewards": context.rewards(),
             "beta": config.policies.beta,
-            "actors": config.scoring.model_dump(),
+            "actors": context.scoring().model_dump(),
             "rendering": config.data.rendering,
         },
-        actors=config.scoring,
+        actors=context.scoring(),
         console=context.console,
         title="scores",
     )
@@ -120,7 +120,7 @@ def _sample_part(context: Context, proposal: str, number: int, index: int, sourc
     inputs = stage_inputs(
         "samples",
         values,
-        [settings.samples_per_prompt, settings.max_new_tokens, config.scoring.precision],
+        [settings.samples_per_prompt, settings.max_new_tokens, context.scoring().precision],
         context.run.inputs_of(source),
         context.reference_inputs(),
         None if proposal == REFERENCE else context.trained_from(f"policies/{proposal}"),
@@ -132,7 +132,7 @@ def _column_inputs(context: Context, samples: str) -> dict[str, str]:
     """What each column of a file of scores is made from, given what its samples were made from."""
     config = context.config
     ratios = {
-        name: stage_inputs("log_ratio", samples, context.trained_from(f"policies/{name}"), config.scoring.precision)
+        name: stage_inputs("log_ratio", samples, context.trained_from(f"policies/{name}"), context.scoring().precision)
         for name in config.objectives
     }
     rewards = {

@@ -10,14 +10,17 @@ from typing import Any
 
 from rich.console import Console
 
-from mpo_ray.config import Data, RunConfig
+from mpo_ray.config import Data, RunConfig, Scoring
 from mpo_ray.config_training import Source
 from mpo_ray.data.sources import fingerprint
 from mpo_ray.policies.loading import load_rendering
+from mpo_ray.policies.precision import AUTO, resolve
 from mpo_ray.records import MOPO_PREFIX
 from mpo_ray.run import Run, directory_digest, file_digest, stage_inputs
 
 EMBEDDED = "embedded"
+#: What `precision: auto` is in a run, and for which reference that was decided.
+PRECISION = "precision.json"
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Context:
     _digests: dict[str, str] = field(default_factory=dict)
     _given_content: str | None = None
     _rendered: list[Any] | None = None
+    _scoring: Scoring | None = None
 
     def inputs(self, stage: Stage) -> str:
         """Digest of everything the stage's output depends on, the stages before it included."""
@@ -63,6 +67,28 @@ class Context:
             model = self.config.reference.model
             self._given_content = self.inputs(STAGES[EMBEDDED]) if model == EMBEDDED else content(model)
         return self._given_content
+
+    def scoring(self) -> Scoring:
+        """The settings of the actors with `precision: auto` decided, which every file that they make depends on.
+
+        It is decided once for a reference, on the driver's machine, and kept in the run: actors that each timed a
+        product could differ, and so could a run that goes on later.
+        """
+        if self._scoring is None:
+            self._scoring = self._decided(self.config.scoring)
+        return self._scoring
+
+    def _decided(self, settings: Scoring) -> Scoring:
+        if settings.precision != AUTO:
+            return settings
+        reference, device = self.reference_inputs(), "cuda" if settings.gpus_per_actor else "cpu"
+        kept = self.run.read_json(PRECISION)
+        if kept is None or (kept["reference"], kept["device"]) != (reference, device):
+            precision = resolve(AUTO, self.reference(), device)
+            kept = {"precision": precision, "reference": reference, "device": device}
+            self.run.write_json(PRECISION, kept)
+            self.console.print(f"  scoring.precision: auto is {precision} in this run")
+        return settings.model_copy(update={"precision": kept["precision"]})
 
     def reference_inputs(self) -> str:
         """What stands for π_ref in a digest of inputs: what it was trained from, or the given model.

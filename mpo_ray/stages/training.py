@@ -38,7 +38,7 @@ def score_pairs(context: Context) -> None:
         Part(
             source,
             f"reference_logprobs/{name}/{source.rpartition('/')[2]}",
-            stage_inputs("pairs", run.inputs_of(source), reference, context.config.scoring.precision),
+            stage_inputs("pairs", run.inputs_of(source), reference, context.scoring().precision),
         )
         for name in context.config.objectives
         for source in run.parts(f"comparisons/{name}")
@@ -49,10 +49,10 @@ def score_pairs(context: Context) -> None:
         PairReference,
         {
             "reference": context.reference(),
-            "actors": context.config.scoring.model_dump(),
+            "actors": context.scoring().model_dump(),
             "rendering": context.config.data.rendering,
         },
-        actors=context.config.scoring,
+        actors=context.scoring(),
         console=context.console,
         title="reference log-probabilities",
     )

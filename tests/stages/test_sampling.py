@@ -3,14 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from rich.console import Console
 
+from mpo_ray.policies import precision
+from mpo_ray.policies.loading import load_model
 from mpo_ray.records import digest
 from mpo_ray.run import Run
 from mpo_ray.run_file import load_config
 from mpo_ray.stages.fitting import FIT
 from mpo_ray.stages.sampling import SCORES
 from mpo_ray.stages.stage import Context
+from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.tiny_run import CONFIG, overrides
 
 
@@ -31,3 +36,24 @@ def test_the_fit_depends_on_the_order_of_the_objectives_and_the_scores_do_not(tm
     before, after = (FIT.depends_on(context) for context in contexts)
     assert digest(before) != digest(after)
     assert digest(SCORES.depends_on(contexts[0])) == digest(SCORES.depends_on(contexts[1]))
+
+
+def test_what_auto_stands_for_is_decided_once_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that times the product otherwise goes on in the precision that the run has begun in."""
+    bases = []
+    for name in ("first", "second"):
+        half = load_model(str(tiny_llama(tmp_path / "fp32", tiny_tokenizer(), seed=len(bases)))).to(torch.bfloat16)
+        half.save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+        bases.append(tmp_path / name)
+
+    def decided(base: Path, *, slower: bool, auto: str = "auto") -> str:
+        monkeypatch.setattr(precision, "_is_slower", lambda dtype: slower)
+        changes = [f"reference.model={base}", "reference.sft=null", f"scoring.precision={auto}"]
+        config = load_config(CONFIG, [*overrides(tmp_path, "auto"), *changes])
+        return Context(config, Run(str(tmp_path), "auto"), Console(quiet=True)).scoring().precision
+
+    assert decided(bases[0], slower=False) == "bf16"
+    assert decided(bases[0], slower=True) == "bf16"
+    assert decided(bases[1], slower=True) == "fp32"  # for another reference
+    assert decided(bases[1], slower=True, auto="fp16") == "fp16"
