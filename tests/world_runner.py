@@ -23,6 +23,7 @@ class WorldRunner:
 
     def __init__(self, policies: Sequence[Table], num_rows: int = 4096) -> None:
         self._policies = policies
+        self.shares_prompts = False
         self.num_policies, self.vocab_size = len(policies), len(policies[0][()])
         self.kv_blocks = num_rows
         self.lanes: dict[int, dict[int, int]] = {}

@@ -104,6 +104,7 @@ def process_parts(
     except (OutOfMemoryError, StageError) as error:  # with a traceback of Ray's around it, and advice of Ray Data's
         kind = OutOfMemoryError if isinstance(error, OutOfMemoryError) else StageError
         raise kind(str(getattr(error, "cause", error)).splitlines()[0]) from None
+    run.remove(DEATHS)  # of processes that died at a part which others then made
 
 
 def _show(rows: Iterable[Any], title: str, finished: int, total: int, actors: Actors, console: Console) -> None:

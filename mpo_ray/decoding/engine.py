@@ -29,7 +29,7 @@ from mpo_ray.decoding.protocol import (
     Statistics,
 )
 from mpo_ray.decoding.request_check import check_ends, check_request
-from mpo_ray.decoding.runner import Runner
+from mpo_ray.decoding.runner_protocol import Runner
 from mpo_ray.decoding.runs import Place, Run, places_of
 from mpo_ray.decoding.token_choice import Draw, choose_tokens
 from mpo_ray.out_of_memory import lacking
@@ -177,21 +177,25 @@ class MixtureEngine:
         return events
 
     def _admit(self) -> None:
+        later: list[Run] = []
         while self._waiting and self._runner.fits(self._waiting[0].need):
-            if self._is_computed_now(self._waiting[0]):
-                return  # it would compute the same prompt beside it
             run = self._waiting.popleft()
+            if self._is_computed_now(run):  # it would compute the same prompt beside it
+                later.append(run)
+                continue
             lanes, num_computed = self._runner.open(run.need)
             run.start(lanes, num_computed)
             self._running[run.request.id] = run
             waited = time.monotonic() - self._since.pop(run.request.id)
             self._count(admitted=1, queue_seconds=waited, cached_prompt_tokens=num_computed)
+        self._waiting.extendleft(reversed(later))
 
     def _is_computed_now(self, run: Run) -> bool:
         """Whether another request computes this prompt, so that its blocks will soon be there for both."""
         need = run.need
         return (
-            need.reads_prompt
+            self._runner.shares_prompts
+            and need.reads_prompt
             and len(need.prompt) > BLOCK_TOKENS
             and any(
                 other.prompt_left and other.need.prompt == need.prompt and {*need.policies} <= {*other.policies}
@@ -253,7 +257,10 @@ class MixtureEngine:
     def _fail(self, run: Run, error: Exception, events: list[Event]) -> None:
         if not isinstance(error, NothingAcceptedError):
             logger.error("request %s failed", run.request.id, exc_info=error)
-            error = error if isinstance(error, EngineError) else EngineError(_in_words(error))
+            if not isinstance(error, EngineError):
+                told = EngineError(_in_words(error))
+                told.__cause__ = error  # so that `lacking` finds it
+                error = told
         events.append((run.request.id, error))
         self._release(run, spoiled=not isinstance(error, NothingAcceptedError))
         self._count(failed=1)

@@ -10,7 +10,7 @@ import torch
 
 from mpo_ray.decoding.drafts import Draft, Rules
 from mpo_ray.decoding.protocol import Delta, GenerationRequest, NothingAcceptedError
-from mpo_ray.decoding.runner import Runner
+from mpo_ray.decoding.runner_protocol import Runner
 from mpo_ray.decoding.runs import Place, Run, TokenRun
 from mpo_ray.decoding.token_choice import Draw
 from mpo_ray.maths.resampling import drawn_particle, effective_number, log_mean_weight, systematic_ancestors

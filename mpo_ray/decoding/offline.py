@@ -15,6 +15,7 @@ from mpo_ray.decoding.need import Need
 from mpo_ray.decoding.protocol import (
     Delta,
     Diagnostics,
+    EngineError,
     FinishReason,
     GenerationRequest,
     Mode,
@@ -23,6 +24,7 @@ from mpo_ray.decoding.protocol import (
 )
 from mpo_ray.decoding.request_check import check_request
 from mpo_ray.policies.mixture_config import MixtureConfig
+from mpo_ray.run import StageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ def complete(
     """Decode all requests, as many at a time as the engine has room for; one outcome for each, in their order.
 
     The ids of the requests are all different. show: is told how many of how many are done
-    Raises RequestError for one that cannot be served, EngineError.
+    Raises RequestError for one that cannot be served, StageError where the engine cannot go on with one.
     """
     num_done = 0
     waiting = deque(requests)
@@ -128,6 +130,8 @@ def complete(
                 parts[name].append(item)
             elif isinstance(item, NothingAcceptedError):
                 failed[name] = str(item)
+            elif isinstance(item, EngineError):
+                raise StageError(f"request {name}: {item}") from item
             else:
                 raise item
             if name in failed or parts[name][-1].finish_reason is not None:

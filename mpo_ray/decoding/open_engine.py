@@ -43,13 +43,8 @@ def open_engine(
     precision: of weights and KV cache: fp32, bf16, fp16; auto: see `precision.resolve`
     Raises ModelError, ValueError.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = PRECISIONS[resolve(precision, mixture_config(Path(artefact)), device)]
-    mixture = MixtureForCausalLM.from_pretrained(artefact, weights=weights, device_map=device, dtype=dtype)
-    for branch in mixture.branches:
-        optimize_for_cpu(branch)
     return engine_of(
-        mixture,
+        open_mixture(artefact, precision=precision, weights=weights),
         load_tokenizer(artefact),
         max_num_seqs=max_num_seqs,
         context=context,
@@ -58,6 +53,18 @@ def open_engine(
         max_waiting=max_waiting,
         prompt_tokens=prompt_tokens,
     )
+
+
+def open_mixture(
+    artefact: str, *, precision: str = AUTO, weights: Mapping[str, float] | None = None
+) -> MixtureForCausalLM:
+    """Open an artefact to draw from it, as `open_engine`: it can be neither trained nor saved."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = PRECISIONS[resolve(precision, mixture_config(Path(artefact)), device)]
+    mixture = MixtureForCausalLM.from_pretrained(artefact, weights=weights, device_map=device, dtype=dtype)
+    for branch in mixture.branches:
+        optimize_for_cpu(branch)
+    return mixture
 
 
 def engine_of(

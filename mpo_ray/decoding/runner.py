@@ -6,9 +6,9 @@ drawing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,45 +23,6 @@ from mpo_ray.policies.mixture import MixtureForCausalLM
 
 #: What is there of a prompt: node and block, by policy.
 Known = Mapping[int, Sequence[tuple[int, int]]]
-
-
-class Runner(Protocol):
-    """What a scheduler asks of the model.
-
-    has_reference: whether there is a policy more, after those of the objectives: the base of their adapters
-    context: tokens of a sequence, at most; kv_blocks: of the whole KV cache
-    num_tokens: of sequences that every policy takes part in, that it holds; bytes_per_token: of those
-    """
-
-    num_policies: int
-    has_reference: bool
-    vocab_size: int
-    context: int
-    kv_blocks: int
-    num_tokens: int
-    bytes_per_token: int
-
-    def kv_blocks_used(self) -> int: ...
-
-    def refusal(self, need: Need) -> str | None:
-        """Why there is not room for this even with nothing else, as a sentence; None where there is."""
-
-    def fits(self, need: Need) -> bool:
-        """Whether there is room now."""
-
-    def open(self, need: Need) -> tuple[list[int], int]:
-        """A lane for each sequence, and how many of the prompt's tokens the first one holds already."""
-
-    def close(self, lanes: Sequence[int], *, spoiled: bool = False) -> None:
-        """Give back all lanes of a request. spoiled: what they hold is of no use to anybody"""
-
-    def reserve(self, *, max_num_seqs: int, context: int | None = None, kv_cache_gib: float | None = None) -> None:
-        """Take another KV cache in the place of the one there is, while nothing is decoded."""
-
-    def copy(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
-        """Let the second lane of each pair hold the first `length` tokens of the first; a lane may be both."""
-
-    def run(self, pieces: Sequence[Piece]) -> Predictions: ...
 
 
 @dataclass(slots=True)
@@ -96,6 +57,8 @@ class MixtureRunner:
     kv_cache_gib: of all models together; a share of what is free if absent, and never more than can be needed
     """
 
+    shares_prompts = True
+
     def __init__(
         self,
         mixture: MixtureForCausalLM,
@@ -117,12 +80,19 @@ class MixtureRunner:
         self._lanes: dict[int, _Lane] = {}
         self._next_lane = 0
         self._longest = mixture.longest_texts()
-        self._num_sharing = {place: len(policies) for place, policies in everyone.items()}
-        self.bytes_per_token = sum(self._branches[place].bytes_per_token * len(ks) for place, ks in everyone.items())
         self.reserve(max_num_seqs=max_num_seqs, context=context, kv_cache_gib=kv_cache_gib)
 
-    def reserve(self, *, max_num_seqs: int, context: int | None = None, kv_cache_gib: float | None = None) -> None:
+    def reserve(
+        self,
+        *,
+        max_num_seqs: int,
+        context: int | None = None,
+        kv_cache_gib: float | None = None,
+        policies: Sequence[int] | None = None,
+    ) -> None:
         self._max_num_seqs = max_num_seqs
+        sharing = Counter(self._place_of[k] for k in (range(self.num_policies) if policies is None else policies))
+        self.bytes_per_token = sum(self._branches[place].bytes_per_token * num for place, num in sharing.items())
         self._lanes.clear()  # of requests that an error left behind
         for branch in self._branches.values():
             branch.reserve(1)  # what there was counts as free
@@ -131,8 +101,8 @@ class MixtureRunner:
             num_bytes, self.bytes_per_token, max_num_seqs, [*self._longest, context]
         )
         with memory_told(f"a KV cache of {gib(self.num_tokens * self.bytes_per_token)}", "Lower kv_cache_gib."):
-            for place, branch in self._branches.items():
-                branch.reserve(self.num_tokens // BLOCK_TOKENS * self._num_sharing[place])
+            for place, num in sharing.items():
+                self._branches[place].reserve(self.num_tokens // BLOCK_TOKENS * num)
         self.kv_blocks = sum(branch.pool.num_blocks for branch in self._branches.values())
 
     def __str__(self) -> str:

@@ -19,7 +19,7 @@ from mpo_ray.decoding.branch import Piece, Predictions
 from mpo_ray.decoding.drafts import Draft, Rules, prompt_logprobs, token_logprob
 from mpo_ray.decoding.need import Need, need_of
 from mpo_ray.decoding.protocol import Delta, Diagnostics, GenerationRequest, TokenLogprob
-from mpo_ray.decoding.runner import Runner
+from mpo_ray.decoding.runner_protocol import Runner
 from mpo_ray.decoding.token_choice import LARGEST_UNIFORM, Draw, History
 from mpo_ray.records import REFERENCE
 

@@ -1,7 +1,8 @@
 """Completions of models that are open, drawn by the engine: what a run's stages sample with.
 
-The KV cache is there while completions are drawn, and as large as the prompts at hand need. So what is drawn depends on
-these prompts alone, and scoring has the memory meanwhile.
+The KV cache is there while completions are drawn, and as large as the prompts at hand need; scoring has the memory
+meanwhile. What is drawn depends on a prompt, its row, number and seed, whoever is decoded beside it. Rounding alone may
+differ where other rows share a product, which can turn a token whose probability lies at the drawn number.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from mpo_ray.decoding.engine import MixtureEngine
 from mpo_ray.decoding.need import check_pool
@@ -47,14 +49,20 @@ class MixtureSampler:
         """`num` completions of each prompt, token ids alone. end_ids: each ends a completion
 
         A completion's random numbers are those of `row_seed(seed, row of the prompt, number)`.
-        Raises ModelError where the KV cache does not hold the longest one, RequestError.
+        Raises ModelError where the KV cache does not hold the longest one, RequestError for one beyond the model's
+        context, StageError.
         """
         longest = max(map(len, prompts)) + max(1, recipe.sampling.max_tokens)
         most = max(self._room.max_num_seqs, recipe.mode.particles)
         wanted = min(most, len(prompts) * num * recipe.mode.particles)
-        self._runner.reserve(max_num_seqs=wanted, context=longest, kv_cache_gib=self._room.kv_cache_gib)
+        names = dict.fromkeys((*self._objectives, REFERENCE))  # one of them is the reference where it is drawn alone
+        taking_part = [k for k, name in enumerate(names) if recipe.weights.get(name, 0.0)]
+        room: dict[str, Any] = {"kv_cache_gib": self._room.kv_cache_gib, "policies": taking_part}
+        self._runner.reserve(max_num_seqs=wanted, context=longest, **room)
         try:
-            check_pool(self._runner.num_tokens, self._runner.bytes_per_token, longest)
+            # a request beyond the context is refused for that, by the engine
+            fits = min(longest, self._runner.context)
+            check_pool(self._runner.num_tokens, self._runner.bytes_per_token, fits)
             engine = MixtureEngine(
                 self._runner,
                 dict.fromkeys(self._objectives, 1 / len(self._objectives)),
@@ -81,7 +89,8 @@ class EnsembleSampler:
     """Draws from what an ensemble holds: the mixture with any λ, a policy (λ 1), the reference (`{"reference": 1}`)."""
 
     def __init__(self, ensemble: Ensemble, room: Room) -> None:
-        self._ensemble, self._room = ensemble, room
+        """Changes the models for being drawn from, here and not at the first draw: scores are the same at any time."""
+        self._ensemble, self._room = ensemble.for_decoding(), room
 
     def draw(
         self, prompts: Sequence[Sequence[int]], recipe: Recipe, *, num: int, end_ids: Sequence[int], seed: int
@@ -93,11 +102,11 @@ class EnsembleSampler:
 
     @cached_property
     def _mixture(self) -> MixtureSampler:
-        return MixtureSampler(mixture_of(self._ensemble.for_decoding()), self._room)
+        return MixtureSampler(mixture_of(self._ensemble), self._room)
 
     @cached_property
     def _reference(self) -> MixtureSampler:
-        stack = self._ensemble.for_decoding().stack
+        stack = self._ensemble.stack
         assert stack is not None
         return MixtureSampler(mixture_of_one(REFERENCE, stack.base), self._room)
 

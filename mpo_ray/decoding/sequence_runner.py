@@ -32,6 +32,8 @@ class _Lane:
 class SequenceRunner:
     """A `Runner` on the models' own caches. Arguments as of `MixtureRunner`."""
 
+    shares_prompts = False
+
     def __init__(
         self,
         mixture: MixtureForCausalLM,
@@ -48,17 +50,26 @@ class SequenceRunner:
         self.device, self._longest = mixture.device, mixture.longest_texts()
         self._lanes: dict[int, _Lane] = {}
         self._next_lane = 0
-        self.bytes_per_token = max(1, sum(self._bytes_per_token(k) for k in range(self.num_policies)))
+        self._bytes_of = {k: self._bytes_per_token(k) for k in self._caches}
         self.reserve(max_num_seqs=max_num_seqs, context=context, kv_cache_gib=kv_cache_gib)
 
-    def reserve(self, *, max_num_seqs: int, context: int | None = None, kv_cache_gib: float | None = None) -> None:
+    def reserve(
+        self,
+        *,
+        max_num_seqs: int,
+        context: int | None = None,
+        kv_cache_gib: float | None = None,
+        policies: Sequence[int] | None = None,
+    ) -> None:
         self._max_num_seqs = max_num_seqs
+        taking_part = range(self.num_policies) if policies is None else policies
+        self.bytes_per_token = max(1, sum(self._bytes_of[k] for k in taking_part))
         self._lanes.clear()  # of requests that an error left behind
         num_bytes = usual_kv_cache(self.device) if kv_cache_gib is None else int(kv_cache_gib * GIB)
         self.num_tokens, self.context = pool_tokens(
             num_bytes, self.bytes_per_token, max_num_seqs, [*self._longest, context]
         )
-        self.kv_blocks = self.num_tokens // BLOCK_TOKENS * self.num_policies
+        self.kv_blocks = self.num_tokens // BLOCK_TOKENS * len(taking_part)
 
     def __str__(self) -> str:
         return describe_pool(self.num_tokens, self.bytes_per_token, self.context)

@@ -18,6 +18,7 @@ _LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "m
 def free_bytes(device: torch.device) -> int:
     """Of the GPU, or of this machine or container, whichever has less."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what PyTorch keeps of tensors that are gone is free as well
         return int(torch.cuda.mem_get_info(device)[0])
     return min(int(psutil.virtual_memory().available), *_container_bytes())
 

@@ -88,8 +88,13 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         precision = _precision(dtype if dtype not in (None, "auto") else config.dtype)
         paths = {name: str(policy_path(directory, name)) for name in config.objectives}
         device = device_map.get("") if isinstance(device_map, dict) else device_map
-        where: dict[str, Any] = {"device": None if device == "auto" else device or "cpu", "with_reference": False}
-        ensemble = Ensemble(reference_path(directory, config), paths, precision=precision, **where)
+        ensemble = Ensemble(
+            reference_path(directory, config),
+            paths,
+            precision=precision,
+            device=None if device == "auto" else str(torch.device("cpu" if device is None else device)),
+            with_reference=False,
+        )
         _checked_sizes(ensemble, where=str(directory))
         model: MixtureForCausalLM = cls(config, adapters=ensemble.adapters, full=ensemble.full).eval()
         model.name_or_path = str(directory)

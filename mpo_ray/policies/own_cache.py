@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,8 +39,8 @@ class OwnCache:
     def num_bytes(self) -> int:
         """Of every tensor that the cache holds."""
         layers = getattr(self._cache, "layers", [])
-        held = {id(value): value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)}
-        return sum(value.nbytes for value in held.values())
+        held = {id(tensor): tensor for layer in layers for tensor in _tensors(vars(layer))}
+        return sum(tensor.nbytes for tensor in held.values())
 
     def fork(self, length: int) -> OwnCache:
         """The first `length` tokens as a sequence of its own."""
@@ -82,6 +82,18 @@ class OwnCache:
             self._num_cached = end
         logits: Tensor = model(**inputs, logits_to_keep=wanted).logits[0, -wanted:].float()
         return logits
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those of a layer's state: some families keep them in mappings or in lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
 
 
 @torch.inference_mode()

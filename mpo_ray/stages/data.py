@@ -12,10 +12,14 @@ from mpo_ray.config import RunConfig
 from mpo_ray.data import embedded
 from mpo_ray.data.comparisons import Parsed
 from mpo_ray.data.conflict import conflict_report
+from mpo_ray.data.lengths import TableLengths
+from mpo_ray.data.limits import model_context
 from mpo_ray.data.problems import Problems
 from mpo_ray.data.prompts import PlacedPrompt, is_heldout, select_prompts
 from mpo_ray.data.sources import DataError
 from mpo_ray.evaluation.rewards import is_callable_spec, load_reward
+from mpo_ray.policies.given import find_policy
+from mpo_ray.policies.loading import ModelError, is_adapter
 from mpo_ray.policies.scratch import write_scratch_model
 from mpo_ray.records import Comparison, Prompt, digest, encode_prompt, encode_reply, prompt_id
 from mpo_ray.stages.data_reading import Reader, open_reader
@@ -70,8 +74,28 @@ def prepare_data(context: Context) -> dict[str, Any]:
         with problems.kept():
             counts["sft"] = _write_texts(context, reader)
     context.run.write_json(LENGTHS, [table.as_json() for table in reader.lengths])
+    with problems.kept():
+        check_contexts(context)
     problems.raise_all()
     return counts
+
+
+def check_contexts(context: Context) -> None:
+    """Refuse a model of `evaluation.models` whose context is too short for the prompts. Raises ModelError."""
+    tables = map(TableLengths.from_json, context.run.read_json(LENGTHS) or [])
+    prompts = next((table for table in tables if table.what == "prompts for the evaluation"), None)
+    if prompts is None:
+        return
+    longest, new = (prompts.kept or prompts.prompt).longest, context.config.evaluation.max_new_tokens
+    for name, path in context.compared_models().items():
+        model = find_policy(path)
+        limit = None if is_adapter(model) else model_context(str(model))
+        if limit is not None and longest + new > limit:
+            raise ModelError(
+                f"evaluation.models.{name}: {path} has a context of {limit} tokens, and the longest prompt of the "
+                f"evaluation has {longest}, with {new} new tokens behind it. Lower evaluation.max_new_tokens, give "
+                "shorter prompts, or remove the model."
+            )
 
 
 def _write_conflict(context: Context, parsed: dict[str, Parsed]) -> None:

@@ -24,7 +24,7 @@ from mpo_ray.cluster.generate import prompt_rows
 from mpo_ray.data.prompts import PlacedPrompt, is_heldout
 from mpo_ray.data.sources import DataError
 from mpo_ray.decoding.offline import Recipe, complete, lanes_for, row_seed
-from mpo_ray.decoding.open_engine import engine_of
+from mpo_ray.decoding.open_engine import engine_of, open_mixture
 from mpo_ray.evaluation.divergence import divergences
 from mpo_ray.maths.statistics import bootstrap_means, interval
 from mpo_ray.policies.artefact import policy_path, reference_path
@@ -128,7 +128,7 @@ def distil(
             "prompts, or change --heldout-share."
         )
     rows, context = prompt_rows(artefact, [*trained, *held], recipe)
-    mixture = MixtureForCausalLM.from_pretrained(artefact, weights=recipe.weights, device_map="auto")
+    mixture = open_mixture(artefact, weights=recipe.weights)
     times = [schooling.completions_per_prompt] * len(trained) + [1] * len(held)
     texts = _completions(mixture, artefact, rows, times, recipe, context, schooling.max_num_seqs, seed, show)
     lessons, exam = texts[: -len(held)], texts[-len(held) :]
@@ -137,6 +137,7 @@ def distil(
     how = {"batch_size": schooling.micro_batch_size, "pad_id": pad_id, "seed": seed}
     with _reference(mixture, artefact) as reference:
         measured = {"reference": remaining_kl(mixture, reference, exam, **how)}
+    del reference  # it may be a model that nothing else holds
     student = _student(mixture, artefact, schooling, seed=seed)
     measured["before"] = remaining_kl(mixture, student, exam, **how)
     history = _train(mixture, student, lessons, schooling, pad_id=pad_id, seed=seed, show=show)

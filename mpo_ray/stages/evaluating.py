@@ -24,6 +24,7 @@ from mpo_ray.records import digest
 from mpo_ray.run import stage_inputs
 from mpo_ray.stages.check import check_compared_models
 from mpo_ray.stages.constrained import last_figures
+from mpo_ray.stages.data import check_contexts
 from mpo_ray.stages.sampling import sample_counts
 from mpo_ray.stages.stage import Context, Stage, content
 from mpo_ray.stages.training import ACTOR_PLACEMENT
@@ -35,6 +36,7 @@ def evaluate(context: Context) -> dict[str, Any]:
     """Completions, rewards and KL of every candidate, then win rates, intervals and the front."""
     config, run = context.config, context.run
     check_compared_models(context)
+    check_contexts(context)
     objectives, settings = list(config.objectives), config.evaluation
     named = named_candidates(
         objectives,

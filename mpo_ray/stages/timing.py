@@ -15,8 +15,10 @@ import torch
 
 from mpo_ray.cluster.trainable import load_trainable
 from mpo_ray.config_training import PolicyTraining, SupervisedTraining, Training
+from mpo_ray.data.limits import longest_text
 from mpo_ray.decoding.sampler import MixtureSampler, Room, sampling_recipe
 from mpo_ray.policies.completion_model import CompletionModel
+from mpo_ray.policies.cpu import optimize_for_cpu
 from mpo_ray.policies.ensemble import Sequences, sequence_logprobs
 from mpo_ray.policies.loading import load_model
 from mpo_ray.policies.mixture import mixture_of_one
@@ -102,6 +104,7 @@ def measure_speeds(
         read = load_model(model, precision=precision).to(device)
         sequences = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
         forward = _of_forward(read, sequences, most=scored_rows, pad_id=pad_id)
+        optimize_for_cpu(read)
         step, decode = _of_decoding(read, sequences, forward, most=decoded_rows, ends=ends)
     return Speeds(adapt=steps[True], train=steps[False], forward=forward, step=step, decode=decode)
 
@@ -173,7 +176,9 @@ def _of_decoding(
 ) -> tuple[float, float]:
     """Without the prompts' own forward pass, whose seconds per token are known."""
     sampler = MixtureSampler(mixture_of_one(REFERENCE, model), Room(most))
-    recipe = sampling_recipe({REFERENCE: 1.0}, max_new_tokens=NEW_TOKENS, temperature=1.0)
+    context = longest_text(model.config)
+    left = NEW_TOKENS if context is None else context - max(len(prompt) for prompt, _ in sequences)
+    recipe = sampling_recipe({REFERENCE: 1.0}, max_new_tokens=min(NEW_TOKENS, left), temperature=1.0)
 
     def draw(size: int) -> Batch:
         prompts = [prompt for prompt, _ in _first(sequences, size)]

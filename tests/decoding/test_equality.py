@@ -132,7 +132,7 @@ def test_the_bias_of_a_head_counts_by_the_weights_of_the_policies_behind_it() ->
     """Two models decode in one step: one sequence of both, one of the first alone, one of the second alone."""
     full = {"first": phi(1), "second": phi(2)}
     config = MixtureConfig([*full], {"first": 0.3, "second": 0.7}, vocab_size=25, max_position_embeddings=64)
-    runner = MixtureRunner(MixtureForCausalLM(config, full=full).eval(), max_num_seqs=3)
+    runner = MixtureRunner(MixtureForCausalLM(config, adapters=None, full=full).eval(), max_num_seqs=3)
     weights = ((0.3, 0.7), (1.0, 0.0), (0.0, 1.0))
     taking_part = [tuple(k for k, weight in enumerate(one) if weight) for one in weights]
     lanes = [runner.open(Need(policies, (), 64))[0][0] for policies in taking_part]

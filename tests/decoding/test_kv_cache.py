@@ -17,17 +17,18 @@ import torch
 from mpo_ray.config_serving import Serve
 from mpo_ray.decoding import branch
 from mpo_ray.decoding.engine import MixtureEngine
-from mpo_ray.decoding.need import check_pool
+from mpo_ray.decoding.need import Need, check_pool
 from mpo_ray.decoding.open_engine import engine_of as engine_of_mixture
 from mpo_ray.decoding.open_engine import open_engine
 from mpo_ray.decoding.protocol import Delta, Mode, RequestError
 from mpo_ray.decoding.runner import MixtureRunner
-from mpo_ray.policies.kv_blocks import BLOCK_TOKENS, Row
+from mpo_ray.policies.kv_blocks import BLOCK_TOKENS, Row, blocks_for
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.memory import GIB
 from mpo_ray.policies.mixture import MixtureForCausalLM
 from tests.decoding.mixtures import KINDS, completed, engine_of, request, tokens
 from tests.serving.served import write_mixture
+from tests.world_runner import drain
 
 LONG = [1, *(3 + (5 * place) % 20 for place in range(37))]  # two blocks and six tokens
 
@@ -253,6 +254,29 @@ def test_a_pass_without_memory_ends_its_request_in_words_and_the_next_is_answere
     words, answered = done.stdout.splitlines()[-2:]
     assert re.fullmatch(r"decoding: out of memory: .* could not be had\. Lower the server's kv_cache_gib, .*", words)
     assert answered == "True"
+
+
+def test_a_cache_for_one_policy_holds_nothing_for_the_others(artefacts: dict[str, Path]) -> None:
+    """Two models of their own: what one alone is drawn from has the whole cache."""
+    runner = runner_of(engine_of(artefacts["full"]))
+    everyone = runner.bytes_per_token
+    runner.reserve(max_num_seqs=2, context=64, policies=[1])
+    own, *others = sorted((each.pool.num_blocks for each in runner._branches.values()), reverse=True)
+    assert (own, {*others}) == (2 * blocks_for(64), {1})
+    assert runner.bytes_per_token == everyone // (1 + len(others))
+    assert runner.fits(Need((1,), (1, 2), 62))
+
+
+def test_a_prompt_that_is_being_computed_holds_up_its_like_and_nobody_else(artefacts: dict[str, Path]) -> None:
+    engine = engine_of(artefacts["lora"], prompt_tokens=BLOCK_TOKENS)
+    for number, prompt in enumerate((LONG, LONG, (1, 8, 9))):
+        engine.submit(request(number, prompt, max_tokens=4))
+    engine.step()
+    assert [*engine._running] == ["0", "2"]
+    assert [run.request.id for run in engine._waiting] == ["1"]
+    told = drain(engine)
+    assert [*told["0"]][-1].finish_reason is not None
+    assert tokens(told["0"]) == tokens(told["1"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

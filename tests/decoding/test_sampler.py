@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from mpo_ray.decoding.protocol import RequestError
 from mpo_ray.decoding.sampler import EnsembleSampler, MixtureSampler, Room, sampling_recipe
 from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.kv_blocks import BLOCK_TOKENS
@@ -146,6 +150,60 @@ def test_a_cache_that_is_too_small_is_refused_with_the_number_that_would_do(plac
     small = MixtureSampler(mixture, Room(4, kv_cache_gib=1e-6))
     with pytest.raises(ModelError, match=r"kv_cache_gib: .* one request can need 44\. Set kv_cache_gib to"):
         draw(small, limit=40)
+
+
+def test_a_text_beyond_the_models_context_is_refused_for_that(sampler: MixtureSampler) -> None:
+    with pytest.raises(
+        RequestError, match=r"the prompt has 4 tokens and the completion up to 5000; the context is \d+"
+    ):
+        draw(sampler, limit=5000)
+
+
+def test_scores_are_the_same_before_and_after_a_draw(places: dict[str, str]) -> None:
+    """To the last digit, so that a run that was broken off in between ends alike."""
+    texts = [(PROMPTS[0], [5, 6, 7, EOS]), (PROMPTS[1], [9, EOS])]
+    how: dict[str, Any] = {"batch_size": 2, "pad_id": 0}
+    names = ["reference", "a", "full"]
+    ensemble = Ensemble(places["base"], {name: places[name] for name in ("a", "full")})
+    sampler = EnsembleSampler(ensemble, ROOM)
+    before = ensemble.logprobs(names, texts, **how)
+    draw(sampler, {"full": 1.0})
+    assert ensemble.logprobs(names, texts, **how) == before
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+import psutil, torch
+from mpo_ray.decoding.sampler import EnsembleSampler, Room, sampling_recipe
+from mpo_ray.out_of_memory import memory_told
+from mpo_ray.policies.ensemble import Ensemble
+torch.set_num_threads(1)
+sampler = EnsembleSampler(Ensemble(sys.argv[1], {}), Room(4))
+recipe = sampling_recipe({"reference": 1.0}, max_new_tokens=2, temperature=1.0)
+def draw(length):
+    return sampler.draw([[1, *[5] * length]], recipe, num=1, end_ids=[2], seed=0)
+expected = draw(3)
+resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**26, -1))
+try:
+    with memory_told("samples", "Lower scoring.batch_size."):
+        draw(60_000)
+except Exception as error:
+    print(type(error).__name__, error)
+print(draw(3) == expected)
+"""
+
+
+def test_a_lack_of_memory_in_a_draw_ends_in_the_words_of_its_stage(tmp_path: Path) -> None:
+    """A limit of the process stands for a machine that has no more: an attention mask is 245 MB at last."""
+    base = tiny_llama(tmp_path, tiny_tokenizer(), seed=5, max_position_embeddings=1 << 16)
+    code = [sys.executable, "-c", OUT_OF_MEMORY, str(base)]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
+    words, as_before = done.stdout.splitlines()[-2:]
+    assert re.fullmatch(
+        r"OutOfMemoryError samples: out of memory: .* could not be had\. Lower scoring\.batch_size\.", words
+    )
+    assert as_before == "True"
 
 
 def test_after_an_error_the_sampler_draws_as_before(sampler: MixtureSampler, monkeypatch: pytest.MonkeyPatch) -> None:
