@@ -110,6 +110,7 @@ def test_a_family_that_blocks_cannot_hold_has_its_own_distributions(
     with caplog.at_level(logging.WARNING):
         runner = runner_of(mixture, max_num_seqs=4)
     assert "decoded in transformers' own cache" in caplog.text
+    assert (runner.bytes_per_token > 1) is caches, "what a family keeps is counted, in whatever it keeps it"
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(3, 40, (length + 4,), generator=generator).tolist() for length in (5, 19, 40)]
     lanes = [runner.open(Need((0,), (), 64))[0][0] for _ in texts]

@@ -306,3 +306,12 @@ print(type(AutoModelForCausalLM.from_pretrained({str(artefact)!r})).__name__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip() == "MixtureForCausalLM", done.stderr
+
+
+def test_a_gpu_that_is_asked_for_by_its_number_is_not_taken_for_the_cpu(artefact: Path) -> None:
+    for where in (0, {"": 0}):
+        if torch.cuda.is_available():
+            assert AutoModelForCausalLM.from_pretrained(artefact, device_map=where).device == torch.device("cuda:0")
+        else:
+            with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA|accelerator"):
+                AutoModelForCausalLM.from_pretrained(artefact, device_map=where)

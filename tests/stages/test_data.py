@@ -100,3 +100,20 @@ def test_chat_template_kwargs_decide_what_stands_before_a_reply(tmp_path: Path) 
         assert prompt.endswith("</think>\n\n") == bool(values)
         assert chosen == ("yes<|im_end|>" if values else "<think>\n\n</think>\n\nyes<|im_end|>")
     assert inputs[0] != inputs[1]
+
+
+def test_a_model_to_compare_whose_context_is_too_short_is_refused_with_the_data(tmp_path: Path) -> None:
+    rows = [{"prompt": [USER], "chosen": "Yes.", "rejected": "No."}]
+    run = context(tmp_path, TOOL_TEMPLATE, rows)
+    evaluation = run.config.evaluation.model_copy(update={"max_new_tokens": 60})
+    for length, fits in ((32, False), (1024, True)):
+        theirs = tiny_llama(
+            tmp_path / str(length), chat_tokenizer(TOOL_TEMPLATE), seed=1, max_position_embeddings=length
+        )
+        changed = evaluation.model_copy(update={"models": {"theirs": str(theirs)}})
+        run.config = run.config.model_copy(update={"evaluation": changed})
+        if fits:
+            assert prepare_data(run)
+        else:
+            with pytest.raises(ValueError, match=r"evaluation\.models\.theirs: .* has a context of 32 tokens.* 60 new"):
+                prepare_data(run)
