@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
+from mpo_ray.decoding.acceptance import Attempt, Attempts
 from mpo_ray.decoding.drafts import Draft, Rules
-from mpo_ray.decoding.protocol import Delta, GenerationRequest, NothingAcceptedError
+from mpo_ray.decoding.protocol import Delta, GenerationRequest
 from mpo_ray.decoding.runner_protocol import Runner
 from mpo_ray.decoding.runs import Place, Run, TokenRun
 from mpo_ray.decoding.token_choice import Draw
@@ -82,23 +82,16 @@ class ParticleRun(Run):
 
 
 class RejectionRun(Run):
-    """Draw from π_λ: attempts from q that are given up, at each token, with probability 1 − Z_t.
-
-    Several attempts are made side by side; the first in the order of their numbers that is accepted is the answer, not
-    the first to be finished, which would prefer short ones. Needs λ ≥ 0 and Σ λ ≥ 1, for which Z_t ≤ 1.
-    """
+    """Draw from π_λ: attempts from q, several side by side, by the rule of `acceptance`."""
 
     def __init__(
         self, request: GenerationRequest, weights: Sequence[float], rules: Rules, names: Sequence[str]
     ) -> None:
         super().__init__(request, weights, rules, names)
-        seed = request.sampling.seed
-        self._seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-        self._number: dict[int, int] = {}  # lane → number of the attempt in it
-        self._random: dict[int, np.random.Generator] = {}
+        self._attempts = Attempts(request.sampling.seed, request.mode.max_attempts)
+        self._in_lane: dict[int, Attempt] = {}
         self._first: Place | None = None
-        self._next = 0
-        self._accepted: tuple[int, Draft] | None = None
+        self._answer: Draft | None = None
 
     def _begin(self, place: Place, runner: Runner) -> list[tuple[Place, Draw]]:
         others = self.lanes[1:]
@@ -111,9 +104,9 @@ class RejectionRun(Run):
     def _draws(self, places: Sequence[Place], runner: Runner) -> list[tuple[Place, Draw]]:
         draws = []
         for draft, place in zip(self._asked, places, strict=True):
-            random = self._random[draft.lane]
-            if random.random() < math.exp(place.log_z):
-                draws.append((draft, self._draw(draft, place, float(random.random()))))
+            attempt = self._in_lane[draft.lane]
+            if attempt.survives(place.log_z):
+                draws.append((draft, self._draw(draft, place, float(attempt.random.random()))))
                 continue
             again = self._attempt(draft.lane)
             if again is not None:
@@ -122,40 +115,34 @@ class RejectionRun(Run):
 
     def _going(self, draws: Sequence[tuple[Draft, tuple[Place, Draw]]]) -> list[tuple[Place, Draw]]:
         self._drafts = self._asked = [draft for draft, _ in draws]
-        if not draws and self._accepted is None:
-            raise NothingAcceptedError(
-                f"{self._next} attempts were made and none was accepted: Z is about {1 / self._next:.1g} or less for "
-                "this prompt and these weights. Use sequential Monte Carlo (particles), or more attempts."
-            )
+        if not draws and self._answer is None:
+            self._attempts.figures("Use sequential Monte Carlo (particles), or more attempts.")
         return [draw for _, draw in draws]
 
     def _attempt(self, lane: int) -> tuple[Draft, tuple[Place, Draw]] | None:
         """Begin attempts in a lane, whose rows still hold the prompt, until one gets past its first token."""
         first = self._first
         assert first is not None
-        while self._next < self.request.mode.max_attempts and self._accepted is None:
-            number, self._next = self._next, self._next + 1
-            random = np.random.default_rng([self._seed % 2**63, number])
-            if random.random() < math.exp(first.log_z):
-                self._number[lane], self._random[lane] = number, random
+        while (attempt := self._attempts.begin()) is not None:
+            if attempt.survives(first.log_z):
+                self._in_lane[lane] = attempt
                 draft = self._draft(lane, reads_text=bool(self.request.sampling.stop))
-                return draft, self._draw(draft, first, float(random.random()))
+                return draft, self._draw(draft, first, float(attempt.random.random()))
         return None
 
     def take(self, tokens: Sequence[int], draws: Sequence[tuple[Place, Draw]]) -> Delta | None:
         for draft, token, (place, _) in zip(self._asked, tokens, draws, strict=True):
             self._record(draft, token, place)
             draft.extend(token, self._rules)
-            number = self._number[draft.lane]
-            if draft.finish is not None and (self._accepted is None or number < self._accepted[0]):
-                self._accepted = number, draft
-        if self._accepted is None:
+            if draft.finish is not None and self._attempts.accept(self._in_lane[draft.lane]):
+                self._answer = draft
+        if self._answer is None:
             return None
-        number, accepted = self._accepted
-        self._drafts = [d for d in self._drafts if d.finish is None and self._number[d.lane] < number]
+        going = [draft for draft in self._drafts if draft.finish is None]
+        self._drafts = [draft for draft in going if not self._attempts.is_late(self._in_lane[draft.lane])]
         if self._drafts:
             return None
-        return self._whole(accepted, log_z_hat=-math.log(number + 1), attempts=number + 1)
+        return self._whole(self._answer, **self._attempts.figures(""))
 
 
 def run_of(request: GenerationRequest, weights: Sequence[float], rules: Rules, names: Sequence[str]) -> Run:

@@ -1,7 +1,7 @@
 """Completions as the endpoint wants them, from what vLLM says of single tokens (design 2.3, 5.5).
 
-vLLM draws the tokens. Where a completion ends, its text, log Z_t and the acceptance of rejection sampling are ours, so
-that they are the same as our engine's.
+vLLM draws the tokens. Where a completion ends, its text, log Z_t and the acceptance of rejection sampling are those of
+our engine.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from mpo_ray.decoding.acceptance import Attempt, Attempts
 from mpo_ray.decoding.drafts import Draft, Rules
 from mpo_ray.decoding.protocol import (
     Delta,
     Diagnostics,
     EngineError,
     GenerationRequest,
-    NothingAcceptedError,
     RequestError,
     TokenLogprob,
 )
@@ -111,78 +110,68 @@ async def _one_by_one(
 async def _accepted(
     source: Source, request: GenerationRequest, weights: Sequence[float], names: Sequence[str], rules: Rules
 ) -> AsyncGenerator[Delta]:
-    """Rejection (design 2.3): attempts are given up, at each token, with probability 1 − Z_t.
-
-    `particles` attempts are made side by side; of those accepted the first in the order of their numbers is returned.
-    """
+    """Rejection: `particles` attempts side by side, by the rule of `acceptance`."""
     tempered = [weight / request.sampling.temperature for weight in weights]
-    seed = request.sampling.seed
-    attempts = _Attempts(
-        source, request, tempered, rules, int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-    )
-    tasks = [asyncio.create_task(attempts.work()) for _ in range(request.mode.particles)]
+    rejection = _Rejection(source, request, tempered, rules)
+    tasks = [asyncio.create_task(rejection.work()) for _ in range(request.mode.particles)]
     try:
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    if attempts.accepted is None:
-        raise NothingAcceptedError(
-            f"{attempts.made} attempts were made and none was accepted: Z is about {1 / attempts.made:.1g} or less for "
-            "this prompt and these weights. Ask for more attempts, or serve with engine: mpo for particles."
-        )
-    number, draft, text = attempts.accepted
+    figures = rejection.attempts.figures("Ask for more attempts, or serve with engine: mpo for particles.")
+    assert rejection.answer is not None
+    draft, text = rejection.answer
     yield Delta(
         tuple(draft.tokens),
         text,
         tuple(draft.logprobs),
-        attempts.prompt,
+        rejection.prompt,
         draft.finish,
         draft.stop,
-        _diagnostics(request, tempered, names, draft, log_z_hat=-math.log(number + 1), attempts=number + 1),
+        _diagnostics(request, tempered, names, draft, **figures),
     )
 
 
-class _Attempts:
-    """What the attempts of one request share. accepted: number, completion and text of the first accepted so far."""
+class _Rejection:
+    """What the attempts of one request share. answer: completion and text of the accepted one; prompt: its logprobs"""
 
-    def __init__(
-        self, source: Source, request: GenerationRequest, weights: Sequence[float], rules: Rules, seed: int
-    ) -> None:
-        self._source, self._request, self._weights, self._rules, self._seed = source, request, weights, rules, seed
+    def __init__(self, source: Source, request: GenerationRequest, weights: Sequence[float], rules: Rules) -> None:
+        self._source, self._request, self._weights, self._rules = source, request, weights, rules
+        self.attempts = Attempts(request.sampling.seed, request.mode.max_attempts)
         self._first_log_z: float | None = None  # the same for all
-        self.made = 0
-        self.accepted: tuple[int, Draft, str] | None = None
+        self.answer: tuple[Draft, str] | None = None
         self.prompt: tuple[TokenLogprob | None, ...] | None = None
 
     async def work(self) -> None:
         """Make one attempt after the other until one is accepted or enough were made."""
-        while self.accepted is None and self.made < self._request.mode.max_attempts:
-            number, self.made = self.made, self.made + 1
-            found = await self._attempt(number)
-            if found is not None and not self._too_late(number):
-                self.accepted = (number, *found)
+        while (attempt := self.attempts.begin()) is not None:
+            found = await self._completion(attempt)
+            if found is not None and self.attempts.accept(attempt):
+                self.answer = found
 
-    async def _attempt(self, number: int) -> tuple[Draft, str] | None:
-        random = np.random.default_rng([self._seed % 2**63, number])
-        seed, chance = int(random.integers(2**63)), random.random()
-        if self._first_log_z is not None and chance >= math.exp(self._first_log_z):
+    async def _completion(self, attempt: Attempt) -> tuple[Draft, str] | None:
+        seed = int(attempt.random.integers(2**63))
+        asked = self._first_log_z is not None  # before anything is drawn
+        if self._first_log_z is not None and not attempt.survives(self._first_log_z):
             return None
+        first = attempt.number == 0
         parameters = _parameters(
-            self._request, self._weights, self._rules, seed, measured=True, temperature=1.0, prompt=number == 0
+            self._request, self._weights, self._rules, seed, measured=True, temperature=1.0, prompt=first
         )
         draft, text = _draft(self._rules), ""
-        name = f"{self._request.id}-{number}"
+        name = f"{self._request.id}-{attempt.number}"
         async with aclosing(_tokens(self._source, self._request, name, parameters)) as tokens:
             async for drawn in tokens:
                 if drawn.prompt is not None:
                     self.prompt = drawn.prompt
                 if not draft.tokens:
                     self._first_log_z = drawn.log_z
-                if self._too_late(number) or chance >= math.exp(drawn.log_z):
+                survives = asked or attempt.survives(drawn.log_z)
+                asked = False
+                if self.attempts.is_late(attempt) or not survives:
                     return None
-                chance = random.random()
                 text += draft.extend(drawn.token, self._rules)
                 draft.log_z += drawn.log_z
                 if drawn.logprob is not None:
@@ -190,9 +179,6 @@ class _Attempts:
                 if draft.finish is not None:
                     return draft, text
         raise EngineError("vLLM ended an attempt that goes on.")
-
-    def _too_late(self, number: int) -> bool:
-        return self.accepted is not None and self.accepted[0] < number
 
 
 async def _tokens(
