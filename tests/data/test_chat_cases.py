@@ -15,7 +15,7 @@ from mpo_ray.data.prompts import read_prompt_rows, read_prompts
 from mpo_ray.data.rendering import Rendering
 from mpo_ray.data.texts import read_texts
 from mpo_ray.records import ToolChat
-from tests.data.test_rendering import PLAIN_TEMPLATE, TOOL_TEMPLATE, chat_tokenizer, shown
+from tests.data.templates import PLAIN_TEMPLATE, TOOL_TEMPLATE, chat_tokenizer, shown
 
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 

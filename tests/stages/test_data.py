@@ -18,8 +18,8 @@ from mpo_ray.data.rendering import Rendering
 from mpo_ray.run import Run
 from mpo_ray.stages.data import prepare_data
 from mpo_ray.stages.stage import Context
+from tests.data.templates import CALL, PLAIN_TEMPLATE, THINKING_TEMPLATE, TOOL, TOOL_TEMPLATE, chat_tokenizer
 from tests.data.test_chat_cases import NO_SYSTEM
-from tests.data.test_rendering import CALL, PLAIN_TEMPLATE, THINKING_TEMPLATE, TOOL, TOOL_TEMPLATE, chat_tokenizer
 from tests.tiny import tiny_llama
 
 USER = {"role": "user", "content": "hi", "mood": "glad"}
