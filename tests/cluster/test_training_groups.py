@@ -127,6 +127,27 @@ def test_what_was_trained_before_on_the_same_base_leaves_no_trace(tmp_path: Path
 
 
 @pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("changes", [{"lora": None}, {"lora": None, "zero_stage": 3}, {"zero_stage": 3}], ids=str)
+def test_all_that_a_training_trains_alone_it_trains_after_one_of_adapters(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """PEFT freezes the base that it adapts: the next training, of all weights or in shards, opens its own.
+
+    The adapters after that get a base again.
+    """
+    base = str(tiny_llama(tmp_path / "base", tiny_tokenizer(), seed=0))
+    settings = {"lora": {"rank": 4}, "batch_size": 4, "micro_batch_size": 4, "warmup_share": 0.0}
+    adapters = PolicyTraining.model_validate(settings)
+    training = PolicyTraining.model_validate({**settings, **changes})
+    alone = [_steps(KeptBase(), base, one, seed=0, rate=1e-2) for one in (adapters, training)]
+    kept = KeptBase()
+    together = [_steps(kept, base, one, seed=0, rate=1e-2) for one in (adapters, training, adapters, training)]
+    for expected, after in zip([*alone, *alone], together, strict=True):
+        assert len(expected) == len(after) > 0
+        assert all(torch.equal(a, b) for a, b in zip(expected, after, strict=True))
+
+
+@pytest.mark.usefixtures("process_group")
 def test_adapters_that_were_taken_back_are_gone_from_memory(tmp_path: Path) -> None:
     base = str(tiny_llama(tmp_path / "base", tiny_tokenizer(), seed=0))
     training = PolicyTraining.model_validate({"lora": {"rank": 4}, "batch_size": 4, "micro_batch_size": 4})
