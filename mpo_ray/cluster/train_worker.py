@@ -8,7 +8,6 @@ import time
 import traceback
 from typing import Any
 
-import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -18,9 +17,9 @@ from mpo_ray.cluster.checkpoints import MARK, TAG, CheckpointError, new_checkpoi
 from mpo_ray.cluster.constrained_task import ConstrainedTask
 from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine, prepare_sharded_loading
 from mpo_ray.cluster.event_log import EventLog
-from mpo_ray.cluster.progress import report, report_note
 from mpo_ray.cluster.tasks import Figures, PreferenceTask, SupervisedTask, Task
 from mpo_ray.cluster.trainable import KeptBase, lora_of
+from mpo_ray.cluster.training_board import Reporter, ask
 from mpo_ray.cluster.training_failure import OPENING, READING, STARTING, memory_sentence
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.cluster.training_metrics import TrainingMetrics, flat
@@ -54,12 +53,12 @@ def train_on_worker(values: dict[str, Any]) -> None:
     leads = ray.train.get_context().get_world_rank() == 0
     kept = KeptBase()
     while True:
-        name = broadcast_from_rank_zero(ray.get(board.take.remote(group, kind)) if leads else None)
+        name = broadcast_from_rank_zero(ask(board, "take", group, kind) if leads else None)
         if name is None:
             return
         cause = train_worker(TrainingJob.model_validate(values["jobs"][name]), board, kept)
         if leads:
-            ray.get(board.end.remote(group, cause))
+            ask(board, "end", group, name, cause)
         if cause is not None:
             return
         gc.collect()  # an engine and its optimiser refer to each other
@@ -72,9 +71,10 @@ def train_worker(job: TrainingJob, board: Any, kept: KeptBase) -> str | None:
     exception would have it started again from the last checkpoint, to stop at the same step. So would a lack of
     memory, which is told with the setting that lowers the need.
     """
-    doing = _Doing(board, job.name)
+    reporter = Reporter(board, job.name)
+    doing = _Doing(reporter)
     try:
-        return _train(job, board, kept, doing)
+        return _train(job, reporter, kept, doing)
     except Exception as error:
         lack = lacking(error)
         if lack is None:
@@ -89,15 +89,15 @@ def train_worker(job: TrainingJob, board: Any, kept: KeptBase) -> str | None:
 class _Doing:
     """What the worker is at: kept for an error, and told to who waits."""
 
-    def __init__(self, progress: Any, name: str) -> None:
-        self.what, self._progress, self._name = "", progress, name
+    def __init__(self, reporter: Reporter) -> None:
+        self.what, self._reporter = "", reporter
 
     def begin(self, what: str) -> None:
         self.what = what
-        report_note(self._progress, self._name, what)
+        self._reporter.note(what)
 
 
-def _train(job: TrainingJob, progress: Any, kept: KeptBase, doing: _Doing) -> str | None:
+def _train(job: TrainingJob, reporter: Reporter, kept: KeptBase, doing: _Doing) -> str | None:
     training = job.training
     context = ray.train.get_context()
     torch.set_num_threads(max(1, int(training.workers.cpus_per_worker)))
@@ -122,7 +122,7 @@ def _train(job: TrainingJob, progress: Any, kept: KeptBase, doing: _Doing) -> st
         tokens_per_step=training.batch_size * float(task.lengths.mean()),
         now=time.monotonic(),
     )
-    display = _Display(run, job, progress, pace, start=start, total=total) if engine.rank == 0 else None
+    display = _Display(run, job, reporter, pace, start=start, total=total) if engine.rank == 0 else None
     doing.begin("at its first step")
     try:
         for step, loss in train(
@@ -171,9 +171,9 @@ def _train(job: TrainingJob, progress: Any, kept: KeptBase, doing: _Doing) -> st
 class _Display:
     """Where the figures of a training are seen while it runs: the cluster's metrics, TensorBoard, the progress line."""
 
-    def __init__(self, run: Run, job: TrainingJob, progress: Any, pace: Pace, *, start: int, total: int) -> None:
+    def __init__(self, run: Run, job: TrainingJob, reporter: Reporter, pace: Pace, *, start: int, total: int) -> None:
         self.metrics, self.events = TrainingMetrics(job), EventLog(run, job.name, start=start)
-        self._name, self._progress, self._pace, self._total = job.name, progress, pace, total
+        self._reporter, self._pace, self._total = reporter, pace, total
         self._figures: dict[str, float] = {}
         self._reported = float("-inf")
 
@@ -187,7 +187,7 @@ class _Display:
         now = time.monotonic()
         pace = self._pace.after(step, now)
         if step == self._total or now - self._reported >= REPORT_EVERY_S:
-            report(self._progress, self._name, step, self._total, **{**self._figures, **loss, **pace})
+            self._reporter.steps(step, self._total, **{**self._figures, **loss, **pace})
             self._reported = now
 
 

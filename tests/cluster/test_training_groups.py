@@ -19,15 +19,12 @@ from ray.train import RunConfig
 from ray.train.torch import TorchTrainer
 from rich.console import Console
 
-from mpo_ray.cluster import train, training_room
+from mpo_ray.cluster import training_group
 from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine
-from mpo_ray.cluster.progress import Report
 from mpo_ray.cluster.train import TrainingError, train_all
 from mpo_ray.cluster.trainable import KeptBase
-from mpo_ray.cluster.training_board import TrainingBoard
 from mpo_ray.cluster.training_job import TrainingJob
-from mpo_ray.cluster.training_room import WORTH_S, Outlook, num_that_fit
-from mpo_ray.config_training import PolicyTraining, Workers
+from mpo_ray.config_training import PolicyTraining
 from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.training.sft import Example, sft_loss
 from tests.cluster.small_trainings import small_job, small_run
@@ -37,44 +34,6 @@ EXAMPLES = [Example([1, 7 + i], [7 + (3 * i + j) % 18 for j in range(3)]) for i 
 #: More than half of the test cluster's CPUs, so that one group of workers is all that there is room for.
 WORKERS = {"cpus_per_worker": 2.5, "max_failures": 1}
 NAMES = ("first", "second", "third")
-
-
-# ---- the board -------------------------------------------------------------------------------------------------------
-
-
-def test_a_group_keeps_its_training_until_that_has_ended_and_takes_only_its_own_kind() -> None:
-    board = TrainingBoard({0: ["a", "b"], 1: ["c"]})
-    assert [board.take(0, 0), board.take(1, 0), board.take(0, 0), board.take(2, 0)] == ["a", "b", "a", None]
-    assert (board.has_work(0, 0), board.has_work(2, 0), board.has_work(2, 1)) == (True, False, True)
-    board.end(0, "why")
-    assert board.take(0, 0) is None
-    board.report("b", 1, 2, {})
-    assert board.news() == ([("b", 1, 2, {})], [("a", "why")], {1: "b"})
-    assert board.news() == ([], [], {1: "b"})
-
-
-def test_groups_fit_by_what_each_of_their_workers_takes() -> None:
-    workers = Workers(num_workers=2, cpus_per_worker=1.5, gpus_per_worker=0.5)
-    assert num_that_fit(workers, {"CPU": 9.0, "GPU": 4.0}) == 3
-    assert num_that_fit(workers, {"CPU": 9.0, "GPU": 1.0}) == 1
-    assert num_that_fit(workers, {"CPU": 9.0}) == 0
-
-
-def test_another_group_is_worth_its_start_where_what_waits_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the pace of the second report: the first step is slower. Without a pace, others do not wait for ever."""
-    outlook = Outlook()
-    outlook.begin()
-    outlook.hear(Report("a", 1, 10, {"seconds_left": 9 * WORTH_S}))
-    assert not outlook.is_worth(5)
-    outlook.hear(Report("a", 5, 10, {"seconds_left": WORTH_S / 4 + 1}))
-    assert (outlook.is_worth(1), outlook.is_worth(2)) == (False, True)
-    outlook.hear(Report("a", 10, 10, {"seconds_left": 0.0}))
-    assert outlook.is_worth(2)
-    silent = Outlook()
-    monkeypatch.setattr(training_room, "PATIENCE_S", -1.0)
-    assert not silent.is_worth(5)
-    silent.begin()
-    assert silent.is_worth(1)
 
 
 # ---- the base that stays open ----------------------------------------------------------------------------------------
@@ -250,7 +209,7 @@ def test_ray_train_starts_no_process_for_data_sets_that_no_training_has(ray_clus
     config: dict[str, Any] = {"run_config": RunConfig(name="a", storage_path=str(tmp_path))}
     usual, ours = (
         {type(one).__name__ for one in kind(print, **config)._create_default_callbacks()}
-        for kind in (TorchTrainer, train._Trainer)
+        for kind in (TorchTrainer, training_group.Trainer)
     )
     assert usual - ours == {"DatasetsCallback"}
     assert ours < usual
@@ -267,7 +226,7 @@ def test_one_group_does_all_trainings_each_as_if_it_were_alone(
     history has no step twice.
     """
     assert ray.cluster_resources()["CPU"] == 4
-    monkeypatch.setattr(train, "_train_on_worker", _watched)
+    monkeypatch.setattr(training_group, "train_on_worker", _watched)
     jobs = _policy_jobs(tmp_path)
     train_all(jobs, Console())
     notes = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
