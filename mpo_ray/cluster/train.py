@@ -68,11 +68,15 @@ def _train_open(
     board = put_up({kind.number: list(kind.jobs) for kind in kinds})
     notes: dict[str, str] = {}  # what the workers of a training said last; empty while it takes steps
     numbers = itertools.count()
+    num_remarks = 0
     try:
         with bars(console) as shown:
             while open_jobs or any(kind.is_at_work for kind in kinds):
                 news = news_of(board)
                 _show(shown, news, notes)
+                for name, text in news.remarks[num_remarks:]:
+                    console.print(f"  {name}: {text}", markup=False, soft_wrap=True)
+                num_remarks = len(news.remarks)
                 _take_away(news, open_jobs, failed, console)
                 for kind in kinds:
                     kind.hear(news)

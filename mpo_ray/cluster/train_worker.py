@@ -6,6 +6,7 @@ import gc
 import json
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -13,7 +14,15 @@ import ray.train.torch
 import torch
 from ray.train.collective import barrier, broadcast_from_rank_zero
 
-from mpo_ray.cluster.checkpoints import MARK, TAG, CheckpointError, new_checkpoint, newest_checkpoint
+from mpo_ray.cluster.checkpoints import (
+    MARK,
+    TAG,
+    CheckpointError,
+    checkpoints,
+    new_checkpoint,
+    opened_checkpoint,
+    read_checkpoint,
+)
 from mpo_ray.cluster.constrained_task import ConstrainedTask
 from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine, prepare_sharded_loading
 from mpo_ray.cluster.event_log import EventLog
@@ -115,7 +124,7 @@ def _train(job: TrainingJob, reporter: Reporter, kept: KeptBase, doing: _Doing) 
     del sharded
 
     task.begin(engine)
-    start, history = _restore(engine, task, run, job)
+    start, history = _restore(engine, task, run, job, reporter)
     pace = Pace(
         start=start,
         total=total,
@@ -197,25 +206,61 @@ def _task(run: Run, job: TrainingJob, tokenizer: Any) -> Task:
     return (PreferenceTask if isinstance(job.training, PolicyTraining) else SupervisedTask)(run, job, tokenizer)
 
 
-def _restore(engine: DeepSpeedEngine, task: Task, run: Run, job: TrainingJob) -> tuple[int, list[dict[str, float]]]:
-    """The step and history of the last checkpoint, loaded. Rank 0 says which it is."""
-    node = broadcast_from_rank_zero(newest_checkpoint(run, job) if engine.rank == 0 else None)
-    if node is None:
-        return 0, []
-    remedy = (
-        f"Or delete {job.run_root}/{job.directory} to train {job.name!r} again from the start; everything else in the "
-        "run is kept."
-    )
-    directory = run.fetch(node)
+def _restore(
+    engine: DeepSpeedEngine, task: Task, run: Run, job: TrainingJob, reporter: Reporter
+) -> tuple[int, list[dict[str, float]]]:
+    """The step and history of the newest checkpoint that every worker finds whole, loaded. Rank 0 says which there are.
+
+    One that is passed over is told of.
+    """
+    names = broadcast_from_rank_zero(checkpoints(run, job) if engine.rank == 0 else None)
+    problem: CheckpointError | None = None  # of the newest
+    for name in reversed(names):
+        leads = ray.train.get_context().get_local_rank() == 0
+        with opened_checkpoint(run, job, name, leads=leads, barrier=barrier) as directory:
+            found = _history(engine, directory)
+            if isinstance(found, CheckpointError):
+                problem = problem or found
+                continue
+            step = _load(engine, task, directory, job)
+        if problem is not None and engine.rank == 0:
+            reporter.remark(f"{problem} It goes on from the one before, of step {step}.")
+        return step, found
+    if problem is not None:
+        raise CheckpointError(f"{problem} {_remedy(job)}")
+    return 0, []
+
+
+def _history(engine: DeepSpeedEngine, directory: Path) -> list[dict[str, float]] | CheckpointError:
+    """A checkpoint's history, or why it cannot be gone on from. All workers agree which of the two. Collective."""
+    found: list[dict[str, float]] | CheckpointError
+    try:
+        found = read_checkpoint(directory, world_size=engine.world_size)
+    except CheckpointError as error:
+        found = error
+    num_failed = engine.mean(torch.tensor(float(isinstance(found, CheckpointError))))
+    if num_failed > 0 and not isinstance(found, CheckpointError):
+        return CheckpointError(f"another worker finds the checkpoint {directory.name} damaged.")
+    return found
+
+
+def _load(engine: DeepSpeedEngine, task: Task, directory: Path, job: TrainingJob) -> int:
     try:
         step = engine.load(directory)
         task.load(directory / TAG)
-        history = json.loads((directory / MARK).read_text())
     except (ValueError, FileNotFoundError) as error:
-        raise CheckpointError(f"the checkpoint {directory} cannot be loaded: {error}. {remedy}") from error
+        text = f"the checkpoint {directory.name} cannot be loaded: {error}. {_remedy(job)}"
+        raise CheckpointError(text) from error
     except CheckpointError as error:
-        raise CheckpointError(f"{error} {remedy}") from error
-    return step, history
+        raise CheckpointError(f"{error} {_remedy(job)}") from error
+    return step
+
+
+def _remedy(job: TrainingJob) -> str:
+    return (
+        f"Delete {job.run_root}/{job.directory} to train {job.name!r} again from the start; everything else in the run "
+        "is kept."
+    )
 
 
 def _checkpoint(

@@ -23,12 +23,14 @@ UNREACHABLE_S, PAUSE_S = 60.0, 0.5
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """How things stand. reports: what workers said since the board was last asked.
+    """How things stand. reports: what workers said since the board was last asked
 
-    ended: every (training, why it ended early or None) so far; taken: group → the training it is at
+    remarks: every (training, what its user should know) so far; ended: every (training, why it ended early or None) so
+    far; taken: group → the training it is at
     """
 
     reports: list[Report]
+    remarks: list[tuple[str, str]]
     ended: list[tuple[str, str | None]]
     taken: dict[int, str]
 
@@ -45,6 +47,7 @@ class TrainingBoard:
         self._taken: dict[int, str] = {}
         self._ended: list[tuple[str, str | None]] = []
         self._reports: list[tuple[Any, ...]] = []
+        self._remarks: list[tuple[str, str]] = []
 
     def has_work(self, group: int, kind: int) -> bool:
         """Whether the group is at a training that has not ended, or there is another one for it."""
@@ -78,14 +81,19 @@ class TrainingBoard:
         """Keep what a worker says until the board is asked. values: those of a `progress.Report`"""
         self._reports.append(values)
 
-    def news(self) -> tuple[list[tuple[Any, ...]], list[tuple[str, str | None]], dict[int, str]]:
+    def remark(self, name: str, text: str) -> None:
+        """Keep what a training's user should know, unless it was said before."""
+        if (name, text) not in self._remarks:
+            self._remarks.append((name, text))
+
+    def news(self) -> tuple[Any, ...]:
         """What a `News` is made of."""
         reports, self._reports = self._reports, []
-        return reports, list(self._ended), dict(self._taken)
+        return reports, list(self._remarks), list(self._ended), dict(self._taken)
 
 
 class Reporter:
-    """What a worker reports of one training to a board's actor, without waiting.
+    """What a worker reports of one training to a board's actor; of steps and notes without waiting.
 
     Raises RayActorError once the board has died: then nobody is left who would take the result.
     """
@@ -101,6 +109,10 @@ class Reporter:
     def note(self, text: str) -> None:
         """What the worker does that is no step."""
         self._send(0, 0, {}, text)
+
+    def remark(self, text: str) -> None:
+        """What the user should know of the training, once it is over too."""
+        ask(self._board, "remark", self._name, text)
 
     def _send(self, *values: Any) -> None:
         if self._sent is not None and ray.wait([self._sent], timeout=0)[0]:
@@ -135,5 +147,5 @@ def ask(board: Any, question: str, *values: Any) -> Any:
 
 def news_of(board: Any) -> News:
     """Ask a board how things stand."""
-    reports, ended, taken = ask(board, "news")
-    return News([Report(*values) for values in reports], ended, taken)
+    reports, *others = ask(board, "news")
+    return News([Report(*values) for values in reports], *others)

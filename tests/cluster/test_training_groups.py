@@ -263,6 +263,29 @@ def test_one_group_does_all_trainings_each_as_if_it_were_alone(
 
 
 @pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a remark; the end is the same."""
+    jobs = _policy_jobs(tmp_path)[:1]
+    train_all(jobs, Console())
+    expected = _contents(tmp_path)
+    shutil.rmtree(tmp_path / "policies")
+    before, newest = sorted((tmp_path / jobs[0].directory).iterdir())
+    assert (before.name[-2:], newest.name[-2:]) == ("10", "12")
+    [victim] = (newest / "state").glob("mp_rank_00*")
+    victim.write_bytes(victim.read_bytes()[:100])
+    capsys.readouterr()
+    train_all(jobs, Console())
+    told = capsys.readouterr().out
+    assert f"  first: the checkpoint {newest.name} is damaged: {victim.name} (100 bytes) is not what was wri" in told, (
+        told
+    )
+    assert " It goes on from the one before, of step 10.\n" in told
+    assert _contents(tmp_path) == expected
+
+
+@pytest.mark.slow
 def test_a_training_that_cannot_begin_is_given_up_and_the_next_of_its_group_is_done(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,8 +38,10 @@ def test_a_group_keeps_its_training_until_that_has_ended_and_takes_only_its_own_
     board.end(0, "a", "why")
     assert board.take(0, 0) is None
     board.report("b", 1, 2, {})
-    assert board.news() == ([("b", 1, 2, {})], [("a", "why")], {1: "b"})
-    assert board.news() == ([], [("a", "why")], {1: "b"})
+    for _ in range(2):
+        board.remark("b", "look")
+    assert board.news() == ([("b", 1, 2, {})], [("b", "look")], [("a", "why")], {1: "b"})
+    assert board.news() == ([], [("b", "look")], [("a", "why")], {1: "b"})
 
 
 def test_looking_up_what_a_group_is_at_takes_nothing() -> None:
@@ -53,7 +55,7 @@ def test_only_trainings_that_wait_are_given_up() -> None:
     board = TrainingBoard({0: ["a", "b", "c"], 1: ["d"]})
     board.take(0, 0)
     board.give_up(0, {"a": "no room", "b": "no room", "d": "no room"})
-    assert board.news()[1:] == ([("b", "no room")], {0: "a"})
+    assert board.news()[2:] == ([("b", "no room")], {0: "a"})
     assert (board.take(1, 0), board.take(2, 1)) == ("c", "d")
 
 
@@ -77,7 +79,7 @@ def test_a_board_that_is_out_of_reach_for_a_moment_is_asked_again_and_nothing_is
         taken.append(name)
         ask(board, "end", 0, name, None)
     assert taken == ["a", "b", "c"]
-    assert news_of(board) == News([], [("a", None), ("b", None), ("c", None)], {})
+    assert news_of(board) == News([], [], [("a", None), ("b", None), ("c", None)], {})
     monkeypatch.setattr(training_board, "UNREACHABLE_S", -1.0)
     with pytest.raises(ActorUnavailableError):
         ask(board, "at", 0)
@@ -256,7 +258,7 @@ def test_a_kind_that_waits_for_its_resources_does_not_hold_back_another(
     other.start(1, None)
     assert other.num_more(2, [never.workers]) == 0
     for kind in (never, other):
-        kind.hear(News([], [], {1: "b"}))
+        kind.hear(News([], [], [], {1: "b"}))
     assert (len(never.starting), len(other.starting)) == (1, 0)
     assert other.num_more(len(other.waiting("abcd")), [never.workers]) == 2
     assert never.num_more(0, [never.workers]) == 0
