@@ -19,6 +19,7 @@ from mpo_ray.cluster.training_board import News, news_of, put_up
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.cluster.training_kind import Kind
 from mpo_ray.cluster.training_room import start_of
+from mpo_ray.config_training import Workers
 from mpo_ray.run import StageError
 
 POLL_S = 0.5
@@ -81,9 +82,8 @@ def _train_open(
                 for kind in kinds:
                     kind.hear(news)
                 for kind in kinds:
-                    starting = [one.workers for one in kinds for _ in one.starting]
                     waiting = kind.waiting(open_jobs)
-                    for _ in range(kind.num_more(len(waiting), starting)):
+                    for _ in range(kind.num_more(len(waiting), _starting(kinds))):
                         kind.start(next(numbers), board)
                     for name, _ in zip(waiting, kind.starting, strict=False):
                         shown.note(name, start_of(kind.workers))
@@ -100,6 +100,11 @@ def _kinds(jobs: Iterable[TrainingJob]) -> list[Kind]:
     for job in jobs:
         of_kind.setdefault(job.training.workers.model_dump_json(), {})[job.name] = job
     return [Kind(number, own) for number, own in enumerate(of_kind.values())]
+
+
+def _starting(kinds: Iterable[Kind]) -> list[Workers]:
+    """What the groups of all kinds need that start."""
+    return [kind.workers for kind in kinds for _ in kind.starting]
 
 
 def _take_away(news: News, open_jobs: dict[str, TrainingJob], failed: dict[str, str], console: Console) -> None:

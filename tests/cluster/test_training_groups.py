@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ray.train.torch import TorchTrainer
 from rich.console import Console
 
 from mpo_ray.cluster import training_group
-from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine
+from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine, prepare_sharded_loading
 from mpo_ray.cluster.train import TrainingError, train_all
 from mpo_ray.cluster.trainable import KeptBase
 from mpo_ray.cluster.training_job import TrainingJob
@@ -40,10 +41,12 @@ NAMES = ("first", "second", "third")
 
 
 def _steps(kept: KeptBase, base: str, training: PolicyTraining, *, seed: int, rate: float) -> list[torch.Tensor]:
-    """The adapters after three steps."""
+    """What is trained, after three steps; opened, trained and closed as a worker does it."""
+    sharded = prepare_sharded_loading(training, world_size=1)
     model = kept.completion_model(base, training, seed=seed)
     settings = training.model_copy(update={"learning_rate": rate})
     engine = DeepSpeedEngine(model, settings, total_steps=3, device=torch.device("cpu"))
+    del sharded
     engine.model.train()
     for step in range(3):
         torch.manual_seed(step)
@@ -126,10 +129,10 @@ def test_adapters_that_were_taken_back_are_gone_from_memory(tmp_path: Path) -> N
 # ---- groups on Ray Train ---------------------------------------------------------------------------------------------
 
 
-def _policy_jobs(root: Path, **changes: object) -> list[TrainingJob]:
+def _policy_jobs(root: Path, *, names: Sequence[str] = NAMES, **changes: object) -> list[TrainingJob]:
     """One DPO training for each name, on pairs of its own."""
     small_run(root)
-    for number, name in enumerate(NAMES):
+    for number, name in enumerate(names):
         rows = [
             {
                 "id": str(i),
@@ -163,7 +166,7 @@ def _policy_jobs(root: Path, **changes: object) -> list[TrainingJob]:
                 "heldout_parts": [f"pairs/{name}/heldout-00000.parquet"],
             }
         )
-        for name in NAMES
+        for name in names
     ]
 
 
@@ -260,6 +263,42 @@ def test_one_group_does_all_trainings_each_as_if_it_were_alone(
     notes = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
     assert [what for what, _ in notes if what != "opens"] == ["first", "second", "second", "third"]
     assert _contents(tmp_path) == together
+
+
+@pytest.mark.slow
+def test_two_workers_do_trainings_of_every_form_in_any_order(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters and all weights, whole and in the shards of ZeRO 3: the same bytes, whatever was trained before."""
+    monkeypatch.setattr(training_group, "train_on_worker", _watched)
+    lora = {"rank": 4, "dropout": 0.1}
+    forms = {
+        "adapters": {"lora": lora, "zero_stage": 2},
+        "weights": {"lora": None},
+        "sharded-adapters": {"lora": lora, "zero_stage": 3},
+        "sharded-weights": {"lora": None, "zero_stage": 3},
+    }
+    workers = {"num_workers": 2, "cpus_per_worker": 1.5, "max_failures": 0}  # two of these, and no room for others
+    jobs = _policy_jobs(tmp_path, names=list(forms), epochs=1, micro_batch_size=2, workers=workers)
+    settings = [{**job.training.model_dump(), **forms[job.name]} for job in jobs]
+    jobs = [
+        job.model_copy(update={"training": PolicyTraining.model_validate(its)})
+        for job, its in zip(jobs, settings, strict=True)
+    ]
+    found = []
+    for order in (jobs, jobs[::-1]):
+        train_all(order, Console())
+        notes = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
+        (tmp_path / "notes").unlink()
+        by_process = {process: [what for what, its in notes if its == process] for _, process in notes}
+        assert len(by_process) == 2
+        for whats in by_process.values():
+            assert [what for what in whats if what != "opens"] == [job.name for job in order]
+        found.append(_contents(tmp_path))
+        for directory in ("policies", "training"):
+            shutil.rmtree(tmp_path / directory)
+    assert {name.split("/")[1] for name in found[0]} == forms.keys()
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow
