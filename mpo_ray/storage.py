@@ -28,7 +28,7 @@ import yaml
 from fsspec.implementations.arrow import ArrowFSWrapper
 
 from mpo_ray.records import digest
-from mpo_ray.whole_files import PARTIAL, create_file, sweep, write_file, written_directory
+from mpo_ray.whole_files import PARTIAL, create_file, move_file, sweep, write_file, written_directory
 
 #: Where a Parquet file, or a column of one, says what it was made from: a key of its Arrow metadata.
 INPUTS = b"mpo_ray.inputs"
@@ -134,11 +134,9 @@ class Storage:
             self.filesystem.pipe_file(self.path(node), content)
 
     def put_file(self, node: str, path: Path) -> None:
-        """Move a file of this machine into the run. One that lies on the run's own file system comes whole."""
+        """Move a file from below `local` into the run, whole."""
         if self.is_local:
-            target = self.local / node
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(path, target)
+            move_file(path, self.local / node)
         else:
             self._make_parent(node)
             self.filesystem.put_file(str(path), self.path(node))
@@ -258,17 +256,23 @@ class Storage:
         files = self.files(node)
         content = digest([[path, state.size, state.stamp] for path, state in sorted(files.items())])
         path = self.local / content[:16] / os.path.basename(node)
-        below = {os.path.relpath(name, node) if name != node else "": name for name in files}
-        if {name: _size(path / name) for name in below} != {name: files[below[name]].size for name in below}:
+        below = {_below(node, name): state.size for name, state in files.items()}
+        if {name: _size(path / name) for name in below} != below:
             with written_directory(path.parent, within=self.local) as partial:
-                copy = partial / path.name
-
-                def get(name: str) -> None:
-                    (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                    self.filesystem.get_file(self.path(below[name]), str(copy / name))
-
-                _side_by_side(get, below)
+                self._download(node, files, partial / path.name)
         return path
+
+    def download(self, node: str, target: Path) -> None:
+        """Copy a directory or file of the run to a path of this machine."""
+        self._download(node, self.files(node), target)
+
+    def _download(self, node: str, files: Iterable[str], target: Path) -> None:
+        def get(name: str) -> None:
+            path = target / _below(node, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.filesystem.get_file(self.path(name), str(path))
+
+        _side_by_side(get, files)
 
     @contextmanager
     def publishing(self, node: str, *, mark: str | None = None) -> Iterator[Path]:
@@ -344,6 +348,11 @@ def _walk(place: Path) -> Iterator[Path]:
 def _state(path: Path) -> FileState:
     found = path.stat()
     return FileState(found.st_size, str(found.st_mtime_ns))
+
+
+def _below(node: str, name: str) -> str:
+    """The path of a file below a node; empty where the node is the file."""
+    return "" if name == node else os.path.relpath(name, node)
 
 
 def _size(path: Path) -> int | None:

@@ -50,6 +50,23 @@ def create_file(path: Path, content: bytes) -> bool:
     return True
 
 
+def move_file(path: Path, target: Path) -> None:
+    """Move a file within its file system, in the place of one that is there."""
+    make_directory(target.parent)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    path.replace(target)
+    sync_directory(target.parent)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory, and those above it, where there is none."""
+    new = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in new:
+        sync_directory(place.parent)
+
+
 @contextmanager
 def written_directory(target: Path, *, within: Path | None = None) -> Iterator[Path]:
     """Give an empty directory; what the block leaves there becomes `target` when it ends well, and nothing does if not.

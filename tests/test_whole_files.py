@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mpo_ray.whole_files import PARTIAL, create_file, sweep, write_file, written_directory
+from mpo_ray.whole_files import PARTIAL, create_file, move_file, sweep, write_file, written_directory
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077, 0o002])
@@ -80,6 +80,10 @@ def test_content_is_on_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch
         (directory / "weights").write_bytes(b"x")
     assert done[:2] == ["fsync weights", "fsync partial"]
     assert done[-2:] == ["rename base", "fsync run"]
+    done.clear()
+    (tmp_path / "weights").write_bytes(b"x")
+    move_file(tmp_path / "weights", tmp_path / "run" / "deeper" / "weights")
+    assert done == ["fsync run", "fsync weights", "replace weights", "fsync deeper"]
 
 
 def test_of_several_that_create_a_file_one_does(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The checkpoints of a training: how they are kept, whether one is whole, and which one a training goes on from.
+"""The checkpoints of a training: how they are kept, which there are, and whether one is whole.
 
 Every worker brings its own files to a checkpoint's directory. A mark, which comes last, says that all are there.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mpo_ray.cluster.training_job import CHECKPOINTS, TrainingJob
+from mpo_ray.records import digest
 from mpo_ray.run import Run, file_digest
 from mpo_ray.whole_files import PARTIAL
 
@@ -20,8 +22,8 @@ from mpo_ray.whole_files import PARTIAL
 TAG = "state"
 #: File of a checkpoint that vouches for the others: the training's history so far.
 MARK = "history.json"
-#: How a checkpoint's name begins, and that of one which Ray Train wrote for an earlier version, without a mark.
-PREFIX, OF_RAY_TRAIN = "checkpoint_step_", "checkpoint_2"
+#: How a checkpoint's name begins. Those that Ray Train wrote for an earlier version, `checkpoint_2026-…`, sort before.
+PREFIX = "checkpoint_step_"
 NUM_KEPT = 2
 
 
@@ -29,26 +31,33 @@ class CheckpointError(RuntimeError):
     """A training checkpoint is missing a file or is damaged."""
 
 
-def check_checkpoint(directory: Path, *, world_size: int) -> None:
-    """Compare every worker's files with the digests it wrote. Raises CheckpointError naming the file."""
+def read_checkpoint(directory: Path, *, world_size: int) -> list[dict[str, float]]:
+    """Compare every worker's files with the digests it wrote; returns the history so far.
+
+    Raises CheckpointError naming the file.
+    """
+    what = f"the checkpoint {directory.name}"
     for rank in range(world_size):
         listing = directory / f"digests-{rank}.json"
         if not listing.exists():
             raise CheckpointError(
-                f"the checkpoint {directory} has no part of worker {rank}: it was written by fewer than {world_size} "
+                f"{what} has no part of worker {rank}: it was written by fewer than {world_size} "
                 "workers or is incomplete. Train with the number of workers that wrote it."
             )
         try:
             digests = json.loads(listing.read_text())
         except ValueError as error:
-            raise CheckpointError(f"the checkpoint {directory} is damaged: {listing.name}: {error}.") from error
+            raise CheckpointError(f"{what} is damaged: {listing.name}: {error}.") from error
         for name, expected in digests.items():
             path = directory / TAG / name
             if not path.exists() or file_digest(str(path)) != expected:
                 size = f"{os.path.getsize(path)} bytes" if path.exists() else "missing"
-                raise CheckpointError(
-                    f"the checkpoint {directory} is damaged: {path.name} ({size}) is not what was written."
-                )
+                raise CheckpointError(f"{what} is damaged: {path.name} ({size}) is not what was written.")
+    try:
+        history: list[dict[str, float]] = json.loads((directory / MARK).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{what} is damaged: {MARK}: {error}.") from error
+    return history
 
 
 @contextmanager
@@ -77,20 +86,35 @@ def new_checkpoint(run: Run, job: TrainingJob, step: int, *, rank: int, barrier:
                 run.remove(f"{job.directory}/{name}")
 
 
-def checkpoints(run: Run, job: TrainingJob) -> list[str]:
-    """Names of the checkpoints that are finished, the newest last. Those of Ray Train are older than ours.
+@contextmanager
+def opened_checkpoint(
+    run: Run, job: TrainingJob, name: str, *, leads: bool, barrier: Callable[[], None]
+) -> Iterator[Path]:
+    """Give every worker the directory of a checkpoint. Of object storage, a machine has one copy until the block ends.
 
-    One of Ray Train's has no mark that came last, so it counts if it is whole.
+    leads: whether this worker makes and removes the copy, as one on each machine does. Collective.
     """
+    node = f"{job.directory}/{name}"
+    if run.is_local:
+        yield run.local / node
+        return
+    place = run.local / f"{PARTIAL}{digest(node)[:16]}"
+    try:
+        if leads:
+            shutil.rmtree(place, ignore_errors=True)  # of one that was killed
+            run.download(node, place / name)
+        barrier()
+        yield place / name
+        barrier()
+    finally:
+        if leads:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def checkpoints(run: Run, job: TrainingJob) -> list[str]:
+    """Names of the checkpoints that are finished, the newest last."""
     nodes = [node.removeprefix(f"{job.directory}/") for node in run.files(job.directory)]
-    ours = sorted(name for name, _, file in (node.partition("/") for node in nodes) if file == MARK)
-    old = [name for name in ours if name.startswith(OF_RAY_TRAIN) and _is_whole(run, job, name)]
-    return old + [name for name in ours if name.startswith(PREFIX)]
-
-
-def newest_checkpoint(run: Run, job: TrainingJob) -> str | None:
-    """Node of the checkpoint that a training goes on from, None where it has none."""
-    return f"{job.directory}/{found[-1]}" if (found := checkpoints(run, job)) else None
+    return sorted(name for name, _, file in (node.partition("/") for node in nodes) if file == MARK)
 
 
 def remove_checkpoints(run: Run, directory: str) -> None:
@@ -103,11 +127,3 @@ def remove_checkpoints(run: Run, directory: str) -> None:
             run.remove(node)
     run.remove(directory)
     run.remove_empty(CHECKPOINTS)
-
-
-def _is_whole(run: Run, job: TrainingJob, name: str) -> bool:
-    try:
-        check_checkpoint(run.fetch(f"{job.directory}/{name}"), world_size=job.training.workers.num_workers)
-    except CheckpointError:
-        return False  # it was being written
-    return True

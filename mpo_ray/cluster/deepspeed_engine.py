@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers import get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
-from mpo_ray.cluster.checkpoints import TAG, CheckpointError, check_checkpoint
+from mpo_ray.cluster.checkpoints import TAG, CheckpointError
 from mpo_ray.config_training import Training
 from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.run import file_digest
@@ -126,8 +126,7 @@ class DeepSpeedEngine:
         (directory / f"digests-{self.rank}.json").write_text(json.dumps(digests))
 
     def load(self, directory: Path) -> int:
-        """Restore what `save` wrote and return its step."""
-        check_checkpoint(directory, world_size=self.world_size)
+        """Restore what `save` wrote, which `read_checkpoint` has found whole, and return its step."""
         # DeepSpeed looks for files by a glob pattern: it gets a path in which no character is a part of one.
         with tempfile.TemporaryDirectory() as scratch:
             plain = Path(scratch) / "checkpoint"

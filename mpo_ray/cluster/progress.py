@@ -28,16 +28,6 @@ class Report:
     note: str = ""
 
 
-def report(board: Any, task: str, done: int, total: int, **figures: float) -> None:
-    """Report from a worker, without waiting. board: the actor of a `TrainingBoard`"""
-    board.report.remote(task, done, total, figures)
-
-
-def report_note(board: Any, task: str, note: str) -> None:
-    """Report what a worker does that is no step of its task."""
-    board.report.remote(task, 0, 0, {}, note)
-
-
 class Bars:
     """Progress bars on a terminal, plain lines elsewhere."""
 

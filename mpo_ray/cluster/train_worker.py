@@ -6,21 +6,29 @@ import gc
 import json
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
 import ray.train.torch
 import torch
 from ray.train.collective import barrier, broadcast_from_rank_zero
 
-from mpo_ray.cluster.checkpoints import MARK, TAG, CheckpointError, new_checkpoint, newest_checkpoint
+from mpo_ray.cluster.checkpoints import (
+    MARK,
+    TAG,
+    CheckpointError,
+    checkpoints,
+    new_checkpoint,
+    opened_checkpoint,
+    read_checkpoint,
+)
 from mpo_ray.cluster.constrained_task import ConstrainedTask
 from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine, prepare_sharded_loading
 from mpo_ray.cluster.event_log import EventLog
-from mpo_ray.cluster.progress import report, report_note
 from mpo_ray.cluster.tasks import Figures, PreferenceTask, SupervisedTask, Task
 from mpo_ray.cluster.trainable import KeptBase, lora_of
+from mpo_ray.cluster.training_board import Reporter, ask
 from mpo_ray.cluster.training_failure import OPENING, READING, STARTING, memory_sentence
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.cluster.training_metrics import TrainingMetrics, flat
@@ -54,12 +62,12 @@ def train_on_worker(values: dict[str, Any]) -> None:
     leads = ray.train.get_context().get_world_rank() == 0
     kept = KeptBase()
     while True:
-        name = broadcast_from_rank_zero(ray.get(board.take.remote(group, kind)) if leads else None)
+        name = broadcast_from_rank_zero(ask(board, "take", group, kind) if leads else None)
         if name is None:
             return
         cause = train_worker(TrainingJob.model_validate(values["jobs"][name]), board, kept)
         if leads:
-            ray.get(board.end.remote(group, cause))
+            ask(board, "end", group, name, cause)
         if cause is not None:
             return
         gc.collect()  # an engine and its optimiser refer to each other
@@ -72,9 +80,10 @@ def train_worker(job: TrainingJob, board: Any, kept: KeptBase) -> str | None:
     exception would have it started again from the last checkpoint, to stop at the same step. So would a lack of
     memory, which is told with the setting that lowers the need.
     """
-    doing = _Doing(board, job.name)
+    reporter = Reporter(board, job.name)
+    doing = _Doing(reporter)
     try:
-        return _train(job, board, kept, doing)
+        return _train(job, reporter, kept, doing)
     except Exception as error:
         lack = lacking(error)
         if lack is None:
@@ -89,15 +98,15 @@ def train_worker(job: TrainingJob, board: Any, kept: KeptBase) -> str | None:
 class _Doing:
     """What the worker is at: kept for an error, and told to who waits."""
 
-    def __init__(self, progress: Any, name: str) -> None:
-        self.what, self._progress, self._name = "", progress, name
+    def __init__(self, reporter: Reporter) -> None:
+        self.what, self._reporter = "", reporter
 
     def begin(self, what: str) -> None:
         self.what = what
-        report_note(self._progress, self._name, what)
+        self._reporter.note(what)
 
 
-def _train(job: TrainingJob, progress: Any, kept: KeptBase, doing: _Doing) -> str | None:
+def _train(job: TrainingJob, reporter: Reporter, kept: KeptBase, doing: _Doing) -> str | None:
     training = job.training
     context = ray.train.get_context()
     torch.set_num_threads(max(1, int(training.workers.cpus_per_worker)))
@@ -115,14 +124,14 @@ def _train(job: TrainingJob, progress: Any, kept: KeptBase, doing: _Doing) -> st
     del sharded
 
     task.begin(engine)
-    start, history = _restore(engine, task, run, job)
+    start, history = _restore(engine, task, run, job, reporter)
     pace = Pace(
         start=start,
         total=total,
         tokens_per_step=training.batch_size * float(task.lengths.mean()),
         now=time.monotonic(),
     )
-    display = _Display(run, job, progress, pace, start=start, total=total) if engine.rank == 0 else None
+    display = _Display(run, job, reporter, pace, start=start, total=total) if engine.rank == 0 else None
     doing.begin("at its first step")
     try:
         for step, loss in train(
@@ -171,9 +180,9 @@ def _train(job: TrainingJob, progress: Any, kept: KeptBase, doing: _Doing) -> st
 class _Display:
     """Where the figures of a training are seen while it runs: the cluster's metrics, TensorBoard, the progress line."""
 
-    def __init__(self, run: Run, job: TrainingJob, progress: Any, pace: Pace, *, start: int, total: int) -> None:
+    def __init__(self, run: Run, job: TrainingJob, reporter: Reporter, pace: Pace, *, start: int, total: int) -> None:
         self.metrics, self.events = TrainingMetrics(job), EventLog(run, job.name, start=start)
-        self._name, self._progress, self._pace, self._total = job.name, progress, pace, total
+        self._reporter, self._pace, self._total = reporter, pace, total
         self._figures: dict[str, float] = {}
         self._reported = float("-inf")
 
@@ -187,7 +196,7 @@ class _Display:
         now = time.monotonic()
         pace = self._pace.after(step, now)
         if step == self._total or now - self._reported >= REPORT_EVERY_S:
-            report(self._progress, self._name, step, self._total, **{**self._figures, **loss, **pace})
+            self._reporter.steps(step, self._total, **{**self._figures, **loss, **pace})
             self._reported = now
 
 
@@ -197,25 +206,61 @@ def _task(run: Run, job: TrainingJob, tokenizer: Any) -> Task:
     return (PreferenceTask if isinstance(job.training, PolicyTraining) else SupervisedTask)(run, job, tokenizer)
 
 
-def _restore(engine: DeepSpeedEngine, task: Task, run: Run, job: TrainingJob) -> tuple[int, list[dict[str, float]]]:
-    """The step and history of the last checkpoint, loaded. Rank 0 says which it is."""
-    node = broadcast_from_rank_zero(newest_checkpoint(run, job) if engine.rank == 0 else None)
-    if node is None:
-        return 0, []
-    remedy = (
-        f"Or delete {job.run_root}/{job.directory} to train {job.name!r} again from the start; everything else in the "
-        "run is kept."
-    )
-    directory = run.fetch(node)
+def _restore(
+    engine: DeepSpeedEngine, task: Task, run: Run, job: TrainingJob, reporter: Reporter
+) -> tuple[int, list[dict[str, float]]]:
+    """The step and history of the newest checkpoint that every worker finds whole, loaded. Rank 0 says which there are.
+
+    One that is passed over is told of.
+    """
+    names = broadcast_from_rank_zero(checkpoints(run, job) if engine.rank == 0 else None)
+    problem: CheckpointError | None = None  # of the newest
+    for name in reversed(names):
+        leads = ray.train.get_context().get_local_rank() == 0
+        with opened_checkpoint(run, job, name, leads=leads, barrier=barrier) as directory:
+            found = _history(engine, directory)
+            if isinstance(found, CheckpointError):
+                problem = problem or found
+                continue
+            step = _load(engine, task, directory, job)
+        if problem is not None and engine.rank == 0:
+            reporter.remark(f"{problem} It goes on from the one before, of step {step}.")
+        return step, found
+    if problem is not None:
+        raise CheckpointError(f"{problem} {_remedy(job)}")
+    return 0, []
+
+
+def _history(engine: DeepSpeedEngine, directory: Path) -> list[dict[str, float]] | CheckpointError:
+    """A checkpoint's history, or why it cannot be gone on from. All workers agree which of the two. Collective."""
+    found: list[dict[str, float]] | CheckpointError
+    try:
+        found = read_checkpoint(directory, world_size=engine.world_size)
+    except CheckpointError as error:
+        found = error
+    num_failed = engine.mean(torch.tensor(float(isinstance(found, CheckpointError))))
+    if num_failed > 0 and not isinstance(found, CheckpointError):
+        return CheckpointError(f"another worker finds the checkpoint {directory.name} damaged.")
+    return found
+
+
+def _load(engine: DeepSpeedEngine, task: Task, directory: Path, job: TrainingJob) -> int:
     try:
         step = engine.load(directory)
         task.load(directory / TAG)
-        history = json.loads((directory / MARK).read_text())
     except (ValueError, FileNotFoundError) as error:
-        raise CheckpointError(f"the checkpoint {directory} cannot be loaded: {error}. {remedy}") from error
+        text = f"the checkpoint {directory.name} cannot be loaded: {error}. {_remedy(job)}"
+        raise CheckpointError(text) from error
     except CheckpointError as error:
-        raise CheckpointError(f"{error} {remedy}") from error
-    return step, history
+        raise CheckpointError(f"{error} {_remedy(job)}") from error
+    return step
+
+
+def _remedy(job: TrainingJob) -> str:
+    return (
+        f"Delete {job.run_root}/{job.directory} to train {job.name!r} again from the start; everything else in the run "
+        "is kept."
+    )
 
 
 def _checkpoint(

@@ -35,9 +35,12 @@ class KeptBase:
         return LaggedModel(model)
 
     def trainable(self, path: str, training: Training, *, seed: int) -> Any:
-        """As `load_trainable`, on the base that is open, if it is the same."""
+        """As `load_trainable`, on the base that is open, if that is the same and the training leaves it so.
+
+        PEFT has frozen the weights of a base that is open, so a training of all weights cannot take it.
+        """
         opened = (path, training.precision, has_dropout(training), training.gradient_checkpointing)
-        if self._base is None or self._opened != opened:
+        if self._base is None or self._opened != opened or not keeps_base(training):
             self._base = None  # two at a time would need twice the memory
             self._base, self._opened = open_base(path, training), opened
         base = self._base

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import ray
 
@@ -45,21 +44,44 @@ class Outlook:
 
 
 def num_side_by_side(workers: Workers) -> int:
-    """How many groups of these workers the cluster holds at once, by its total of CPUs and GPUs."""
-    return num_that_fit(workers, ray.cluster_resources())
+    """How many groups of these workers the cluster holds at once, by the CPUs and GPUs that its nodes have."""
+    return num_that_fit(workers, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
 
-def num_free(workers: Workers) -> int:
-    """How many groups of these workers find their CPUs and GPUs free now."""
-    return num_that_fit(workers, ray.available_resources())
+def num_free(workers: Workers, *, before: Iterable[Workers] = ()) -> int:
+    """How many groups of these workers find their CPUs and GPUs free now.
+
+    before: groups that start already, and may not have taken theirs
+    """
+    return num_that_fit(workers, ray._private.state.available_resources_per_node().values(), before=before)
 
 
-def num_that_fit(workers: Workers, resources: Mapping[str, float]) -> int:
-    """How many groups of these workers take no more than so many CPUs and GPUs."""
-    return min(
-        math.floor(float(resources.get(kind, 0.0)) / (amount * workers.num_workers) + 1e-9)
-        for kind, amount in needs(workers).items()
-    )
+def num_that_fit(workers: Workers, nodes: Iterable[Mapping[str, float]], *, before: Iterable[Workers] = ()) -> int:
+    """How many groups of these workers find room on nodes with such resources, after others for which there is room.
+
+    A worker takes what it needs from one node; the workers of a group may be on any nodes.
+    """
+    left = [dict(node) for node in nodes]
+    for other in before:
+        _place(other, left)
+    num = 0
+    while _place(workers, left):
+        num += 1
+    return num
+
+
+def _place(workers: Workers, nodes: list[dict[str, float]]) -> bool:
+    """Take what a group needs from the nodes; False, and nothing is taken, where there is no room for all of it."""
+    need, left = needs(workers), [dict(node) for node in nodes]
+    for _ in range(workers.num_workers):
+        fitting = (n for n in left if all(n.get(kind, 0.0) + 1e-9 >= amount for kind, amount in need.items()))
+        node = next(fitting, None)
+        if node is None:
+            return False
+        for kind, amount in need.items():
+            node[kind] -= amount
+    nodes[:] = left
+    return True
 
 
 def needs(workers: Workers) -> dict[str, float]:

@@ -1,5 +1,8 @@
 """The DeepSpeed engine: every ZeRO stage takes the same steps as plain AdamW, and a checkpoint continues them."""
 
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +10,14 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from mpo_ray.cluster.checkpoints import MARK, CheckpointError, check_checkpoint, new_checkpoint, newest_checkpoint
+from mpo_ray.cluster.checkpoints import (
+    MARK,
+    CheckpointError,
+    checkpoints,
+    new_checkpoint,
+    opened_checkpoint,
+    read_checkpoint,
+)
 from mpo_ray.cluster.deepspeed_engine import (
     DeepSpeedEngine,
     deepspeed_config,
@@ -148,13 +158,26 @@ def test_a_truncated_checkpoint_is_refused_by_name(base: str, tmp_path: Path) ->
     victim = max((tmp_path / "state").iterdir(), key=lambda path: path.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=rf"damaged: {victim.name} \(100 bytes\)"):
-        engine.load(tmp_path)
+        read_checkpoint(tmp_path, world_size=1)
+
+
+@pytest.mark.parametrize("damage", ["", '[{"step": 1', None])
+def test_a_checkpoint_whose_history_is_damaged_is_refused(base: str, tmp_path: Path, damage: str | None) -> None:
+    """As a machine may leave it that loses its power."""
+    _engine(base, _training()).save(tmp_path, step=0)
+    (tmp_path / MARK).write_text("[]")
+    assert read_checkpoint(tmp_path, world_size=1) == []
+    (tmp_path / MARK).unlink()
+    if damage is not None:
+        (tmp_path / MARK).write_text(damage)
+    with pytest.raises(CheckpointError, match=r"damaged: history\.json"):
+        read_checkpoint(tmp_path, world_size=1)
 
 
 def test_a_checkpoint_of_fewer_workers_is_refused(base: str, tmp_path: Path) -> None:
     _engine(base, _training()).save(tmp_path, step=0)
     with pytest.raises(CheckpointError, match="no part of worker 1"):
-        check_checkpoint(tmp_path, world_size=2)
+        read_checkpoint(tmp_path, world_size=2)
 
 
 def test_a_checkpoint_loads_from_a_path_with_glob_characters(base: str, tmp_path: Path) -> None:
@@ -216,24 +239,83 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(base: str, tmp_path:
     """Its mark is missing: the one before it is taken. The last two that are finished are kept."""
     run = Run(f"memory://{tmp_path}" if elsewhere else str(tmp_path), "run")
     job, engine = _job(run, base), _engine(base, _training())
-    newest = f"{job.directory}/checkpoint_step_000000"
-    assert newest_checkpoint(run, job) is None
+    newest = "checkpoint_step_000000"
+    assert checkpoints(run, job) == []
     for step in (9, 10, 11):
         _save(run, job, engine, step)
-    assert {node.removeprefix(newest)[:2] for node in run.files(job.directory)} == {"10", "11"}
-    assert newest_checkpoint(run, job) == f"{newest}11"
-    assert _engine(base, _training()).load(run.fetch(f"{newest}11")) == 11
+    assert {node.removeprefix(f"{job.directory}/{newest}")[:2] for node in run.files(job.directory)} == {"10", "11"}
+    assert checkpoints(run, job) == [f"{newest}10", f"{newest}11"]
+    with opened_checkpoint(run, job, f"{newest}11", leads=True, barrier=_Barrier(2)) as directory:
+        assert read_checkpoint(directory, world_size=1) == []
+        assert _engine(base, _training()).load(directory) == 11
     with pytest.raises(KeyboardInterrupt):
         _save(run, job, engine, 12, barrier=_Barrier(1))
-    assert run.files(f"{newest}12/state")
-    assert newest_checkpoint(run, job) == f"{newest}11"
+    assert run.files(f"{job.directory}/{newest}12/state")
+    assert checkpoints(run, job)[-1] == f"{newest}11"
     _save(run, job, engine, 12)
-    assert newest_checkpoint(run, job) == f"{newest}12"
+    assert checkpoints(run, job) == [f"{newest}11", f"{newest}12"]
     assert not [node for node in run.files("") if ".partial-" in node]
 
 
+def test_a_machine_has_one_copy_of_a_checkpoint_until_its_workers_have_loaded_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of object storage: three workers of one machine. Each file is fetched once, and afterwards none is left.
+
+    Neither is what one left that was killed meanwhile.
+    """
+    run = Run(f"memory://{tmp_path}", "run")
+    job, name = _job(run, "base"), "checkpoint_step_00000003"
+    for file in (MARK, "state/a.pt", "state/b.pt"):
+        run.write_text(f"{job.directory}/{name}/{file}", file)
+    fetched: list[str] = []
+    get_file = run.filesystem.get_file
+    monkeypatch.setattr(
+        run.filesystem, "get_file", lambda path, *given: [fetched.append(Path(path).name), get_file(path, *given)]
+    )
+    meeting = threading.Barrier(3)
+
+    def load(rank: int) -> dict[str, str]:
+        with opened_checkpoint(run, job, name, leads=rank == 0, barrier=meeting.wait) as directory:
+            assert directory.name == name
+            return {p.name: p.read_text() for p in directory.rglob("*") if p.is_file()}
+
+    with ThreadPoolExecutor(3) as threads:
+        seen = list(threads.map(load, range(3)))
+    assert seen == 3 * [{MARK: MARK, "a.pt": "state/a.pt", "b.pt": "state/b.pt"}]
+    assert sorted(fetched) == ["a.pt", "b.pt", MARK]
+    assert list(run.local.iterdir()) == []
+    opened = opened_checkpoint(run, job, name, leads=True, barrier=_Barrier(1))
+    (opened.__enter__() / "state" / "old").touch()
+    with opened_checkpoint(run, job, name, leads=True, barrier=_Barrier(2)) as directory:
+        assert not (directory / "state" / "old").exists()
+    assert list(run.local.iterdir()) == []
+
+
+def test_the_files_of_a_checkpoint_are_on_disk_before_its_mark(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So are their names, and the directories that hold these, for a machine may lose its power."""
+    run = Run(str(tmp_path), "run")
+    job = _job(run, base)
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    _save(run, job, _engine(base, _training()), 3)
+    place = run.local / job.directory / "checkpoint_step_00000003"
+    before = synced[: synced.index(MARK)]
+    assert {path.name for path in place.rglob("*")} - {MARK} <= set(before)
+    assert {"run", "training", Path(job.directory).name, place.name} <= set(before)
+    assert synced[synced.index(MARK) :] == [MARK, place.name]
+
+
 def test_the_checkpoints_of_an_earlier_version_are_gone_on_from(base: str, tmp_path: Path) -> None:
-    """Ray Train wrote them, without a mark that came last: the newest whole one counts, until there is one of ours."""
+    """Ray Train wrote them, without a mark that came last: one that was being written is found damaged."""
     run = Run(str(tmp_path), "run")
     job = _job(run, base)
     place = run.local / job.directory
@@ -245,9 +327,12 @@ def test_the_checkpoints_of_an_earlier_version_are_gone_on_from(base: str, tmp_p
     (place / "checkpoint_manager_snapshot.json").write_text("damaged")
     newest = place / names[2] / "state"
     max(newest.iterdir(), key=lambda path: path.stat().st_size).unlink()  # it was being uploaded
-    assert newest_checkpoint(run, job) == f"{job.directory}/{names[1]}"
+    assert checkpoints(run, job) == names
+    assert read_checkpoint(place / names[1], world_size=1) == []
+    with pytest.raises(CheckpointError, match=r"\(missing\) is not what was written"):
+        read_checkpoint(place / names[2], world_size=1)
     _save(run, job, engine, 3)
-    assert newest_checkpoint(run, job) == f"{job.directory}/checkpoint_step_00000003"
+    assert checkpoints(run, job) == [names[2], "checkpoint_step_00000003"]
 
 
 def test_exported_weights_are_the_trained_ones_at_every_stage(base: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 import ray
 from rich.console import Console
 
-from mpo_ray.cluster import train
+from mpo_ray.cluster import training_group
 from mpo_ray.cluster.train import TrainingError, train_all
 from mpo_ray.cluster.training_failure import OPENING, READING, reason, remedy
 from tests.cluster.small_trainings import NUM_TEXTS, small_job, small_run
@@ -64,7 +64,7 @@ def test_trainings_that_fail_are_told_at_once_and_the_others_go_on(
     greedy = small_job(root, "greedy", batch_size=12, micro_batch_size=12).model_copy(
         update={"model": str(root / "large"), "train_parts": ["texts/long-00000.parquet"], "section": "reference.sft"}
     )
-    monkeypatch.setattr(train, "_train_on_worker", _on_worker)
+    monkeypatch.setattr(training_group, "train_on_worker", _on_worker)
     with pytest.raises(TrainingError) as raised:
         train_all([greedy, small_job(root, "killed"), small_job(root, "patient")], Console())
 

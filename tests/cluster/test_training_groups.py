@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,12 @@ from ray.train import RunConfig
 from ray.train.torch import TorchTrainer
 from rich.console import Console
 
-from mpo_ray.cluster import train, training_room
-from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine
-from mpo_ray.cluster.progress import Report
+from mpo_ray.cluster import training_group
+from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine, prepare_sharded_loading
 from mpo_ray.cluster.train import TrainingError, train_all
 from mpo_ray.cluster.trainable import KeptBase
-from mpo_ray.cluster.training_board import TrainingBoard
 from mpo_ray.cluster.training_job import TrainingJob
-from mpo_ray.cluster.training_room import WORTH_S, Outlook, num_that_fit
-from mpo_ray.config_training import PolicyTraining, Workers
+from mpo_ray.config_training import PolicyTraining
 from mpo_ray.policies.completion_model import CompletionModel
 from mpo_ray.training.sft import Example, sft_loss
 from tests.cluster.small_trainings import small_job, small_run
@@ -39,52 +37,16 @@ WORKERS = {"cpus_per_worker": 2.5, "max_failures": 1}
 NAMES = ("first", "second", "third")
 
 
-# ---- the board -------------------------------------------------------------------------------------------------------
-
-
-def test_a_group_keeps_its_training_until_that_has_ended_and_takes_only_its_own_kind() -> None:
-    board = TrainingBoard({0: ["a", "b"], 1: ["c"]})
-    assert [board.take(0, 0), board.take(1, 0), board.take(0, 0), board.take(2, 0)] == ["a", "b", "a", None]
-    assert (board.has_work(0, 0), board.has_work(2, 0), board.has_work(2, 1)) == (True, False, True)
-    board.end(0, "why")
-    assert board.take(0, 0) is None
-    board.report("b", 1, 2, {})
-    assert board.news() == ([("b", 1, 2, {})], [("a", "why")], {1: "b"})
-    assert board.news() == ([], [], {1: "b"})
-
-
-def test_groups_fit_by_what_each_of_their_workers_takes() -> None:
-    workers = Workers(num_workers=2, cpus_per_worker=1.5, gpus_per_worker=0.5)
-    assert num_that_fit(workers, {"CPU": 9.0, "GPU": 4.0}) == 3
-    assert num_that_fit(workers, {"CPU": 9.0, "GPU": 1.0}) == 1
-    assert num_that_fit(workers, {"CPU": 9.0}) == 0
-
-
-def test_another_group_is_worth_its_start_where_what_waits_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the pace of the second report: the first step is slower. Without a pace, others do not wait for ever."""
-    outlook = Outlook()
-    outlook.begin()
-    outlook.hear(Report("a", 1, 10, {"seconds_left": 9 * WORTH_S}))
-    assert not outlook.is_worth(5)
-    outlook.hear(Report("a", 5, 10, {"seconds_left": WORTH_S / 4 + 1}))
-    assert (outlook.is_worth(1), outlook.is_worth(2)) == (False, True)
-    outlook.hear(Report("a", 10, 10, {"seconds_left": 0.0}))
-    assert outlook.is_worth(2)
-    silent = Outlook()
-    monkeypatch.setattr(training_room, "PATIENCE_S", -1.0)
-    assert not silent.is_worth(5)
-    silent.begin()
-    assert silent.is_worth(1)
-
-
 # ---- the base that stays open ----------------------------------------------------------------------------------------
 
 
 def _steps(kept: KeptBase, base: str, training: PolicyTraining, *, seed: int, rate: float) -> list[torch.Tensor]:
-    """The adapters after three steps."""
+    """What is trained, after three steps; opened, trained and closed as a worker does it."""
+    sharded = prepare_sharded_loading(training, world_size=1)
     model = kept.completion_model(base, training, seed=seed)
     settings = training.model_copy(update={"learning_rate": rate})
     engine = DeepSpeedEngine(model, settings, total_steps=3, device=torch.device("cpu"))
+    del sharded
     engine.model.train()
     for step in range(3):
         torch.manual_seed(step)
@@ -127,6 +89,27 @@ def test_what_was_trained_before_on_the_same_base_leaves_no_trace(tmp_path: Path
 
 
 @pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("changes", [{"lora": None}, {"lora": None, "zero_stage": 3}, {"zero_stage": 3}], ids=str)
+def test_all_that_a_training_trains_alone_it_trains_after_one_of_adapters(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """PEFT freezes the base that it adapts: the next training, of all weights or in shards, opens its own.
+
+    The adapters after that get a base again.
+    """
+    base = str(tiny_llama(tmp_path / "base", tiny_tokenizer(), seed=0))
+    settings = {"lora": {"rank": 4}, "batch_size": 4, "micro_batch_size": 4, "warmup_share": 0.0}
+    adapters = PolicyTraining.model_validate(settings)
+    training = PolicyTraining.model_validate({**settings, **changes})
+    alone = [_steps(KeptBase(), base, one, seed=0, rate=1e-2) for one in (adapters, training)]
+    kept = KeptBase()
+    together = [_steps(kept, base, one, seed=0, rate=1e-2) for one in (adapters, training, adapters, training)]
+    for expected, after in zip([*alone, *alone], together, strict=True):
+        assert len(expected) == len(after) > 0
+        assert all(torch.equal(a, b) for a, b in zip(expected, after, strict=True))
+
+
+@pytest.mark.usefixtures("process_group")
 def test_adapters_that_were_taken_back_are_gone_from_memory(tmp_path: Path) -> None:
     base = str(tiny_llama(tmp_path / "base", tiny_tokenizer(), seed=0))
     training = PolicyTraining.model_validate({"lora": {"rank": 4}, "batch_size": 4, "micro_batch_size": 4})
@@ -146,10 +129,10 @@ def test_adapters_that_were_taken_back_are_gone_from_memory(tmp_path: Path) -> N
 # ---- groups on Ray Train ---------------------------------------------------------------------------------------------
 
 
-def _policy_jobs(root: Path, **changes: object) -> list[TrainingJob]:
+def _policy_jobs(root: Path, *, names: Sequence[str] = NAMES, **changes: object) -> list[TrainingJob]:
     """One DPO training for each name, on pairs of its own."""
     small_run(root)
-    for number, name in enumerate(NAMES):
+    for number, name in enumerate(names):
         rows = [
             {
                 "id": str(i),
@@ -183,7 +166,7 @@ def _policy_jobs(root: Path, **changes: object) -> list[TrainingJob]:
                 "heldout_parts": [f"pairs/{name}/heldout-00000.parquet"],
             }
         )
-        for name in NAMES
+        for name in names
     ]
 
 
@@ -229,7 +212,7 @@ def test_ray_train_starts_no_process_for_data_sets_that_no_training_has(ray_clus
     config: dict[str, Any] = {"run_config": RunConfig(name="a", storage_path=str(tmp_path))}
     usual, ours = (
         {type(one).__name__ for one in kind(print, **config)._create_default_callbacks()}
-        for kind in (TorchTrainer, train._Trainer)
+        for kind in (TorchTrainer, training_group.Trainer)
     )
     assert usual - ours == {"DatasetsCallback"}
     assert ours < usual
@@ -246,7 +229,7 @@ def test_one_group_does_all_trainings_each_as_if_it_were_alone(
     history has no step twice.
     """
     assert ray.cluster_resources()["CPU"] == 4
-    monkeypatch.setattr(train, "_train_on_worker", _watched)
+    monkeypatch.setattr(training_group, "train_on_worker", _watched)
     jobs = _policy_jobs(tmp_path)
     train_all(jobs, Console())
     notes = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
@@ -280,6 +263,65 @@ def test_one_group_does_all_trainings_each_as_if_it_were_alone(
     notes = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
     assert [what for what, _ in notes if what != "opens"] == ["first", "second", "second", "third"]
     assert _contents(tmp_path) == together
+
+
+@pytest.mark.slow
+def test_two_workers_do_trainings_of_every_form_in_any_order(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters and all weights, whole and in the shards of ZeRO 3: the same bytes, whatever was trained before."""
+    monkeypatch.setattr(training_group, "train_on_worker", _watched)
+    lora = {"rank": 4, "dropout": 0.1}
+    forms = {
+        "adapters": {"lora": lora, "zero_stage": 2},
+        "weights": {"lora": None},
+        "sharded-adapters": {"lora": lora, "zero_stage": 3},
+        "sharded-weights": {"lora": None, "zero_stage": 3},
+    }
+    workers = {"num_workers": 2, "cpus_per_worker": 1.5, "max_failures": 0}  # two of these, and no room for others
+    jobs = _policy_jobs(tmp_path, names=list(forms), epochs=1, micro_batch_size=2, workers=workers)
+    settings = [{**job.training.model_dump(), **forms[job.name]} for job in jobs]
+    jobs = [
+        job.model_copy(update={"training": PolicyTraining.model_validate(its)})
+        for job, its in zip(jobs, settings, strict=True)
+    ]
+    found = []
+    for order in (jobs, jobs[::-1]):
+        train_all(order, Console())
+        notes = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
+        (tmp_path / "notes").unlink()
+        by_process = {process: [what for what, its in notes if its == process] for _, process in notes}
+        assert len(by_process) == 2
+        for whats in by_process.values():
+            assert [what for what in whats if what != "opens"] == [job.name for job in order]
+        found.append(_contents(tmp_path))
+        for directory in ("policies", "training"):
+            shutil.rmtree(tmp_path / directory)
+    assert {name.split("/")[1] for name in found[0]} == forms.keys()
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a remark; the end is the same."""
+    jobs = _policy_jobs(tmp_path)[:1]
+    train_all(jobs, Console())
+    expected = _contents(tmp_path)
+    shutil.rmtree(tmp_path / "policies")
+    before, newest = sorted((tmp_path / jobs[0].directory).iterdir())
+    assert (before.name[-2:], newest.name[-2:]) == ("10", "12")
+    [victim] = (newest / "state").glob("mp_rank_00*")
+    victim.write_bytes(victim.read_bytes()[:100])
+    capsys.readouterr()
+    train_all(jobs, Console())
+    told = capsys.readouterr().out
+    assert f"  first: the checkpoint {newest.name} is damaged: {victim.name} (100 bytes) is not what was wri" in told, (
+        told
+    )
+    assert " It goes on from the one before, of step 10.\n" in told
+    assert _contents(tmp_path) == expected
 
 
 @pytest.mark.slow

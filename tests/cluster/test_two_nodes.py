@@ -53,7 +53,7 @@ def test_full_weights_trained_in_shards_by_ipo_load_with_plain_transformers(two_
 def test_a_damaged_checkpoint_stops_training_with_its_name_and_the_remedy(two_nodes: tuple[Path, dict]) -> None:
     message = two_nodes[1]["damaged"]
     assert "mp_rank_00_model_states.pt (100 bytes) is not what was written" in message
-    assert f"delete {two_nodes[0]}/training/concise-" in message
+    assert f"Delete {two_nodes[0]}/training/concise-" in message
     log = message.partition("(all of it: ")[2].rstrip(")")
     assert "Traceback" in Path(log).read_text()
 
