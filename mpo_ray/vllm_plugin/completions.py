@@ -83,7 +83,7 @@ async def _one_by_one(
 ) -> AsyncGenerator[Delta]:
     """Token mode."""
     sampling, mode = request.sampling, request.mode
-    parameters = _parameters(request, weights, rules, sampling.seed, measured=mode.log_z)
+    parameters = sampling_parameters(request, weights, rules, sampling.seed, measured=mode.log_z)
     draft = _draft(rules)
     async with aclosing(_tokens(source, request, request.id, parameters)) as tokens:
         async for drawn in tokens:
@@ -169,7 +169,7 @@ class _Attempts:
         seed, chance = int(random.integers(2**63)), random.random()
         if self._first_log_z is not None and chance >= math.exp(self._first_log_z):
             return None
-        parameters = _parameters(
+        parameters = sampling_parameters(
             self._request, self._weights, self._rules, seed, measured=True, temperature=1.0, prompt=number == 0
         )
         draft, text = _draft(self._rules), ""
@@ -239,7 +239,7 @@ def _prompt_logprobs(
         yield TokenLogprob(token, read.logprob, read.top)
 
 
-def _parameters(
+def sampling_parameters(
     request: GenerationRequest,
     weights: Sequence[float],
     rules: Rules,
