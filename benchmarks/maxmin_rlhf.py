@@ -34,7 +34,8 @@ from rl_curves import write_curves
 from rl_training import METHODS, add_training_options, open_context
 from stage_costs import COSTS
 
-from mpo_ray.cluster.score import draw, load_rewards, log_ratios, room_of, sequences, with_rewards
+from mpo_ray.cluster.engines import room_of
+from mpo_ray.cluster.score import draw, load_rewards, log_ratios, sequences, with_rewards
 from mpo_ray.decoding.sampler import MixtureSampler, sampling_recipe
 from mpo_ray.evaluation.divergence import divergences
 from mpo_ray.evaluation.estimates import number, written

@@ -156,9 +156,10 @@ def in_memory(
         "packed": lambda rows: one_by_one(packed, sequence_logprobs, rows),
     }
     if find_spec("vllm") is not None:
+        from mpo_ray.decoding.sampler import Room
         from mpo_ray.vllm_plugin.scoring import VllmEnsemble
 
-        by_vllm = VllmEnsemble(base, policies, max_num_seqs=batch_size)
+        by_vllm = VllmEnsemble(base, policies, room=Room(batch_size))
         sides["vllm"] = lambda rows: by_vllm.logprobs(names, rows, **how)
     scores: dict[str, Scores] = {name: [] for name in sides}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}

@@ -299,11 +299,11 @@ def _opened(options: argparse.Namespace) -> Iterator[Context]:
     written from what is complete, and not recorded.
     """
     with told_if_slow("loading Ray, torch and transformers"):
-        from mpo_ray.cluster.preflight import check_engine, check_placement, check_storage_everywhere
+        from mpo_ray.cluster.preflight import check_placement, check_storage_everywhere
         from mpo_ray.cluster.session import ray_session
         from mpo_ray.run import Run
         from mpo_ray.run_lock import LockedError, locked
-        from mpo_ray.stages.check import check_compared_models, check_model, check_rewards
+        from mpo_ray.stages.check import check_compared_models, check_model, check_rewards, check_run_engine
         from mpo_ray.stages.judging import check_judge_settings
         from mpo_ray.stages.stage import Context
 
@@ -323,7 +323,7 @@ def _opened(options: argparse.Namespace) -> Iterator[Context]:
         check_compared_models(context)
         check_rewards(context)
         check_judge_settings(context)
-        check_engine(config.scoring.engine, where="scoring.engine")
+        check_run_engine(config)
         stack.enter_context(ray_session(options.address))
         check_placement(config)
         check_storage_everywhere(run)

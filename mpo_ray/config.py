@@ -111,9 +111,9 @@ class Actors(Strict):
 
 
 class Scoring(Actors):
-    """Actors of the stages that sample and score; the score table's log-ratios may be computed by vLLM."""
+    """Actors of the stages that sample, score and evaluate, and of the decoded fit."""
 
-    engine: Literal["mpo", "vllm"] = Field("mpo", description="what computes log π_k of samples; log π_ref is mpo's")
+    engine: Literal["mpo", "vllm"] = Field("mpo", description="of all stages; what vLLM takes over: docs/vllm.md")
     vllm: dict[str, Any] = Field({}, description="further arguments of vLLM's EngineArgs, for engine: vllm")
     kv_cache_gib: PositiveFloat | None = Field(None, description="of an actor's KV cache; a share of memory if absent")
 

@@ -20,8 +20,9 @@ import fsspec
 import yaml
 
 from mpo_ray.config import RunConfig
+from mpo_ray.file_listing import FileState
 from mpo_ray.records import digest
-from mpo_ray.storage import FileState, RunError, Storage, is_table
+from mpo_ray.storage import RunError, Storage, is_table
 
 #: Raised when a stage's output takes another form, so that an older run's output is made anew.
 FORMAT = 2

@@ -16,17 +16,15 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import yaml
-from fsspec.implementations.arrow import ArrowFSWrapper
 
+from mpo_ray.file_listing import FileState, open_filesystem, stamp_of, state_of, walk
 from mpo_ray.records import digest
 from mpo_ray.whole_files import PARTIAL, create_file, move_file, sweep, write_file, written_directory
 
@@ -38,14 +36,6 @@ TRANSFERS = 16
 
 class RunError(ValueError):
     """The run directory cannot be used as asked: another config began it, an output is missing, or it is read-only."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileState:
-    """What a listing says of a file: its size in bytes, and a mark that is another once it was written again."""
-
-    size: int
-    stamp: str
 
 
 class Storage:
@@ -62,7 +52,7 @@ class Storage:
             self.local = own / hashlib.sha256(self.root.encode()).hexdigest()[:16]
         self.name = name
         try:
-            self.filesystem, self._base = _open_filesystem(self.root)
+            self.filesystem, self._base = open_filesystem(self.root)
         except (ImportError, ValueError, OSError) as error:
             raise RunError(
                 f"storage {self.root} cannot be used: {error}. Set `storage:` to a directory, or to a URL whose fsspec "
@@ -98,11 +88,11 @@ class Storage:
     def files(self, node: str) -> dict[str, FileState]:
         """Every file below a directory by its node, or the file alone; none where nothing is there."""
         if self.is_local:
-            return {str(path.relative_to(self.local)): _state(path) for path in _walk(self.local / node)}
+            return {str(path.relative_to(self.local)): state_of(path) for path in walk(self.local / node)}
         found = self.filesystem.find(self.path(node), detail=True)
         base = self._base.strip("/")
         return {
-            path.strip("/").removeprefix(base).lstrip("/"): FileState(int(info["size"]), _stamp(info))
+            path.strip("/").removeprefix(base).lstrip("/"): FileState(int(info["size"]), stamp_of(info))
             for path, info in found.items()
             if info["type"] == "file" and not os.path.basename(path).startswith(PARTIAL)
         }
@@ -293,7 +283,7 @@ class Storage:
             self._upload(node, directory, mark)
 
     def _upload(self, node: str, directory: Path, mark: str | None) -> None:
-        given = {f"{node}/{path.relative_to(directory)}": path for path in _walk(directory)}
+        given = {f"{node}/{path.relative_to(directory)}": path for path in walk(directory)}
         last = {f"{node}/{mark}"} & given.keys()
         _side_by_side(self._remove_file, last & self.files(node).keys())
 
@@ -324,32 +314,6 @@ def is_table(node: str) -> bool:
     return node.endswith(".parquet") and not os.path.basename(node).startswith(".")
 
 
-def _open_filesystem(root: str) -> tuple[Any, str]:
-    """The file system of a URL, by its fsspec package, or by pyarrow where that is not installed."""
-    try:
-        # Other processes write here too: a cached listing would hide what they have finished.
-        filesystem, base = fsspec.core.url_to_fs(root, use_listings_cache=False)
-    except ImportError:
-        if not root.startswith(("s3://", "gs://")):
-            raise
-        arrow, base = pyarrow.fs.FileSystem.from_uri(root)
-        filesystem = ArrowFSWrapper(arrow, use_listings_cache=False)
-    return filesystem, base.rstrip("/")
-
-
-def _walk(place: Path) -> Iterator[Path]:
-    if place.is_file():
-        yield place
-    for directory, names, files in os.walk(place, followlinks=True):
-        names[:] = [name for name in names if not name.startswith(PARTIAL)]
-        yield from (Path(directory) / name for name in files if not name.startswith(PARTIAL))
-
-
-def _state(path: Path) -> FileState:
-    found = path.stat()
-    return FileState(found.st_size, str(found.st_mtime_ns))
-
-
 def _below(node: str, name: str) -> str:
     """The path of a file below a node; empty where the node is the file."""
     return "" if name == node else os.path.relpath(name, node)
@@ -357,12 +321,6 @@ def _below(node: str, name: str) -> str:
 
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
-
-
-def _stamp(info: dict[str, Any]) -> str:
-    """The content's hash or, where a listing has none, the time of its writing."""
-    names = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
-    return next((str(info[name]) for name in names if info.get(name) is not None), "")
 
 
 def _side_by_side(work: Callable[[str], None], names: Iterable[str]) -> None:

@@ -177,6 +177,16 @@ def test_a_reward_model_without_safetensors_stops_a_run_before_anything_starts(
     assert not (tmp_path / "runs" / "mine" / "manifest.json").exists()
 
 
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here; make test-vllm draws with it")
+def test_an_engine_that_is_not_installed_stops_a_run_before_anything_starts(
+    run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb in ("run", "train", "evaluate"):
+        assert main([verb, str(run_file), "--set", "scoring.engine=vllm"]) == 1
+        assert "scoring.engine: vllm is not installed here. Install it beside" in capsys.readouterr().err
+    assert not (run_file.parent / "runs" / "mine" / "manifest.json").exists()
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_verb_that_the_config_has_no_use_for_says_so(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reference", str(run_file)]) == 1

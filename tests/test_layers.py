@@ -23,6 +23,7 @@ LAYERS = (
         "mpo_ray.config",
         "mpo_ray.config_training",
         "mpo_ray.config_serving",
+        "mpo_ray.file_listing",
         "mpo_ray.home",
         "mpo_ray.out_of_memory",
         "mpo_ray.records",

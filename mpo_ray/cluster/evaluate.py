@@ -7,7 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from mpo_ray.cluster.score import Draws, draw, load_rewards, log_ratios, room_of, sequences, with_rewards
+from mpo_ray.cluster.engines import Draws, can_draw, room_of, sampler_of
+from mpo_ray.cluster.score import draw, load_rewards, log_ratios, sequences, with_rewards
 from mpo_ray.config import Scoring
 from mpo_ray.data.end_tokens import model_ends
 from mpo_ray.decoding.sampler import EnsembleSampler, MixtureSampler, sampling_recipe
@@ -44,7 +45,8 @@ class CandidateEvaluator:
         self._names = list(policies)
         self._with_log_ratios = IMPLICIT in rewards.values()
         self._beta = beta
-        self._sampler = EnsembleSampler(self._ensemble, room_of(self._actors))
+        self._sampler = sampler_of(self._ensemble, reference, policies, self._actors)
+        self._whole = EnsembleSampler(self._ensemble, room_of(self._actors))
         self._of_other: tuple[Candidate, MixtureSampler] | None = None
         self._num = num_completions
         self._drawing: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
@@ -60,11 +62,12 @@ class CandidateEvaluator:
 
     def _sampler_of(self, candidate: Candidate, model: Any) -> tuple[Draws, dict[str, float]]:
         """Who draws the candidate's completions, and the λ to draw with. model: of the candidate"""
+        sampler = self._sampler if can_draw(self._actors, candidate) else self._whole
         if candidate.kind == "reference":
-            return self._sampler, {REFERENCE: 1.0}
+            return sampler, {REFERENCE: 1.0}
         if candidate.kind == "mixture":
             assert candidate.weights is not None
-            return self._sampler, dict(zip(self._names, candidate.weights, strict=True))
+            return sampler, dict(zip(self._names, candidate.weights, strict=True))
         if self._of_other is None:
             self._of_other = candidate, MixtureSampler(mixture_of_one(candidate.kind, model), room_of(self._actors))
         return self._of_other[1], {candidate.kind: 1.0}

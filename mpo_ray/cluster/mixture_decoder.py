@@ -7,7 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from mpo_ray.cluster.score import draw, load_rewards, log_ratios, room_of, with_rewards
+from mpo_ray.cluster.engines import room_of
+from mpo_ray.cluster.score import draw, load_rewards, log_ratios, with_rewards
 from mpo_ray.config import Scoring
 from mpo_ray.decoding.sampler import EnsembleSampler, sampling_recipe
 from mpo_ray.policies.ensemble import Ensemble

@@ -5,15 +5,16 @@ Each class loads its models once; calling it turns one table of prompts or respo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import pyarrow as pa
 
+from mpo_ray.cluster.engines import Draws, PolicyLogprobs, sampler_of, scorer_of
 from mpo_ray.config import Actors, Scoring
 from mpo_ray.data.rendering import Rendering
-from mpo_ray.decoding.offline import Completion, Recipe
-from mpo_ray.decoding.sampler import EnsembleSampler, Room, sampling_recipe
+from mpo_ray.decoding.offline import Recipe
+from mpo_ray.decoding.sampler import sampling_recipe
 from mpo_ray.decoding.text_stream import text_behind
 from mpo_ray.evaluation.rewards import IMPLICIT, Reward, load_reward
 from mpo_ray.policies.ensemble import Ensemble, Sequences
@@ -66,8 +67,9 @@ class Sampler:
     ) -> None:
         self._actors = Scoring.model_validate(actors)
         self._rendering = load_rendering(reference, **rendering)
-        self._policies = Ensemble(reference, policies, precision=self._actors.precision)
-        self._sampler = EnsembleSampler(self._policies, room_of(self._actors))
+        decoded = policies if self._actors.engine == "mpo" else {}  # vLLM opens them itself
+        self._ensemble = Ensemble(reference, decoded, precision=self._actors.precision)
+        self._sampler = sampler_of(self._ensemble, reference, policies, self._actors)
         self._num_samples, self._max_new_tokens = num_samples, max_new_tokens
 
     def __call__(self, table: pa.Table, values: dict[str, Any]) -> pa.Table:
@@ -76,7 +78,7 @@ class Sampler:
         seed = int(values["seed"])
         samples = draw(self._sampler, recipe, self._rendering, table, num=self._num_samples, seed=seed)
         pad_id = self._rendering.tokenizer.pad_token_id
-        log_ref = logprobs(self._policies, [REFERENCE], sequences(samples), self._actors, pad_id)[REFERENCE]
+        log_ref = logprobs(self._ensemble, [REFERENCE], sequences(samples), self._actors, pad_id)[REFERENCE]
         ids = [values["first_id"] + index for index in samples["sample_id"].to_pylist()]
         lengths = [len(response) for response in samples["response_ids"].to_pylist()]
         return (
@@ -85,14 +87,6 @@ class Sampler:
             .append_column("num_tokens", pa.array(lengths, pa.int32()))
             .append_column("log_ref", pa.array(log_ref, pa.float64()))
         )
-
-
-class PolicyLogprobs(Protocol):
-    """What knows log π of completions: a `Ensemble`, or what does its work."""
-
-    def logprobs(
-        self, names: Sequence[str], sequences: Sequences, *, batch_size: int, pad_id: int
-    ) -> dict[str, list[float]]: ...
 
 
 class SampleScorer:
@@ -113,7 +107,7 @@ class SampleScorer:
         self._actors = Scoring.model_validate(actors)
         self._rendering = load_rendering(reference, **rendering)
         self._names = list(policies)
-        self._policies = _open(reference, policies, self._actors)
+        self._policies = scorer_of(reference, policies, self._actors)
         self._rewards = load_rewards(rewards, self._actors)
         self._beta = beta
 
@@ -125,32 +119,6 @@ class SampleScorer:
         ratios = {name: table[f"log_ratio_{name}"].to_pylist() for name in self._names}
         rewards = {name: r for name, r in self._rewards.items() if f"reward_{name}" not in table.column_names}
         return with_rewards(table, rewards, self._rendering, ratios, self._beta)
-
-
-def _open(reference: str, policies: Mapping[str, str], scoring: Scoring) -> PolicyLogprobs:
-    if scoring.engine == "mpo":
-        return Ensemble(reference, policies, precision=scoring.precision)
-    from mpo_ray.vllm_plugin.scoring import VllmEnsemble  # another package's, which may not be there
-
-    return VllmEnsemble(
-        reference,
-        policies,
-        precision=scoring.precision,
-        max_num_seqs=scoring.batch_size,
-        arguments=scoring.vllm,
-    )
-
-
-class Draws(Protocol):
-    """What draws completions: `EnsembleSampler`, `MixtureSampler`."""
-
-    def draw(
-        self, prompts: Sequence[Sequence[int]], recipe: Recipe, *, num: int, end_ids: Sequence[int], seed: int
-    ) -> list[list[Completion]]: ...
-
-
-def room_of(actors: Scoring) -> Room:
-    return Room(actors.batch_size, actors.kv_cache_gib)
 
 
 def draw(

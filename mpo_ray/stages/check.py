@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from mpo_ray.cluster.preflight import check_engine, check_placement, check_storage_everywhere
-from mpo_ray.config import RunConfig
+from mpo_ray.config import ConfigError, RunConfig
 from mpo_ray.data.lengths import TableLengths, lengths_table
 from mpo_ray.data.problems import DataProblemsError
 from mpo_ray.evaluation.rewards import IMPLICIT, is_callable_spec, load_reward
@@ -89,7 +89,7 @@ def check_run(config: RunConfig, console: Console, *, update: bool = False, timi
     run = Run(config.storage, config.name)
     look("run name and storage", lambda: Run.check(config, update=update))
     look("storage from every node", lambda: check_storage_everywhere(run))
-    look("scoring engine", lambda: check_engine(config.scoring.engine, where="scoring.engine"))
+    look("scoring engine", lambda: check_run_engine(config))
     look("resources", lambda: check_placement(config))
     with tempfile.TemporaryDirectory() as scratch:
         context = Context(config, Run(scratch, config.name), console)
@@ -107,6 +107,24 @@ def check_run(config: RunConfig, console: Console, *, update: bool = False, timi
         if sound:
             findings.estimates = estimate_run(context, findings.counts, findings.lengths, timing=timing)
     return findings
+
+
+def check_run_engine(config: RunConfig) -> str | None:
+    """Refuse an engine that is not installed, or that could not hold the run's policies. Raises ConfigError.
+
+    Returns what a user should know of it.
+    """
+    check_engine(config.scoring.engine, where="scoring.engine")
+    if config.scoring.engine == "mpo":
+        return None
+    model = config.reference.model
+    trained_here = config.reference.sft is not None or model == EMBEDDED
+    if not trained_here and config.policies.lora is not None and not Path(model).is_dir():
+        raise ConfigError(
+            f"scoring.engine: vllm needs the reference of LoRA policies as a directory, not as {model!r}. Name a "
+            "directory in reference.model, or set engine: mpo."
+        )
+    return "vllm; the times and the memory that are told are those of engine: mpo"
 
 
 def check_model(context: Context) -> str | None:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mpo_ray.cluster.engines import can_draw, drawing_inputs
 from mpo_ray.cluster.evaluate import CandidateEvaluator
 from mpo_ray.cluster.parts import Part, process_parts
 from mpo_ray.data.scores import scores_from_table
@@ -80,6 +81,8 @@ def _parts(context: Context, candidate: Candidate, *, first: int | None = None) 
     weights = {name: w for name, w in zip(config.objectives, same.weights or (), strict=False) if w > 0}
     identity = [same.kind, weights, same.path and content(same.path), *([same.particles] * (same.particles > 1))]
     made_from = [*_made_from(context), {name: context.trained_from(f"policies/{name}") for name in weights}]
+    if can_draw(config.scoring, same):
+        made_from += drawing_inputs(config.scoring)
     size, parts = config.scoring.prompts_per_part, []
     for index, source in enumerate(run.parts("prompts/evaluation")):
         num_prompts = size if first is None else min(size, first - index * size)
@@ -231,6 +234,7 @@ EVALUATION = Stage(
         context.config.decoding.model_dump(),
         {name: content(spec) for name, spec in context.rewards().items()},
         context.config.seed,
+        *drawing_inputs(context.config.scoring),
     ],
     work=evaluate,
 )

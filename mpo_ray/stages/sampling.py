@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mpo_ray.cluster.engines import drawing_inputs
 from mpo_ray.cluster.parts import Part, process_parts
 from mpo_ray.cluster.score import Sampler, SampleScorer
 from mpo_ray.config import RunConfig
@@ -120,7 +121,12 @@ def _sample_part(context: Context, proposal: str, number: int, index: int, sourc
     inputs = stage_inputs(
         "samples",
         values,
-        [settings.samples_per_prompt, settings.max_new_tokens, context.scoring().precision],
+        [
+            settings.samples_per_prompt,
+            settings.max_new_tokens,
+            context.scoring().precision,
+            *drawing_inputs(config.scoring),
+        ],
         context.run.inputs_of(source),
         context.reference_inputs(),
         None if proposal == REFERENCE else context.trained_from(f"policies/{proposal}"),
@@ -155,6 +161,7 @@ SAMPLES = Stage(
         context.config.samples.model_dump(),
         context.config.scoring.model_dump(exclude=ACTOR_PLACEMENT),
         context.config.seed,
+        *drawing_inputs(context.config.scoring),
     ],
     work=sample,
 )

@@ -82,7 +82,7 @@ async def _one_by_one(
 ) -> AsyncGenerator[Delta]:
     """Token mode."""
     sampling, mode = request.sampling, request.mode
-    parameters = _parameters(request, weights, rules, sampling.seed, measured=mode.log_z)
+    parameters = sampling_parameters(request, weights, rules, sampling.seed, measured=mode.log_z)
     draft = _draft(rules)
     async with aclosing(_tokens(source, request, request.id, parameters)) as tokens:
         async for drawn in tokens:
@@ -157,7 +157,7 @@ class _Rejection:
         if self._first_log_z is not None and not attempt.survives(self._first_log_z):
             return None
         first = attempt.number == 0
-        parameters = _parameters(
+        parameters = sampling_parameters(
             self._request, self._weights, self._rules, seed, measured=True, temperature=1.0, prompt=first
         )
         draft, text = _draft(self._rules), ""
@@ -225,7 +225,7 @@ def _prompt_logprobs(
         yield TokenLogprob(token, read.logprob, read.top)
 
 
-def _parameters(
+def sampling_parameters(
     request: GenerationRequest,
     weights: Sequence[float],
     rules: Rules,

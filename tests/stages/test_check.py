@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mpo_ray.config import RunConfig
+from mpo_ray.config import ConfigError, RunConfig
 from mpo_ray.data.lengths import Spread
-from mpo_ray.stages.check import Findings, check_run
+from mpo_ray.stages.check import Findings, check_run, check_run_engine
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 PAIR = {"prompt": "the film", "chosen": "good", "rejected": "bad"}
@@ -139,3 +139,27 @@ class TestEstimates:
         findings, _ = found(tmp_path, BROKEN, timing=True)
         assert findings.estimates is None
         assert findings.as_json()["cautions"] == []
+
+
+def engine_config(engine: str, **changes: Any) -> RunConfig:
+    source = {"path": "unused.jsonl"}
+    wanted = {
+        "name": "checked",
+        "reference": {"model": "someone/model"},
+        "objectives": {"kind": {"preferences": source}},
+    }
+    return RunConfig.model_validate({**wanted, "scoring": {"engine": engine}, **changes})
+
+
+def test_adapters_on_a_reference_that_is_a_hub_id_are_refused_for_vllm_before_they_are_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Full weights, an own reference, and the own engine are accepted; a note says whose times are told."""
+    monkeypatch.setattr("mpo_ray.cluster.preflight.find_spec", lambda name: name)
+    with pytest.raises(ConfigError, match=r"LoRA policies as a directory, not as 'someone/model'\. Name a directory"):
+        check_run_engine(engine_config("vllm"))
+    trained: dict[str, Any] = {"model": "someone/model", "sft": {"source": {"path": "unused.jsonl"}}}
+    full: dict[str, Any] = {"lora": None}
+    for accepted in (engine_config("vllm", policies=full), engine_config("vllm", reference=trained)):
+        assert check_run_engine(accepted) == "vllm; the times and the memory that are told are those of engine: mpo"
+    assert check_run_engine(engine_config("mpo")) is None

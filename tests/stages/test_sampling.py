@@ -13,10 +13,29 @@ from mpo_ray.records import digest
 from mpo_ray.run import Run
 from mpo_ray.run_file import load_config
 from mpo_ray.stages.fitting import FIT
-from mpo_ray.stages.sampling import SCORES
+from mpo_ray.stages.sampling import SAMPLES, SCORES
 from mpo_ray.stages.stage import Context
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.tiny_run import CONFIG, overrides
+
+
+def samples_depend_on(root: Path, *changes: str) -> Any:
+    config = load_config(CONFIG, [*overrides(root, "sampled"), *changes])
+    return SAMPLES.depends_on(Context(config, Run(str(root), "sampled"), Console(quiet=True)))
+
+
+def test_who_draws_the_samples_decides_over_them_and_where_vllm_works_does_not(tmp_path: Path) -> None:
+    own, by_vllm = samples_depend_on(tmp_path), samples_depend_on(tmp_path, "scoring.engine=vllm")
+    assert own != by_vllm
+    placed = "{max_model_len: 64, gpu_memory_utilization: 0.3, tensor_parallel_size: 2}"
+    assert by_vllm == samples_depend_on(tmp_path, "scoring.engine=vllm", f"scoring.vllm={placed}")
+    assert by_vllm != samples_depend_on(tmp_path, "scoring.engine=vllm", "scoring.vllm={quantization: fp8}")
+
+
+def test_the_own_engine_adds_nothing_to_the_digest_of_samples_so_that_older_runs_keep_theirs(tmp_path: Path) -> None:
+    config = load_config(CONFIG, overrides(tmp_path, "sampled"))
+    precision_and_size = {"prompts_per_part": config.scoring.prompts_per_part, "precision": config.scoring.precision}
+    assert samples_depend_on(tmp_path) == [config.samples.model_dump(), precision_and_size, config.seed]
 
 
 def test_who_computes_the_scores_decides_nothing_about_them(tmp_path: Path) -> None:

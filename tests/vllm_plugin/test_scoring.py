@@ -13,6 +13,7 @@ from rich.console import Console
 from mpo_ray.cluster.parts import Part, process_parts
 from mpo_ray.cluster.score import Sampler, SampleScorer
 from mpo_ray.config import ConfigError, Scoring
+from mpo_ray.decoding.sampler import Room
 from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.records import REFERENCE
@@ -67,7 +68,7 @@ def test_completions_of_any_length_have_the_same_log_probabilities(
     how = {"batch_size": 8, "pad_id": TOKENIZER.pad_token_id}
     names = ["2", REFERENCE, "helpful", "harmless"]
     expected = Ensemble(reference, policies).logprobs(names, rows, **how)
-    found = VllmEnsemble(reference, policies, max_num_seqs=8, arguments=arguments).logprobs(names, rows, **how)
+    found = VllmEnsemble(reference, policies, room=Room(8), arguments=arguments).logprobs(names, rows, **how)
     assert list(found) == names
     for name in names:
         for value, same, (_, completion) in zip(found[name], expected[name], rows, strict=True):
@@ -81,7 +82,7 @@ def test_the_table_is_the_same(cluster: None, tmp_path: Path) -> None:
     run = Run(str(tmp_path), "scored")
     run.write_text("config.yaml", "{}")
     prompts = pa.table({"prompt_id": ["p", "q"], "prompt": ["the film was", "I liked a"], "is_chat": [False, False]})
-    sampler = Sampler(reference, policies, SCORING.model_dump(), {}, num_samples=3, max_new_tokens=8)
+    sampler = Sampler(reference, policies, Scoring(batch_size=4).model_dump(), {}, num_samples=3, max_new_tokens=8)
     for name in (REFERENCE, "2"):
         run.write_table(f"samples/{name}.parquet", sampler(prompts, {"proposal": name, "first_id": 0, "seed": 1}))
     columns = {f"{kind}_{name}": "inputs" for kind in ("log_ratio", "reward") for name in NAMES}
@@ -113,9 +114,9 @@ def test_what_vllm_cannot_open_is_refused(tmp_path: Path, one_engine: None) -> N
 
     reference, policies = world(tmp_path / "a", "aaa")
     with pytest.raises(ModelError, match=r"LoRA policies as a directory, not as 'gpt2'\. Name a directory"):
-        VllmEnsemble("gpt2", policies)
+        VllmEnsemble("gpt2", policies, room=Room(8))
     with pytest.raises(ConfigError, match=r"scoring\.vllm\.speed: vLLM has no such engine argument; look at its Engi"):
-        VllmEnsemble(reference, policies, arguments={"speed": 2})
+        VllmEnsemble(reference, policies, room=Room(8), arguments={"speed": 2})
     reference, policies = world(tmp_path / "b", "fff", "codegen")
     with pytest.raises(ValueError, match=r"CodeGenForCausalLM, which vLLM has no model for. Decode this mixture with"):
-        VllmEnsemble(reference, policies)
+        VllmEnsemble(reference, policies, room=Room(8))
