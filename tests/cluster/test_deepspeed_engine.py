@@ -18,11 +18,7 @@ from mpo_ray.cluster.checkpoints import (
     opened_checkpoint,
     read_checkpoint,
 )
-from mpo_ray.cluster.deepspeed_engine import (
-    DeepSpeedEngine,
-    deepspeed_config,
-    prepare_sharded_loading,
-)
+from mpo_ray.cluster.deepspeed_engine import DeepSpeedEngine, deepspeed_config, prepare_sharded_loading
 from mpo_ray.cluster.train_worker import _export
 from mpo_ray.cluster.trainable import load_trainable
 from mpo_ray.cluster.training_job import TrainingJob
