@@ -60,7 +60,7 @@ def open_llm(
         ours = {
             "max_num_seqs": room.max_num_seqs,
             **({} if context is None else {"max_model_len": context}),
-            **_memory(room.kv_cache_gib),
+            **memory_arguments(room.kv_cache_gib),
             **own,
         }
         kept_tokens = max(_TOKENS_ON_CPU, whole_pages(context or 0))
@@ -70,7 +70,7 @@ def open_llm(
         return LLM(**settings), config
 
 
-def _memory(kv_cache_gib: float | None) -> dict[str, Any]:
+def memory_arguments(kv_cache_gib: float | None) -> dict[str, Any]:
     """Arguments for the memory that is asked for. vLLM compares its share of a GPU with what is free there."""
     found: dict[str, Any] = {} if kv_cache_gib is None else {"kv_cache_memory_bytes": int(kv_cache_gib * GIB)}
     if torch.cuda.is_available():

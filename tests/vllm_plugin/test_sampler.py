@@ -15,9 +15,11 @@ from mpo_ray.decoding.protocol import RequestError
 from mpo_ray.decoding.sampler import Room, sampling_recipe
 from mpo_ray.policies.ensemble import Ensemble
 from mpo_ray.policies.loading import ModelError
+from mpo_ray.policies.memory import GIB
 from mpo_ray.policies.mixture import mixture_of
 from mpo_ray.records import REFERENCE
 from mpo_ray.run import StageError
+from mpo_ray.vllm_plugin.offline import memory_arguments
 from tests.decoding.mixtures import Response, p_value
 from tests.vllm_plugin.mixtures import MARKS, NAMES, WEIGHTS
 from tests.vllm_plugin.test_scoring import world
@@ -137,6 +139,25 @@ def test_what_cannot_be_drawn_is_refused(sampler: Any, places: tuple[str, dict[s
         draw(sampler, WEIGHTS, particles=4)
     with pytest.raises(ModelError, match=r"LoRA policies as a directory, not as 'gpt2'\. Name a directory"):
         draw(VllmSampler("gpt2", places[1], room=Room(4)), WEIGHTS)
+
+
+def test_the_cache_has_the_size_that_is_asked_for(sampler: Any, places: tuple[str, dict[str, str]]) -> None:
+    from mpo_ray.vllm_plugin.sampler import VllmSampler
+
+    sampler.close()  # one engine in a process at a time
+    small = VllmSampler(*places, room=Room(4, kv_cache_gib=0.125))
+    draw(small, {REFERENCE: 1.0})
+    assert small._latest is not None
+    assert small._latest.llm.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes == GIB // 8
+    small.close()
+
+
+def test_vllm_leaves_half_of_a_gpus_free_memory_to_the_actors_other_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's share is one of the whole memory, and it refuses to start where less is free."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60 * GIB, 80 * GIB))
+    assert memory_arguments(None) == {"gpu_memory_utilization": 0.375}
+    assert memory_arguments(2.5) == {"gpu_memory_utilization": 0.375, "kv_cache_memory_bytes": 5 * GIB // 2}
 
 
 def test_logits_that_are_not_numbers_are_an_error(tmp_path: Path) -> None:
