@@ -45,7 +45,7 @@ def test_a_training_says_what_it_waits_for_and_tells_of_its_first_step(
     gc.collect()  # an actor of a test that failed on purpose has its CPU as long as an error refers to it
     held = placement_group([{"CPU": 1}] * int(ray.cluster_resources()["CPU"]))
     ray.get(held.ready())
-    release = threading.Timer(8.0, remove_placement_group, [held])
+    release = threading.Timer(15.0, remove_placement_group, [held])
     release.start()
     train_all([small_job(small_run(tmp_path), "a")], Console())
     release.join()
