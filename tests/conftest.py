@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 
+from tests.forked_workers import forked_workers
 from tests.local_ray import local_ray
 from tests.run_files import MINIMAL
 
@@ -64,19 +65,27 @@ def smollm2(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def cheap_workers() -> Iterator[None]:
+    """Ray's workers are forked: those of this process, and of the commands that `tiny_run` makes."""
+    with forked_workers():
+        yield
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(cheap_workers: None) -> Iterator[None]:
     """One local Ray for all tests that need one."""
     with local_ray(num_cpus=4):
         yield
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a whole small run, made by the command, that nothing has disturbed."""
+def finished_run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a whole small run, made by the command's function, that nothing has disturbed."""
+    from mpo_ray.cli import main
     from tests import tiny_run
 
     storage = tmp_path_factory.mktemp("runs")
-    tiny_run.run(tiny_run.command("run", storage, "unbroken", "--json"))
+    assert main(tiny_run.arguments("run", storage, "unbroken")) == 0
     return storage / "unbroken"
 
 

@@ -50,7 +50,7 @@ def arguments(verb: str, storage: Path, name: str, *extra: str) -> list[str]:
 
 def command(verb: str, storage: Path, name: str, *extra: str) -> list[str]:
     """`mpo-ray` with these arguments, as a process."""
-    return [sys.executable, "-m", "mpo_ray", *arguments(verb, storage, name, *extra)]
+    return [sys.executable, "-m", "tests.command", *arguments(verb, storage, name, *extra)]
 
 
 def without(finished: Path, storage: Path, policy: str, *, scored: bool) -> Path:

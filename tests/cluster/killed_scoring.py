@@ -10,6 +10,7 @@ from mpo_ray.cluster.score import SampleScorer
 from mpo_ray.cluster.session import ray_session
 from mpo_ray.config import Actors
 from mpo_ray.run import Run
+from tests.forked_workers import with_the_tests_workers
 
 ACTORS = Actors(num_actors=1, batch_size=4)
 
@@ -30,7 +31,7 @@ def main(root: str) -> None:
     run = Run.at(root)
     columns = {"log_ratio_a": "1", "reward_a": "2"}
     parts = [Part(node, node.replace("samples", "scores"), "all", columns=columns) for node in run.parts("samples")]
-    with ray_session():
+    with with_the_tests_workers(), ray_session():
         process_parts(
             run, parts, SampleScorer, arguments(run), actors=ACTORS, console=Console(stderr=True), title="scores"
         )

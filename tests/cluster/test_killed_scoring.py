@@ -48,6 +48,7 @@ def run(tmp_path: Path) -> Run:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cheap_workers")
 def test_scoring_goes_on_when_an_actor_is_killed_and_resumes_when_the_driver_is(run: Run) -> None:
     """SIGKILL an actor at work, then the driver, then run again: the table of one call of the scorer, to the bit."""
 

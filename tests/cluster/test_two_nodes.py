@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+def two_nodes(cheap_workers: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """A policy trained on a cluster of its own, in a process of its own: Ray allows one cluster for each."""
     storage = tmp_path_factory.mktemp("two_nodes")
     done = subprocess.run(

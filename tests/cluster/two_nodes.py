@@ -16,6 +16,7 @@ from mpo_ray.run_file import load_config
 from mpo_ray.stages.pipeline import run_single
 from mpo_ray.stages.stage import Context
 from mpo_ray.stages.training import train_policies
+from tests.forked_workers import with_the_tests_workers
 from tests.tiny_run import CONFIG, overrides
 
 TWO_WORKERS = (
@@ -81,4 +82,5 @@ def _refusal(storage: Path, *changes: str) -> str | None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with with_the_tests_workers():
+        main(Path(sys.argv[1]))

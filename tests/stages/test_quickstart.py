@@ -12,9 +12,11 @@ from tests import tiny_run
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cheap_workers")
 def test_mpos_worst_objective_is_above_every_single_policys_outside_the_intervals(tmp_path: Path) -> None:
     """min_k win rate of the mixture: the lower end of its interval lies above the upper end of every policy's."""
-    arguments = [sys.executable, "-m", "mpo_ray", "run", str(tiny_run.CONFIG), "--json", "--set", f"storage={tmp_path}"]
+    given = ["run", str(tiny_run.CONFIG), "--json", "--set", f"storage={tmp_path}"]
+    arguments = [sys.executable, "-m", "tests.command", *given]
     metrics = Metrics.from_json(tiny_run.run(arguments)["metrics"])
     mixture = metrics.candidates[MPO].minimum_win_rate
     for objective in metrics.objectives:
