@@ -7,7 +7,6 @@ import re
 from ray.exceptions import RayActorError
 
 from mpo_ray.cluster.training_job import TrainingJob
-from mpo_ray.cluster.training_room import needs
 from mpo_ray.out_of_memory import lacking_in
 
 #: What Ray says of a worker that its memory monitor ended; the group: used memory of the node, and its limit.
@@ -16,13 +15,9 @@ MONITOR = re.compile(r"Memory on the node \(.*?\) was ([\d.]+ ?GB used / [\d.]+ 
 OPENING, STARTING, READING = "opening the model", "starting DeepSpeed", "reading the data"
 
 
-def room_sentence(job: TrainingJob) -> str:
-    """Why workers did not start for which Ray found no room in its time."""
-    need = " and ".join(f"{amount:g} {kind}" for kind, amount in needs(job.training.workers).items())
-    return (
-        f"{job.training.workers.num_workers} × {need} did not become free. Free them, add nodes, or lower "
-        f"{job.section}.workers"
-    )
+def found_no_room(error: Exception) -> bool:
+    """Whether the workers of a group did not start because their resources were not free in Ray Train's time."""
+    return type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError"
 
 
 def memory_sentence(job: TrainingJob, lack: str, doing: str) -> str:
@@ -32,8 +27,6 @@ def memory_sentence(job: TrainingJob, lack: str, doing: str) -> str:
 
 def reason(job: TrainingJob, error: Exception) -> str:
     """Why Ray Train gave a training up, by the errors of its workers; the first that is the cause of the others."""
-    if type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError":
-        return room_sentence(job)
     failures = list(getattr(error, "worker_failures", {}).values()) or [error]
     texts = [str(failure) for failure in failures]
     for text in texts:

@@ -14,7 +14,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from mpo_ray.cluster.training_board import Reporter, ask
-from mpo_ray.cluster.training_failure import reason
+from mpo_ray.cluster.training_failure import found_no_room, reason
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.cluster.training_room import needs
 from mpo_ray.config_training import Workers
@@ -38,7 +38,8 @@ class Group:
         """Do trainings until none is left for this group. Blocks. Raises RayActorError where the board has died.
 
         Workers that end with an error are started again, and go on with the training that they were at; it is given up
-        once it has failed more often than `max_failures`. They are started afresh after one that ended early, too.
+        once it has failed more often than `max_failures`. They are started afresh after one that ended early, too. To
+        wait for resources, as others of the cluster do, is no failure.
         Returns an error that ended them while they held no training, and so is the fault of none.
         """
         failures: Counter[str] = Counter()
@@ -49,6 +50,8 @@ class Group:
             name = ask(self.board, "at", self.number)
             if name is None:
                 return error
+            if found_no_room(error):
+                continue
             failures[name] += 1
             if failures[name] > self.workers.max_failures:
                 ask(self.board, "end", self.number, name, told(self.jobs[name], error))

@@ -9,6 +9,7 @@ from threading import Thread
 from typing import Any
 
 from mpo_ray.cluster.training_board import News, ask
+from mpo_ray.cluster.training_failure import found_no_room
 from mpo_ray.cluster.training_group import Group, told
 from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.cluster.training_room import Outlook, num_free, num_side_by_side
@@ -93,13 +94,14 @@ class Kind:
         has died.
         """
         for future in [one for one in self.groups if one.done()]:
-            del self.groups[future]
-            error = future.result()
+            group, error = self.groups.pop(future), future.result()
             if error is None:
                 continue
             if self.groups:
                 self._alone_until = time.monotonic() + ALONE_S
                 continue
+            if group.number in self._begun or found_no_room(error):
+                continue  # it started; or what it needs is waited for, however long others have it
             self._num_failed_starts += 1
             if self._num_failed_starts == MOST_STARTS:
                 start = f"its workers ended {MOST_STARTS} times before they were at a training: "

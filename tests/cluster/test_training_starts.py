@@ -26,7 +26,7 @@ from mpo_ray.cluster.training_job import TrainingJob
 from mpo_ray.cluster.training_kind import MOST_STARTS, Kind
 from mpo_ray.cluster.training_room import WORTH_S, Outlook, num_that_fit
 from mpo_ray.config_training import Workers
-from tests.cluster.small_trainings import small_job
+from tests.cluster.small_trainings import small_job, small_run
 
 # ---- the board -------------------------------------------------------------------------------------------------------
 
@@ -274,17 +274,25 @@ def no_cpu_free(ray_cluster: None) -> Iterator[Callable[[], None]]:
 
 
 @pytest.mark.slow
-def test_trainings_that_find_no_room_end_together_and_say_what_did_not_become_free(
+def test_resources_that_others_have_are_waited_for_however_often_ray_train_gives_up(
     no_cpu_free: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By Ray Train itself, with less patience."""
+    """By Ray Train itself, with less patience: they become free at the second try, where one failed start ends all."""
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "0.5")
-    monkeypatch.setattr(training_kind, "MOST_STARTS", 2)
-    with pytest.raises(TrainingError) as raised:
-        train_all(_jobs(tmp_path, "a", "b"), Console())
-    _, *causes = str(raised.value).splitlines()
-    assert [cause[:5] for cause in causes] == ["  a: ", "  b: "]
-    assert all("1 × 1 CPU did not become free. Free them, add nodes, or lower policies.workers (" in c for c in causes)
+    monkeypatch.setattr(training_kind, "MOST_STARTS", 1)
+    starts: list[int] = []
+    started = Kind.start
+
+    def start(kind: Kind, number: int, board: Any) -> None:
+        starts.append(number)
+        if len(starts) == 2:
+            monkeypatch.delenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S")
+            no_cpu_free()
+        started(kind, number, board)
+
+    monkeypatch.setattr(Kind, "start", start)
+    train_all([small_job(small_run(tmp_path), "a")], Console())
+    assert starts == [0, 1]
 
 
 # ---- the driver stops ------------------------------------------------------------------------------------------------
