@@ -323,14 +323,9 @@ _LATE_POLICY = (
     "token on, or begin again without past_key_values."
 )
 #: Keywords that AutoModelForCausalLM adds on the way, and those that a mixture satisfies anyway.
-_HANDLED_BY_AUTO = {
-    "adapter_kwargs",
-    "_from_auto",
-    "use_safetensors",
-    "local_files_only",
-    "low_cpu_mem_usage",
-    "revision",
-}
+_HANDLED_BY_AUTO = frozenset(
+    ("adapter_kwargs", "_from_auto", "use_safetensors", "local_files_only", "low_cpu_mem_usage", "revision")
+)
 
 
 def _checked_rows(weights: Tensor, rows: int, num_policies: int) -> Tensor:
