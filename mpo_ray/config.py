@@ -113,7 +113,7 @@ class Actors(Strict):
 class Scoring(Actors):
     """Actors of the stages that sample, score and evaluate, and of the decoded fit."""
 
-    engine: Literal["mpo", "vllm"] = Field("mpo", description="of all stages; what vLLM takes over: docs/vllm.md")
+    engine: Literal["mpo", "vllm"] = Field("mpo", description="what draws and scores: mpo, or vLLM where it can")
     vllm: dict[str, Any] = Field({}, description="further arguments of vLLM's EngineArgs, for engine: vllm")
     kv_cache_gib: PositiveFloat | None = Field(None, description="of an actor's KV cache; a share of memory if absent")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from mpo_ray.config import Scoring
+from mpo_ray.config import Actors, Scoring
 from mpo_ray.decoding.offline import Completion, Recipe
 from mpo_ray.decoding.sampler import EnsembleSampler, Room
 from mpo_ray.evaluation.candidates import Candidate
@@ -17,7 +17,7 @@ from mpo_ray.policies.ensemble import Ensemble, Sequences
 #: Arguments of vLLM's that say where and how fast it works, and not what comes out.
 _PLACEMENT_OF_VLLM = frozenset(
     {"block_size", "distributed_executor_backend", "enable_chunked_prefill", "enable_prefix_caching", "enforce_eager",
-     "gpu_memory_utilization", "kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens",
+     "gpu_memory_utilization", "kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens", "max_num_seqs",
      "tensor_parallel_size"}
 )  # fmt: skip
 
@@ -36,6 +36,11 @@ class Draws(Protocol):
     def draw(
         self, prompts: Sequence[Sequence[int]], recipe: Recipe, *, num: int, end_ids: Sequence[int], seed: int
     ) -> list[list[Completion]]: ...
+
+
+def actor_device(actors: Actors) -> str:
+    """Where actors have their models."""
+    return "cuda" if actors.gpus_per_actor else "cpu"
 
 
 def room_of(actors: Scoring) -> Room:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import yaml
 from rich.console import Console
 
+from mpo_ray.cluster.engines import actor_device
 from mpo_ray.cluster.parts import Part, process_parts
 from mpo_ray.cluster.preflight import check_actors, check_storage_everywhere
 from mpo_ray.config import Actors
@@ -31,8 +32,9 @@ from mpo_ray.decoding.offline import Completion, Recipe, check_recipe, complete,
 from mpo_ray.decoding.open_engine import open_engine
 from mpo_ray.decoding.protocol import RequestError
 from mpo_ray.policies.loading import load_rendering
+from mpo_ray.policies.mixture import mixture_config
 from mpo_ray.policies.mixture_config import MixtureConfig
-from mpo_ray.policies.precision import AUTO
+from mpo_ray.policies.precision import AUTO, resolve
 from mpo_ray.records import chat_of, decode_prompt, digest, encode_prompt
 from mpo_ray.run import Run
 from mpo_ray.run_lock import locked
@@ -124,7 +126,7 @@ def generate_parts(
     Raises ValueError for prompts or settings that cannot be, and for a directory that holds something else.
     """
     rows, context = prompt_rows(artefact, prompts, recipe, serve.context)
-    run = _directory(out, _record(artefact, recipe, num_samples, seed, serve.precision))
+    run = _directory(out, _record(artefact, recipe, num_samples, seed, serve.precision, actor_device(actors)))
     with locked(run, "mpo-ray generate", say=console.print):
         run.sweep()
         check_actors(actors)
@@ -154,7 +156,7 @@ def generate_parts(
                     "context": context,
                     "kv_cache_gib": serve.kv_cache_gib,
                     "least_tokens": context,
-                    "precision": serve.precision,
+                    "precision": settings.get(DECIDED, serve.precision),
                 },
             },
             actors=actors,
@@ -211,30 +213,36 @@ def _columns(completion: Completion) -> dict[str, Any]:
     }
 
 
-def _record(artefact: str, recipe: Recipe, num_samples: int, seed: int, precision: str) -> dict[str, Any]:
-    """What config.yaml says. `mixture` names the content: policies, reference, vocabulary, the ends of a text."""
-    config, ends = (json.loads((Path(artefact) / name).read_text("utf-8")) for name in _MODEL_FILES)
-    for values in (config, ends):
+def _record(artefact: str, recipe: Recipe, num_samples: int, seed: int, precision: str, device: str) -> dict[str, Any]:
+    """What config.yaml says. `mixture` names the content: policies, reference, vocabulary, the ends of a text.
+
+    What `precision: auto` stands for is decided with the directory: actors that each timed a product could differ.
+    """
+    config = mixture_config(Path(artefact))
+    files, ends = (json.loads((Path(artefact) / name).read_text("utf-8")) for name in _MODEL_FILES)
+    for values in (files, ends):
         values.pop("transformers_version", None)
     made = recipe.as_json()
     return {
         "artefact": str(Path(artefact).absolute()),
-        "mixture": digest([config, ends]),
+        "mixture": digest([files, ends]),
         "seed": seed,
         "num_samples": num_samples,
         **made.pop("sampling"),
         "mode": made["mode"],
         "weights": made["weights"],
-        **({} if precision == AUTO else {"precision": precision}),
+        **({DECIDED: resolve(AUTO, config, device)} if precision == AUTO else {"precision": precision}),
     }
 
 
+#: The key for what `precision: auto` stands for in a directory.
+DECIDED = "precision_auto"
 _MODEL_FILES = ("config.json", "generation_config.json")
 
 
 def _decides(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the completions depend on: not the place of the artefact."""
-    return {key: value for key, value in settings.items() if key != "artefact"}
+    """What the completions depend on, beside what is decided: not the place of the artefact."""
+    return {key: value for key, value in settings.items() if key not in ("artefact", DECIDED)}
 
 
 def _directory(out: str, settings: dict[str, Any]) -> Run:

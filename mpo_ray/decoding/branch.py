@@ -18,7 +18,7 @@ from mpo_ray.policies.adapters import AdapterStack
 from mpo_ray.policies.block_attention import BlockLayout, KVCache, Segment
 from mpo_ray.policies.block_reads import singles_of, stretch_of
 from mpo_ray.policies.kv_blocks import BlockPool, Row
-from mpo_ray.policies.probe import MOST_DIFFERENCE, PROBE, WINDOW, probe_ids
+from mpo_ray.policies.probe import MOST_DIFFERENCE, PROBE, WINDOW, difference, probe_ids
 from mpo_ray.policies.ragged_attention import NotInBlocksError, blocks_refusal, laid_out, ragged_inputs
 from mpo_ray.policies.short_windows import short_windows
 from mpo_ray.records import REFERENCE
@@ -252,13 +252,10 @@ class Branch:
             found = [self._of_probe(work) for work in passes]
         except Exception as error:  # an architecture of which nothing is known can fail in any way
             raise NotInBlocksError(f"{name}: it cannot be run there ({type(error).__name__}: {error})") from error
-        differences = [
-            float((rows - expected[k][piece.start : piece.start + piece.wanted]).abs().max())
-            for work, results in zip(passes, found, strict=True)
-            for (k, piece), rows in zip(work, results, strict=True)
-        ]
-        if not max(differences) <= MOST_DIFFERENCE[self._model.dtype]:
-            raise NotInBlocksError(f"{name}: its logits there differ by {max(differences):.2g} from its own")
+        own = [expected[k][piece.start : piece.start + piece.wanted] for work in passes for k, piece in work]
+        apart = difference(torch.cat([rows for results in found for rows in results]), torch.cat(own))
+        if not apart <= MOST_DIFFERENCE[self._model.dtype]:
+            raise NotInBlocksError(f"{name}: its logits there differ by {apart:.2g} of their size from its own")
 
     def _of_probe(self, work: Sequence[tuple[int, Piece]]) -> Sequence[Tensor]:
         """The logits of pieces of the probe, each of one policy, in one pass."""

@@ -280,6 +280,5 @@ def _in_words(error: Exception) -> str:
     if lack is None:
         return f"{type(error).__name__} while decoding"
     return (
-        f"decoding: out of memory: {lack} could not be had. Lower the server's kv_cache_gib, max_num_seqs or "
-        "prompt_tokens_per_step."
+        f"decoding: out of memory: {lack} could not be had. Lower kv_cache_gib, max_num_seqs or prompt_tokens_per_step."
     )

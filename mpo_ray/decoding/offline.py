@@ -131,7 +131,7 @@ def complete(
             elif isinstance(item, NothingAcceptedError):
                 failed[name] = str(item)
             elif isinstance(item, EngineError):
-                raise StageError(f"request {name}: {item}") from item
+                raise StageError(str(item)) from item
             else:
                 raise item
             if name in failed or parts[name][-1].finish_reason is not None:

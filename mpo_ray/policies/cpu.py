@@ -2,9 +2,9 @@
 
 A step of decoding computes few rows, so that its time goes into calls and into reading weights: weights are packed,
 those of layers that are given one input as one (`packed_linear`), and RMS norms take fewer calls (`short_norm`). So in
-float32; in bfloat16 weights are packed only where oneDNN can (AMX, AVX-512) and a timed product takes less time. Where
-it cannot, one product in the place of several takes no less, and for one row more: then norms alone are changed. Long
-batches gain nothing: a model that only scores or learns stays as it is.
+float32; in bfloat16 weights alone are packed, where oneDNN can (AMX, AVX-512) and a timed product takes less time.
+There norms stay as they are: with another rounding, scores of a changed model would not be those of the same model
+unchanged. Long batches gain nothing: a model that only scores or learns stays as it is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mpo_ray.policies.adapters import AdapterStack
 from mpo_ray.policies.loading import ModelError
 from mpo_ray.policies.packed_linear import can_pack, only_called, pack_linears
-from mpo_ray.policies.probe import MOST_DIFFERENCE, probe_ids
+from mpo_ray.policies.probe import MOST_DIFFERENCE, difference, probe_ids
 from mpo_ray.policies.ragged_attention import carries_states
 from mpo_ray.policies.short_norm import shorten_norms
 from mpo_ray.records import REFERENCE
@@ -39,16 +39,20 @@ def optimize_for_cpu(model: nn.Module) -> bool:
     causal_lm: Any = model.base if isinstance(model, AdapterStack) else model
     if causal_lm.device.type != "cpu" or causal_lm.dtype not in DTYPES or carries_states(causal_lm.config) is not None:
         return False
+    packs, shortens = can_pack(causal_lm), causal_lm.dtype == torch.float32
+    if not packs and not shortens:
+        return False
     expected, most = _logits(model), MOST_DIFFERENCE[causal_lm.dtype]
     if not _calls_its_layers(model, expected, most):
         return False
-    if can_pack(causal_lm):
+    if packs:
         pack_linears(causal_lm)
-    shorten_norms(causal_lm)
-    if not (difference := _difference(_logits(model), expected)) <= most:
+    if shortens:
+        shorten_norms(causal_lm)
+    if not (found := difference(_logits(model), expected)) <= most:
         raise ModelError(
-            f"{type(causal_lm).__name__}: its logits differ by {difference:.2g} once its layers are changed for the "
-            "CPU, which must not be. Please report the model, and use a GPU meanwhile."
+            f"{type(causal_lm).__name__}: its logits differ by {found:.2g} of their size once its layers are changed "
+            "for the CPU, which must not be. Please report the model, and use a GPU meanwhile."
         )
     return True
 
@@ -57,7 +61,7 @@ def _calls_its_layers(model: nn.Module, expected: Tensor, most: float) -> bool:
     """Whether the model gives its logits while no linear layer has a weight that could be read."""
     try:
         with only_called(model):
-            return _difference(_logits(model), expected) <= most
+            return difference(_logits(model), expected) <= most
     except Exception:  # an architecture of which nothing is known can fail in any way without them
         return False
 
@@ -70,7 +74,3 @@ def _logits(model: Any) -> Tensor:
     else:
         logits = model(input_ids=torch.tensor([probe_ids(model)])).logits
     return logits.float()
-
-
-def _difference(logits: Tensor, expected: Tensor) -> float:
-    return float((logits - expected).abs().max())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from mpo_ray.policies.probe import MOST_DIFFERENCE, PROBE, WINDOW, probe_ids
+from mpo_ray.policies.probe import MOST_DIFFERENCE, PROBE, WINDOW, difference, probe_ids
 from mpo_ray.policies.short_windows import short_windows
 
 logger = logging.getLogger(__name__)
@@ -118,6 +118,4 @@ def keeps_its_cache(model: Any) -> bool:
             logger.info("%s is decoded without a cache: %s: %s", type(model).__name__, type(error).__name__, error)
             return False
     most = MOST_DIFFERENCE[model.dtype]
-    return all(
-        float((torch.cat(rows) - wanted).abs().max()) <= most for rows, wanted in zip(found, expected, strict=True)
-    )
+    return all(difference(torch.cat(rows), wanted) <= most for rows, wanted in zip(found, expected, strict=True))

@@ -14,6 +14,7 @@ import ray
 import torch
 from peft import get_peft_model
 
+from mpo_ray.cluster.engines import actor_device
 from mpo_ray.cluster.training_room import num_side_by_side
 from mpo_ray.config import RunConfig
 from mpo_ray.config_training import Workers
@@ -108,7 +109,7 @@ def estimate_run(
     timing: whether to time some batches
     """
     path = context.given_model()
-    precision = resolve(context.config.scoring.precision, path, "cuda" if _free_gpu() else "cpu")
+    precision = resolve(context.config.scoring.precision, path, actor_device(context.config.scoring))
     scoring = context.config.scoring.model_copy(update={"precision": precision})
     config = context.config.model_copy(update={"scoring": scoring})
     shape, tables = model_shape(config, path), _tables(context, counts, lengths)

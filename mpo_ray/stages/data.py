@@ -12,7 +12,6 @@ from mpo_ray.config import RunConfig
 from mpo_ray.data import embedded
 from mpo_ray.data.comparisons import Parsed
 from mpo_ray.data.conflict import conflict_report
-from mpo_ray.data.lengths import TableLengths
 from mpo_ray.data.limits import model_context
 from mpo_ray.data.problems import Problems
 from mpo_ray.data.prompts import PlacedPrompt, is_heldout, select_prompts
@@ -28,6 +27,8 @@ from mpo_ray.stages.stage import EMBEDDED, Context, Stage, source_content
 ROWS_PER_PART = 512
 #: How long the rows of every table are, as the data stage found them.
 LENGTHS = "comparisons/lengths.json"
+#: The tokens of the longest prompt that is used for the fit, and for the evaluation.
+LONGEST_PROMPTS = "prompts/longest.json"
 
 
 def write_embedded(context: Context) -> None:
@@ -82,11 +83,10 @@ def prepare_data(context: Context) -> dict[str, Any]:
 
 def check_contexts(context: Context) -> None:
     """Refuse a model of `evaluation.models` whose context is too short for the prompts. Raises ModelError."""
-    tables = map(TableLengths.from_json, context.run.read_json(LENGTHS) or [])
-    prompts = next((table for table in tables if table.what == "prompts for the evaluation"), None)
-    if prompts is None:
+    longest = (context.run.read_json(LONGEST_PROMPTS) or {}).get("evaluation")
+    if longest is None:
         return
-    longest, new = (prompts.kept or prompts.prompt).longest, context.config.evaluation.max_new_tokens
+    new = context.config.evaluation.max_new_tokens
     for name, path in context.compared_models().items():
         model = find_policy(path)
         limit = None if is_adapter(model) else model_context(str(model))
@@ -174,6 +174,7 @@ def _write_prompts(context: Context, parsed: dict[str, Parsed], reader: Reader) 
             True,
         ),
     }
+    longest: dict[str, int] = {}
     for use, (source, num, new_tokens, wants_heldout) in wanted.items():
         with reader.problems.kept():
             if source is None:
@@ -188,6 +189,9 @@ def _write_prompts(context: Context, parsed: dict[str, Parsed], reader: Reader) 
             ]
             context.run.remove(f"prompts/{use}")
             _write_parts(context, f"prompts/{use}", "part", rows, config.scoring.prompts_per_part)
+            lengths = {prompt_id(placed.prompt): placed.num_tokens for placed in available}
+            longest[use] = max(lengths[row["prompt_id"]] for row in rows)
+    context.run.write_json(LONGEST_PROMPTS, longest)
 
 
 def _write_texts(context: Context, reader: Reader) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from mpo_ray.stages.constrained import last_figures
 from mpo_ray.stages.data import check_contexts
 from mpo_ray.stages.sampling import sample_counts
 from mpo_ray.stages.stage import Context, Stage, content
-from mpo_ray.stages.training import ACTOR_PLACEMENT
+from mpo_ray.stages.training import actor_settings
 
 PARTS = "evaluation/parts"
 
@@ -230,7 +230,7 @@ EVALUATION = Stage(
     depends_on=lambda context: [
         context.config.evaluation.model_dump(exclude={"prompts", "num_prompts", "models", "judge"}),
         {name: content(path) for name, path in (context.compared_models() | context.mopo_policies()).items()},
-        context.config.scoring.model_dump(exclude=ACTOR_PLACEMENT),
+        actor_settings(context),
         context.config.decoding.model_dump(),
         {name: content(spec) for name, spec in context.rewards().items()},
         context.config.seed,

@@ -18,7 +18,7 @@ from mpo_ray.evaluation.rewards import IMPLICIT
 from mpo_ray.records import REFERENCE, digest
 from mpo_ray.run import Run, stage_inputs
 from mpo_ray.stages.stage import Context, Stage, content
-from mpo_ray.stages.training import ACTOR_PLACEMENT
+from mpo_ray.stages.training import actor_settings
 
 
 def proposals(config: RunConfig) -> list[str]:
@@ -159,7 +159,7 @@ SAMPLES = Stage(
     outputs=lambda context: ["samples"],
     depends_on=lambda context: [
         context.config.samples.model_dump(),
-        context.config.scoring.model_dump(exclude=ACTOR_PLACEMENT),
+        actor_settings(context),
         context.config.seed,
         *drawing_inputs(context.config.scoring),
     ],
@@ -171,7 +171,7 @@ SCORES = Stage(
     after=("samples",),
     outputs=lambda context: ["scores"],
     depends_on=lambda context: [
-        context.config.scoring.model_dump(exclude=ACTOR_PLACEMENT),
+        actor_settings(context),
         {name: content(spec) for name, spec in context.rewards().items()},
     ],
     work=score,

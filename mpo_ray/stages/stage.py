@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from mpo_ray.cluster.engines import actor_device
 from mpo_ray.config import Data, RunConfig, Scoring
 from mpo_ray.config_training import Source
 from mpo_ray.data.sources import fingerprint
@@ -19,7 +20,7 @@ from mpo_ray.records import MOPO_PREFIX
 from mpo_ray.run import Run, directory_digest, file_digest, stage_inputs
 
 EMBEDDED = "embedded"
-#: What `precision: auto` is in a run, and for which reference that was decided.
+#: What `precision: auto` is in a run, by reference and device.
 PRECISION = "precision.json"
 
 
@@ -71,8 +72,8 @@ class Context:
     def scoring(self) -> Scoring:
         """The settings of the actors with `precision: auto` decided, which every file that they make depends on.
 
-        It is decided once for a reference, on the driver's machine, and kept in the run: actors that each timed a
-        product could differ, and so could a run that goes on later.
+        It is decided once for a reference and a device, on the driver's machine, and kept in the run: actors that each
+        timed a product could differ, and so could a run that goes on later.
         """
         if self._scoring is None:
             self._scoring = self._decided(self.config.scoring)
@@ -81,14 +82,13 @@ class Context:
     def _decided(self, settings: Scoring) -> Scoring:
         if settings.precision != AUTO:
             return settings
-        reference, device = self.reference_inputs(), "cuda" if settings.gpus_per_actor else "cpu"
-        kept = self.run.read_json(PRECISION)
-        if kept is None or (kept["reference"], kept["device"]) != (reference, device):
-            precision = resolve(AUTO, self.reference(), device)
-            kept = {"precision": precision, "reference": reference, "device": device}
-            self.run.write_json(PRECISION, kept)
-            self.console.print(f"  scoring.precision: auto is {precision} in this run")
-        return settings.model_copy(update={"precision": kept["precision"]})
+        decided = self.run.read_json(PRECISION) or {}
+        key = f"{self.reference_inputs()} on {actor_device(settings)}"
+        if key not in decided:
+            decided[key] = resolve(AUTO, self.reference(), actor_device(settings))
+            self.run.write_json(PRECISION, decided)
+            self.console.print(f"  scoring.precision: auto is {decided[key]} in this run")
+        return settings.model_copy(update={"precision": decided[key]})
 
     def reference_inputs(self) -> str:
         """What stands for π_ref in a digest of inputs: what it was trained from, or the given model.

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpo_ray.cluster.checkpoints import remove_checkpoints
+from mpo_ray.cluster.engines import actor_device
 from mpo_ray.cluster.parts import Part, process_parts
 from mpo_ray.cluster.score import PairReference
 from mpo_ray.cluster.train import train_all
 from mpo_ray.cluster.training_job import TrainingJob, checkpoint_directory
 from mpo_ray.config_training import Training
+from mpo_ray.policies.precision import AUTO
 from mpo_ray.run import Run, file_digest, stage_inputs
 from mpo_ray.stages.stage import Context, Stage
 from mpo_ray.storage import RunError
@@ -19,6 +21,13 @@ from mpo_ray.training.constrained import Problem
 #: What says where and how fast work is done, and not what comes out.
 PLACEMENT = {"workers": {"cpus_per_worker", "gpus_per_worker", "max_failures"}}
 ACTOR_PLACEMENT = {"num_actors", "cpus_per_actor", "gpus_per_actor", "batch_size", "engine", "vllm", "kv_cache_gib"}
+
+
+def actor_settings(context: Context) -> dict[str, Any]:
+    """What a stage of actors depends on of `scoring`: the device as well, where that decides over the precision."""
+    scoring = context.config.scoring
+    settings = scoring.model_dump(exclude=ACTOR_PLACEMENT)
+    return {**settings, "device": actor_device(scoring)} if scoring.precision == AUTO else settings
 
 
 def train_reference(context: Context) -> dict[str, Any]:
@@ -167,7 +176,7 @@ PAIRS = Stage(
     title="Reference log-probabilities of the pairs",
     after=("reference",),
     outputs=lambda context: ["reference_logprobs"],
-    depends_on=lambda context: context.config.scoring.model_dump(exclude=ACTOR_PLACEMENT),
+    depends_on=actor_settings,
     work=score_pairs,
 )
 POLICIES = Stage(

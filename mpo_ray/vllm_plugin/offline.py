@@ -19,7 +19,7 @@ from mpo_ray.vllm_plugin.arguments import engine_arguments, set_environment, who
 #: Tokens that vLLM keeps the caches of on a CPU, or those of one sequence where it may be longer.
 _TOKENS_ON_CPU = 2**15
 #: Of what is free on a GPU when vLLM is opened, weights and KV cache: the actor's other models need the rest.
-SHARE_OF_GPU = 0.5
+SHARE_BESIDE = 0.5
 
 
 def open_llm(
@@ -33,7 +33,7 @@ def open_llm(
 ) -> tuple[Any, MixtureConfig]:
     """A mixture of the policies as an `LLM`, and its configuration.
 
-    room: without `kv_cache_gib` the KV cache has 2^15 tokens on a CPU, and on a GPU what is left of `SHARE_OF_GPU`
+    room: without `kv_cache_gib` the KV cache has 2^15 tokens on a CPU, and on a GPU what is left of `SHARE_BESIDE`
     own: arguments of the caller's; further: the operator's, of vLLM's `EngineArgs`, which come before all others
     Raises ModelError for policies that vLLM cannot hold, ConfigError for arguments that it does not have.
     """
@@ -74,6 +74,7 @@ def memory_arguments(kv_cache_gib: float | None) -> dict[str, Any]:
     """Arguments for the memory that is asked for. vLLM compares its share of a GPU with what is free there."""
     found: dict[str, Any] = {} if kv_cache_gib is None else {"kv_cache_memory_bytes": int(kv_cache_gib * GIB)}
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what PyTorch keeps of tensors that are gone is free as well
         free, total = torch.cuda.mem_get_info()
-        found["gpu_memory_utilization"] = SHARE_OF_GPU * free / total
+        found["gpu_memory_utilization"] = SHARE_BESIDE * free / total
     return found

@@ -25,7 +25,8 @@ class VllmEnsemble:
     ) -> None:
         """room, arguments: as of `open_llm`
 
-        Raises ModelError for policies that vLLM cannot hold, ConfigError for arguments that it does not have."""
+        Raises ModelError for policies that vLLM cannot hold, ConfigError for arguments that it does not have.
+        """
         self._names = list(policies)
         self._reference, self._precision = reference, precision
         self._reference_alone: Ensemble | None = None

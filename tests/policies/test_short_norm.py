@@ -20,17 +20,14 @@ def in_a_model(norm: nn.Module) -> nn.ModuleDict:
 
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Qwen3RMSNorm, Gemma3RMSNorm])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-6)], ids=["fp32", "bf16"])
-def test_a_short_norm_gives_what_the_models_own_gives(
-    kind: type[nn.Module], scale: float, dtype: torch.dtype, rounding: float
-) -> None:
+def test_a_short_norm_gives_what_the_models_own_gives(kind: type[nn.Module], scale: float) -> None:
     """w x / √(mean x² + ε), with 1 + w for Gemma's, where ε counts and where it does not."""
-    model = in_a_model(kind(16)).to(dtype)
-    inputs = (scale * torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(2))).to(dtype)
+    model = in_a_model(kind(16))
+    inputs = scale * torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(2))
     expected = model["norm"](inputs)
     shorten_norms(model)
     assert isinstance(model["norm"], ShortNorm)
-    torch.testing.assert_close(model["norm"](inputs), expected, rtol=rounding, atol=1e-6)
+    torch.testing.assert_close(model["norm"](inputs), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_norm_that_gives_something_else_stays() -> None:

@@ -16,7 +16,7 @@ from mpo_ray.config import RunConfig, Scoring
 from mpo_ray.data.files import DataError
 from mpo_ray.data.rendering import Rendering
 from mpo_ray.run import Run
-from mpo_ray.stages.data import prepare_data
+from mpo_ray.stages.data import LONGEST_PROMPTS, prepare_data
 from mpo_ray.stages.stage import Context
 from tests.data.templates import CALL, PLAIN_TEMPLATE, THINKING_TEMPLATE, TOOL, TOOL_TEMPLATE, chat_tokenizer
 from tests.data.test_chat_cases import NO_SYSTEM
@@ -103,10 +103,19 @@ def test_chat_template_kwargs_decide_what_stands_before_a_reply(tmp_path: Path) 
 
 
 def test_a_model_to_compare_whose_context_is_too_short_is_refused_with_the_data(tmp_path: Path) -> None:
+    """By the prompts that the evaluation uses: others may be as long as they are."""
     rows = [{"prompt": [USER], "chosen": "Yes.", "rejected": "No."}]
+    rows += [{"prompt": [{**USER, "content": "long " * 100}], "chosen": "Yes.", "rejected": "No."}]
     run = context(tmp_path, TOOL_TEMPLATE, rows)
+    chosen = run.config.evaluation.model_copy(update={"num_prompts": 1})
+    run.config = run.config.model_copy(update={"evaluation": chosen})
+    for seed in range(20):  # until it is the short one that is chosen
+        run.config = run.config.model_copy(update={"seed": seed})
+        prepare_data(run)
+        if run.run.read_json(LONGEST_PROMPTS)["evaluation"] < 100:
+            break
     evaluation = run.config.evaluation.model_copy(update={"max_new_tokens": 60})
-    for length, fits in ((32, False), (1024, True)):
+    for length, fits in ((32, False), (200, True)):
         theirs = tiny_llama(
             tmp_path / str(length), chat_tokenizer(TOOL_TEMPLATE), seed=1, max_position_embeddings=length
         )
