@@ -21,7 +21,7 @@ ATTEMPTS = 20
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file, in the place of one that is there. Its directory is made where there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     partial = _unused(path.parent)
     try:
         _write_new(partial, content)
@@ -33,7 +33,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 def create_file(path: Path, content: bytes) -> bool:
     """Write a file that must not be there; False where it is. Of several processes exactly one gets True."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     partial = _unused(path.parent)
     try:
         _write_new(partial, content)
@@ -74,7 +74,7 @@ def written_directory(target: Path, *, within: Path | None = None) -> Iterator[P
     within: where the work is kept until then, on the same file system; beside `target` if absent
     """
     place = within or target.parent
-    place.mkdir(parents=True, exist_ok=True)
+    make_directory(place)
     partial = _unused(place)
     partial.mkdir()
     try:
@@ -150,7 +150,7 @@ def _finish_tree(root: Path) -> None:
 
 
 def _put_in_place(partial: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(target.parent)
     olds = []
     for attempt in range(ATTEMPTS):
         old = _unused(partial.parent)

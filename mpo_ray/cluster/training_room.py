@@ -72,16 +72,22 @@ def num_that_fit(workers: Workers, nodes: Iterable[Mapping[str, float]], *, befo
 
 def _place(workers: Workers, nodes: list[dict[str, float]]) -> bool:
     """Take what a group needs from the nodes; False, and nothing is taken, where there is no room for all of it."""
-    need, left = needs(workers), [dict(node) for node in nodes]
+    need, taken = needs(workers), list[dict[str, float]]()
     for _ in range(workers.num_workers):
-        fitting = (n for n in left if all(n.get(kind, 0.0) + 1e-9 >= amount for kind, amount in need.items()))
+        fitting = (n for n in nodes if all(n.get(kind, 0.0) + 1e-9 >= amount for kind, amount in need.items()))
         node = next(fitting, None)
         if node is None:
+            for other in taken:
+                _add(other, need, 1)
             return False
-        for kind, amount in need.items():
-            node[kind] -= amount
-    nodes[:] = left
+        _add(node, need, -1)
+        taken.append(node)
     return True
+
+
+def _add(node: dict[str, float], need: Mapping[str, float], times: int) -> None:
+    for kind, amount in need.items():
+        node[kind] += times * amount
 
 
 def needs(workers: Workers) -> dict[str, float]:
