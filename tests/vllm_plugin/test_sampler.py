@@ -141,9 +141,12 @@ def test_what_cannot_be_drawn_is_refused(sampler: Any, places: tuple[str, dict[s
         draw(VllmSampler("gpt2", places[1], room=Room(4)), WEIGHTS)
 
 
-def test_the_cache_has_the_size_that_is_asked_for(sampler: Any, places: tuple[str, dict[str, str]]) -> None:
+def test_the_cache_has_the_size_that_is_asked_for(
+    sampler: Any, places: tuple[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mpo_ray.vllm_plugin.sampler import VllmSampler
 
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # which comes first, and other tests set it
     sampler.close()  # one engine in a process at a time
     small = VllmSampler(*places, room=Room(4, kv_cache_gib=0.125))
     draw(small, {REFERENCE: 1.0})
